@@ -1,0 +1,70 @@
+"""Random changes to training images, on the device.
+
+What happens to an image depends on (seed, epoch, its row) alone, so that training computes the
+same with any number of workers.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+# The baseline's published settings; in units of the full range, 0 to 1.
+_BRIGHTNESS = 32 / 255
+_SATURATION = (0.5, 1.5)
+# Mild, next to torchvision's (0.08, 1): a cover's layout says something about its genre.
+_CROP_SIDE = (0.8, 1.0)
+
+
+def augment(
+    images_BCHW: "torch.Tensor", rows: NDArray[np.int64], *, kind: str, seed: int, epoch: int
+) -> "torch.Tensor":
+    """Images in 0 to 1, changed at random; kind is none, color (brightness and saturation) or
+    light (those, a mirror image half of the time, and a crop)."""
+    if kind == "none" or not len(rows):
+        return images_BCHW
+    import torch
+
+    draws = torch.from_numpy(_uniform(rows, seed=seed, epoch=epoch, count=6))
+    u = draws.to(images_BCHW.device).unbind(1)
+    if kind == "light":
+        images_BCHW = _mirror_and_crop(images_BCHW, *u[2:])
+    brightness = (2 * u[0] - 1) * _BRIGHTNESS
+    saturation = _SATURATION[0] + (_SATURATION[1] - _SATURATION[0]) * u[1]
+    weights = torch.tensor((0.299, 0.587, 0.114), device=images_BCHW.device).view(1, 3, 1, 1)
+    grey = (images_BCHW * weights).sum(1, keepdim=True)
+    mixed = torch.lerp(grey, images_BCHW, saturation.view(-1, 1, 1, 1))
+    return (mixed + brightness.view(-1, 1, 1, 1)).clamp_(0, 1)
+
+
+def _mirror_and_crop(
+    images_BCHW: "torch.Tensor",
+    mirror: "torch.Tensor",
+    side: "torch.Tensor",
+    across: "torch.Tensor",
+    down: "torch.Tensor",
+) -> "torch.Tensor":
+    from torch.nn import functional
+
+    side = _CROP_SIDE[0] + (_CROP_SIDE[1] - _CROP_SIDE[0]) * side
+    theta = images_BCHW.new_zeros(len(images_BCHW), 2, 3)
+    theta[:, 0, 0] = side * (1 - 2 * (mirror < 0.5).float())
+    theta[:, 1, 1] = side
+    theta[:, 0, 2] = (1 - side) * (2 * across - 1)
+    theta[:, 1, 2] = (1 - side) * (2 * down - 1)
+    grid = functional.affine_grid(theta, list(images_BCHW.shape), align_corners=False)
+    return functional.grid_sample(
+        images_BCHW, grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+
+
+def _uniform(rows: NDArray[np.int64], *, seed: int, epoch: int, count: int) -> NDArray[np.float32]:
+    """[rows, count] in [0, 1): a counter-based stream a row, so that order does not matter."""
+    raw = np.stack(
+        # Key 1: the order of samples uses key 0.
+        [np.random.Philox(counter=[0, 0, r, epoch], key=[seed, 1]).random_raw(count) for r in rows]
+    )
+    return (raw >> np.uint64(40)).astype(np.float32) / np.float32(2**24)

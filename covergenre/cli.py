@@ -1,0 +1,198 @@
+"""covergenre: an album's genres from its cover.
+
+Arguments become a stage's settings, and the stage is imported only then: --help stays fast.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+from covergenre import __version__
+from covergenre.errors import CovergenreError, did_you_mean
+
+# stage -> (class of settings, what it does)
+_STAGES = {
+    "prepare": ("PrepareConfig", "Validate a catalog and pack it into a dataset."),
+    "train": ("TrainConfig", "Fine-tune a model on a dataset, data-parallel."),
+    "evaluate": ("EvaluateConfig", "Measure a model on a split of a dataset, every album."),
+    "score": ("ScoreConfig", "Label a catalog (or a dataset) with a model."),
+}
+_OWN = ("sample", "summary", "demo")
+
+
+class _Covergenre(click.Group):
+    """Commands by name, each made when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["demo", "sample", *_STAGES, "summary"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _STAGES:
+            return _stage_command(cmd_name)
+        return _own_commands().get(cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # click would make every command to ask for its help; that imports pydantic for nothing.
+        helps = {name: about for name, (_, about) in _STAGES.items()} | {
+            name: str(command.short_help) for name, command in _own_commands().items()
+        }
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, helps[name]) for name in self.list_commands(ctx)])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            near = did_you_mean(args[0], self.list_commands(ctx))
+            raise click.UsageError(f"no command {args[0]!r}{near}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Covergenre, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="covergenre", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Tells an album's genres from its cover, on a cluster.
+
+    catalog -> prepare -> dataset -> train -> MODEL -> score -> labels
+    """
+
+
+def _verbose_option() -> click.Option:
+    return click.Option(["--verbose"], is_flag=True, help="Show what Ray and torch log, too.")
+
+
+def _stage_command(name: str) -> click.Command:
+    from covergenre import config
+
+    class_name, about = _STAGES[name]
+    stage: type[config.StageConfig] = getattr(config, class_name)
+    params: list[click.Parameter] = []
+    for field_name, field in stage.model_fields.items():
+        if field.json_schema_extra:
+            params.append(click.Argument([field_name], required=False, metavar=field_name.upper()))
+            continue
+        text = field.description or ""
+        is_flag = field.annotation is bool
+        if field.default is not None and not field.is_required() and not is_flag:
+            shown = field.default
+            shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else shown
+            if shown != "":
+                text += f"  [default: {shown}]"
+        elif field.is_required():
+            text += "  [required]"
+        choices = config.options(stage, field_name)
+        # Values are checked by the settings class, where a file's are; click only reads them.
+        params.append(
+            click.Option(
+                [_flag_declaration(field_name, is_flag), field_name],
+                is_flag=is_flag,
+                default=None,
+                metavar=None if is_flag else "|".join(choices) or _metavar(field.annotation),
+                help=text,
+            )
+        )
+    params.append(
+        click.Option(["--config"], metavar="FILE", help="Settings as YAML; a flag overrides it.")
+    )
+    params.append(_verbose_option())
+
+    def run(verbose: bool, **given: Any) -> None:
+        file = given.pop("config")
+        flags = {key: value for key, value in given.items() if value is not None}
+        for key in ("genres", "split_fractions"):
+            if isinstance(flags.get(key), str):
+                flags[key] = tuple(part.strip() for part in flags[key].split(",") if part.strip())
+        settings = config.parse(stage, flags, file)
+        run_stage = getattr(import_module(f"covergenre.{name}"), name)
+        click.echo(run_stage(settings, verbose=verbose).account())
+
+    return click.Command(name, callback=run, params=params, help=about, short_help=about)
+
+
+def _flag_declaration(name: str, is_flag: bool) -> str:
+    from covergenre.config import flag
+
+    # --no-x so that a flag can overrule a file's `x: true`.
+    return f"{flag(name)}/--no-{name.replace('_', '-')}" if is_flag else flag(name)
+
+
+def _metavar(annotation: Any) -> str:
+    text = str(annotation)
+    return "N" if "int" in text else "X" if "float" in text and "tuple" not in text else "TEXT"
+
+
+def _own_commands() -> dict[str, click.Command]:
+    def option(*names: str, **settings: Any) -> click.Option:
+        return click.Option(list(names), **settings)
+
+    def sample(out: str, albums: int, seed: int) -> None:
+        from covergenre.demo import make_sample
+
+        click.echo(make_sample(out, albums, seed))
+
+    def summary(model: str, genres: int, freeze: str | None) -> None:
+        from covergenre.summary import layer_table
+
+        click.echo(layer_table(model, genres, freeze))
+
+    def demo(out: str, verbose: bool) -> None:
+        from covergenre.demo import run_demo
+
+        run_demo(out, verbose=verbose)
+
+    def command(run: Callable[..., None], about: str, *params: click.Parameter) -> click.Command:
+        return click.Command(
+            run.__name__, callback=run, params=list(params), help=about, short_help=about
+        )
+
+    seed = option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+    return {
+        "sample": command(
+            sample,
+            "Write a catalog of drawn covers, to try things on.",
+            option("--out", required=True, metavar="DIR", help="Folder to write, new or empty."),
+            option("--albums", type=click.IntRange(min=1), default=600, show_default=True),
+            seed,
+        ),
+        "summary": command(
+            summary,
+            "Print a model's layers and parameters.",
+            click.Argument(["model"]),
+            option("--genres", type=click.IntRange(min=1), default=20, show_default=True),
+            option("--freeze", help="paper, none, all or N  [default: the model's]"),
+        ),
+        "demo": command(
+            demo,
+            "Do the whole job on a drawn sample, in minutes.",
+            option("--out", default="covergenre-demo", show_default=True, metavar="DIR"),
+            _verbose_option(),
+        ),
+    }
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line. A user's mistake is one line and exit code 2, never a traceback."""
+    try:
+        cli.main(args=list(args) if args is not None else None, standalone_mode=False)
+    except click.exceptions.NoSuchOption as error:
+        near = did_you_mean(error.option_name, error.possibilities or ())
+        _end(f"no option {error.option_name}{near}", 2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "")
+        sys.exit(0)
+    except click.ClickException as error:
+        _end(error.format_message().replace("\n", " "), 2)
+    except CovergenreError as error:
+        _end(str(error).replace("\n", " "), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _end("interrupted", 130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _end(line: str, code: int) -> None:
+    click.echo(f"covergenre: {line}", err=True)
+    sys.exit(code)

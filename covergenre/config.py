@@ -1,0 +1,304 @@
+"""One frozen, validated settings object a stage. Flags and YAML files are both made of these.
+
+The same class gives the command's flags (with their help), the keys of its --config file, and
+what is saved with the result. A value is checked once, here, wherever it came from.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from covergenre.errors import ConfigError, did_you_mean
+from covergenre.registry import MODELS, model_spec
+
+Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Place = Annotated[str, Field(min_length=1)]
+
+# Where a stage runs and how wide. They change how fast a result comes, never the result itself,
+# so that a job may be taken up again on another machine.
+_HOW_FIELDS = {"workers", "cpus_per_worker", "device"}
+
+
+class StageConfig(BaseModel):
+    """What every stage's settings share."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # `freeze: 4` in a file
+    )
+
+    def fingerprint(self) -> str:
+        """sha256 over all settings that can change the result.
+
+        What goes in is known by its content, not by where it lies: see places.claim.
+        """
+        places = {name for name, f in type(self).model_fields.items() if f.json_schema_extra}
+        values = self.model_dump(mode="json", exclude={*_HOW_FIELDS, *places, "out"})
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def argument(help_text: str) -> Any:
+    """A required setting that the command line takes by position."""
+    return Field(description=help_text, json_schema_extra={"argument": True})
+
+
+class CatalogSettings(StageConfig):
+    """How to read a catalog; shared by prepare and score."""
+
+    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "mumu"] = Field(
+        "auto", description="format of the catalog; auto goes by the file's name"
+    )
+    id_column: str = Field("album_id", description="column of the album's id")
+    cover_column: str = Field("cover", description="column of the cover's path or address")
+    image_column: str = Field("image", description="column of the cover's bytes (Parquet)")
+    genres_column: str = Field("genres", description="column of the genres")
+    title_column: str = Field("title", description="column of the title")
+    artist_column: str = Field("artist", description="column of the artist")
+    split_column: str = Field("split", description="column of the catalog's own split")
+    group_column: str = Field("group", description="column of what must share a split")
+    genres_separator: str | None = Field(
+        None, description="what separates genres written as text  [default: |, for mumu a comma]"
+    )
+    covers: str | None = Field(
+        None, description="folder of the covers (mumu: <amazon_id>.jpg)  [default: the catalog's]"
+    )
+
+
+class PrepareConfig(CatalogSettings):
+    """Settings of prepare: a catalog becomes a dataset."""
+
+    catalog: Place = argument("CSV, TSV, JSON Lines or Parquet: a file, a folder or a glob")
+    out: Place = Field(description="folder of the dataset, new or left by this same command")
+    genre_map: str | None = Field(
+        None, description="file of raw genre names and their new names, applied before selection"
+    )
+    top_genres: Positive = Field(20, description="how many of the most common genres to keep")
+    min_share: float = Field(
+        0.01, ge=0, le=1, description="least share of the labelled albums a kept genre is on"
+    )
+    genres: tuple[str, ...] = Field(
+        (), description="exactly these genres, comma-separated, instead of the most common"
+    )
+    keep: Literal["any", "all"] = Field(
+        "any", description="keep an album if any of its genres is kept, or only if all are"
+    )
+    split_from: Literal["auto", "hash", "catalog"] = Field(
+        "auto", description="hash a stable key, or take the catalog's split column if it has one"
+    )
+    group_by: Literal["album_id", "artist", "group"] = Field(
+        "album_id", description="what is hashed, so that all of it falls in one split"
+    )
+    split_fractions: tuple[float, float, float] = Field(
+        (0.8, 0.1, 0.1), description="shares of train, dev and test"
+    )
+    split_seed: int = Field(0, description="another seed is another split")
+    max_side: Positive = Field(
+        300, description="pixels; a larger cover is stored re-encoded at this longer side"
+    )
+    keep_original: bool = Field(False, description="store every cover's bytes as they are")
+    shard_rows: Positive = Field(1024, description="albums a shard")
+    workers: Positive | None = Field(
+        None, description="tasks at a time  [default: as many as the cluster has CPUs]"
+    )
+
+    @field_validator("split_fractions")
+    @classmethod
+    def _fractions_make_one(cls, shares: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+            raise ValueError("must not be negative, and must sum to 1")
+        return shares
+
+
+Device = Literal["auto", "cpu", "gpu"]
+_WORKERS = "processes that hold the model  [default: one a GPU, or one CPU process]"
+_DEVICE = "auto takes GPUs where the cluster has them"
+_CPUS = "CPUs reserved for each worker; under 1, so that decoding has CPUs too"
+
+
+class TrainConfig(StageConfig):
+    """Settings of train: a dataset becomes a model. None means: as the model's defaults say."""
+
+    dataset: Place = argument("folder that prepare made")
+    out: Place = Field(description="folder of the model, new or left by this same command")
+    model: str = Field("vgg16", description=f"one of: {', '.join(MODELS)}")
+    weights: str | None = Field(
+        None,
+        description="imagenet, none, or a safetensors or torch file of the trunk"
+        "  [default: imagenet, where the model has them]",
+    )
+    allow_partial_weights: bool = Field(
+        False, description="take a weights file that lacks some layers; says which"
+    )
+    freeze: str | None = Field(
+        None,
+        description="paper, none, all, or N: the first N convolutions"
+        "  [default: paper for vgg16, none for others]",
+    )
+    batch_norm: Literal["auto", "train"] = Field(
+        "auto", description="auto leaves pretrained batch norm in eval mode"
+    )
+    epochs: Positive | None = Field(None, description="passes over the training split")
+    max_steps: Positive | None = Field(
+        None, description="stop after so many steps in all, in the middle of an epoch if need be"
+    )
+    batch_size: Positive = Field(32, description="albums a step, over all workers together")
+    learning_rate: float | None = Field(None, gt=0, description="Adam's, at the start")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="cosine lowers the learning rate to 0 over all steps"
+    )
+    l2: float | None = Field(None, ge=0, description="L2 penalty on weights, added to the loss")
+    augment: Literal["none", "color", "light"] | None = Field(
+        None,
+        description="color: brightness and saturation (the baseline's); light: flip and crop too",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the arithmetic, in training and in the finished model"
+    )
+    workers: Positive | None = Field(None, description=_WORKERS)
+    cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
+    device: Device = Field("auto", description=_DEVICE)
+    seed: Seed = Field(0, description="of weights, order and augmentation")
+    shuffle_window: Positive = Field(
+        8, description="shards whose rows are shuffled together; more mixes better, takes memory"
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _model_is_known(cls, model: str) -> str:
+        if model not in MODELS:
+            raise ValueError(f"no such model{did_you_mean(model, MODELS)}")
+        return model
+
+    @field_validator("freeze")
+    @classmethod
+    def _freeze_is_a_word_or_a_number(cls, freeze: str | None) -> str | None:
+        words = ("paper", "none", "all")
+        if freeze is not None and freeze not in words and not freeze.isdecimal():
+            raise ValueError(f"no number of convolutions{did_you_mean(freeze, words)}")
+        return freeze
+
+    def resolved(self) -> "TrainConfig":
+        """A copy in which every default of the model is filled in."""
+        spec = model_spec(self.model)
+        given = self.model_dump(exclude_none=True)
+        defaults = {
+            "weights": "imagenet" if spec.imagenet else "none",
+            "freeze": spec.freeze,
+            "epochs": spec.epochs,
+            "learning_rate": spec.learning_rate,
+            "l2": spec.l2,
+            "augment": spec.augment,
+        }
+        return TrainConfig.model_validate(defaults | given)
+
+
+class EvaluateConfig(StageConfig):
+    """Settings of evaluate: a model is measured on a split of a dataset."""
+
+    model: Place = argument("folder that train made")
+    dataset: Place = argument("folder that prepare made")
+    out: Place = Field(description="folder of the metrics, new or left by this same command")
+    split: Literal["train", "dev", "test"] = Field("test", description="which split to measure")
+    batch_size: Positive = Field(64, description="covers a forward pass")
+    workers: Positive | None = Field(None, description=_WORKERS)
+    cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
+    device: Device = Field("auto", description=_DEVICE)
+
+
+class ScoreConfig(CatalogSettings):
+    """Settings of score: a model labels a catalog."""
+
+    model: Place = argument("folder that train made")
+    catalog: Place = argument("a catalog as prepare reads it, or a dataset that prepare made")
+    out: Place = Field(description="folder of the labels, new or left by this same command")
+    unit_rows: Positive = Field(1024, description="rows of a unit: what is committed at once")
+    batch_size: Positive = Field(64, description="covers a forward pass")
+    workers: Positive | None = Field(None, description=_WORKERS)
+    cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
+    device: Device = Field("auto", description=_DEVICE)
+
+
+Stage = TypeVar("Stage", bound=StageConfig)
+
+
+def parse(stage: type[Stage], flags: Mapping[str, Any], file: str | None = None) -> Stage:
+    """Settings from a YAML file and from flags; a flag wins. Raises ConfigError in one line."""
+    values = _read_yaml(file) if file is not None else {}
+    for key in values:
+        if key not in stage.model_fields:
+            raise ConfigError(f"{file}: no setting {key!r}{did_you_mean(key, stage.model_fields)}")
+    try:
+        return stage.model_validate(values | dict(flags))
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, stage, flags, file)) from error
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    import yaml
+
+    from covergenre import storage
+
+    try:
+        values = yaml.safe_load(storage.read_bytes(file))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2020-13-45 is no date
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        raise ConfigError(f"{file}{line}: not valid YAML") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected settings as `name: value` lines")
+    settings: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in settings:
+            raise ConfigError(f"{file}: {name} is set twice, as {key} too")
+        settings[name] = value
+    return settings
+
+
+def _one_line(
+    error: ValidationError, stage: type[Stage], flags: Mapping[str, Any], file: str | None
+) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    field = stage.model_fields[name]
+    is_argument = bool(field.json_schema_extra)
+    shown = name.upper() if is_argument else flag(name)
+    if first["type"] == "missing" and first["loc"] == (name,):
+        return f"{shown} is missing"
+    where = shown if name in flags or file is None else f"{file}: {name}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    value = first["input"]
+    if first["type"] == "literal_error" and isinstance(value, str):
+        return f"{where}: {value!r} is no valid value{did_you_mean(value, options(stage, name))}"
+    if isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    return f"{where}: {value!r}: {message}"
+
+
+def _options(annotation: Any) -> list[Any]:
+    """The values of a Literal, inside an optional or not; empty where there is none."""
+    from typing import get_args, get_origin
+
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [value for inner in get_args(annotation) for value in _options(inner)]
+
+
+def options(stage: type[StageConfig], name: str) -> list[str]:
+    """What values the setting `name` can have; empty where any text or number will do."""
+    return [str(value) for value in _options(stage.model_fields[name].annotation)]
+
+
+def flag(name: str) -> str:
+    """The command line's name of a setting."""
+    return "--" + name.replace("_", "-")

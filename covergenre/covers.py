@@ -1,0 +1,187 @@
+"""A cover: source bytes -> RGB uint8 pixels, or the reason why not. Pillow and numpy only.
+
+Training, evaluation and scoring all go through `decode`, with the preprocessing that is kept in
+the MODEL, so that a model sees the pixels it was trained on.
+"""
+
+import hashlib
+import io
+import warnings
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+
+from covergenre.errors import ModelError
+
+MAX_BYTES = 32 * 2**20
+"""A larger file is set aside: a row group of the dataset has to hold it."""
+
+MAX_PIXELS = 100_000_000
+"""A cover with more pixels than this is set aside: it may be a decompression bomb."""
+
+_JPEG_QUALITY = 92  # visually lossless at cover size; 4:4:4 below keeps coloured lettering sharp
+# Raster formats that Pillow decodes itself: given the chance, it would run Ghostscript on an EPS.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# EXIF orientation -> what sets the image upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class CoverError(Exception):
+    """A cover that cannot be used. `reason` is a key of schema.REASONS. Never ends a job."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[Any, ...]:  # both arguments survive a pickle
+        return CoverError, (self.reason, self.detail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Source bytes to normalised pixels, step by step. A change of any step is a new version."""
+
+    version: int = 1
+    side: int = 224
+    """Pixels. The cover is squashed to side x side; its aspect ratio is not kept (the paper)."""
+    orientation: str = "exif"
+    """EXIF orientation is applied before anything else."""
+    alpha: str = "white"
+    """Transparent pixels are laid over this colour."""
+    reduction: str = "dct-2x"
+    """JPEGs are decoded at the smallest DCT scale that keeps twice `side`: several times faster."""
+    filter: str = "bilinear"
+    """Antialiased resampling filter of the squash."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of each channel, in 0 to 1, as torchvision's ImageNet weights expect; used on the device."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def to_json(self) -> dict[str, Any]:
+        """As saved in MODEL/preprocessing.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Preprocessing":
+        """Raises ModelError where a step is one that this version of covergenre cannot do."""
+        known = {f.name for f in fields(cls)}
+        if set(values) != known:
+            raise ModelError(f"preprocessing: expected {sorted(known)}, found {sorted(values)}")
+        arguments: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        spec = cls(**arguments)
+        for name in ("version", "orientation", "alpha", "reduction", "filter"):
+            if getattr(spec, name) != getattr(cls(), name):
+                raise ModelError(
+                    f"preprocessing: {name} {getattr(spec, name)!r} needs another version of"
+                    " covergenre; install the one that made this MODEL"
+                )
+        return spec
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of a cover's source bytes: what says that two covers are the same."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def decode(data: bytes, spec: Preprocessing) -> NDArray[np.uint8]:
+    """Pixels of an encoded cover, uint8 [side, side, 3]. Raises CoverError."""
+    image = _load_rgb(_open(data), at_least=2 * spec.side)
+    if image.size != (spec.side, spec.side):
+        image = image.resize((spec.side, spec.side), _FILTERS[spec.filter])
+    return np.asarray(image)
+
+
+def pack(data: bytes, max_side: int | None) -> bytes:
+    """Prove that a cover decodes, and give the bytes to store.
+
+    A cover whose longer side is above `max_side` (pixels) is re-encoded at that size, keeping its
+    aspect ratio; others, and all where `max_side` is None, keep their bytes. Raises CoverError.
+    """
+    header = _open(data)
+    keep = max_side is None or max(header.size) <= max_side
+    # Twice the side it is stored at, so that the reduction costs no sharpness.
+    image = _load_rgb(header, at_least=2 * max_side if max_side else None)
+    if keep:
+        return data
+    assert max_side is not None
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=None)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return out.getvalue()
+
+
+def _open(data: bytes) -> ImageFile:
+    """The image with its header read, its pixels not yet."""
+    if not data:
+        raise CoverError("empty_file")
+    if len(data) > MAX_BYTES:
+        raise CoverError("file_too_large", f"{len(data):,} bytes, limit {MAX_BYTES:,}")
+    with warnings.catch_warnings():
+        # Pillow warns about damaged metadata and many pixels: the checks here are what counts.
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        except Image.DecompressionBombError as error:
+            raise CoverError("too_many_pixels", _one_line(error)) from error
+        except UnidentifiedImageError as error:
+            raise CoverError("not_an_image", f"starts with {data[:8].hex(' ')}") from error
+        except Exception as error:  # decoders raise nearly anything on hostile bytes
+            raise CoverError("truncated_image", _one_line(error)) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise CoverError("too_many_pixels", f"{width} x {height}, limit {MAX_PIXELS:,}")
+    return image
+
+
+def _load_rgb(image: ImageFile, at_least: int | None = None) -> Image.Image:
+    """The image upright, in RGB; a JPEG may come reduced, but no side below `at_least` pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))  # JPEG only; no effect on others
+            image.load()
+            return _to_rgb(_upright(image))
+        except Exception as error:  # as above: SyntaxError, OSError, struct.error, ...
+            raise CoverError("truncated_image", _one_line(error)) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it fails where any other EXIF field is damaged.
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # EXIF that cannot be read says nothing; the pixels are good
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow clips 16-bit grey at 255 instead of scaling it.
+        grey = np.asarray(image, dtype=np.float64) / 257.0
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]

@@ -1,0 +1,59 @@
+"""Every error that covergenre raises on purpose.
+
+CovergenreError
+├── UserError            exit code 2: one line says what, where, and the way out
+│   ├── ConfigError      a setting, flag or config file
+│   ├── CatalogError     the catalog as a whole (a bad row is set aside, never raised)
+│   ├── DatasetError     a prepared dataset
+│   ├── ModelError       a MODEL folder, a model name, or weights
+│   └── StorageError     a place that cannot be read or written
+└── LedgerError          exit code 1: the counts of a finished job do not add up
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class CovergenreError(Exception):
+    """Base of all errors below; its text is one line, fit for a user."""
+
+    exit_code = 1
+
+
+class UserError(CovergenreError):
+    """Something the user can mend."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type, or out of range."""
+
+
+class CatalogError(UserError):
+    """A catalog cannot be read as one, or nothing in it can be used."""
+
+
+class DatasetError(UserError):
+    """A folder is not a prepared dataset, or lacks what was asked of it."""
+
+
+class ModelError(UserError):
+    """A MODEL folder, model name or weights file cannot be used."""
+
+
+class StorageError(UserError):
+    """A place cannot be read or written, or holds something else."""
+
+
+class LedgerError(CovergenreError):
+    """Rows went in that did not come out: a defect, never the user's mistake."""
+
+
+def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest valid name, else the list of valid names."""
+    names = sorted(valid)
+    near = get_close_matches(wrong, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; valid: {', '.join(names)}" if names else ""

@@ -1,0 +1,141 @@
+"""evaluate: a MODEL is measured on a split of a dataset, every album once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from covergenre import ingest, places, predict, report, runtime, schema, shards, storage
+from covergenre.bundle import Bundle, read_bundle
+from covergenre.config import EvaluateConfig
+from covergenre.errors import DatasetError, LedgerError
+from covergenre.metrics import Metrics, multilabel_metrics, nan_to_none
+from covergenre.progress import Progress
+from covergenre.shards import Manifest, read_manifest
+
+_PLAN = "_state/plan.parquet"
+_SHEET_COVERS = 24
+_PICTURES = ("genres.png", "curves.png", "covers.png")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Metrics, and where they were written."""
+
+    uri: str
+    split: str
+    metrics: dict[str, Any]
+    remark: str = ""
+
+    def account(self) -> str:
+        """What the user is told at the end."""
+        m = self.metrics
+
+        def shown(name: str) -> str:
+            return "n/a" if m[name] is None else f"{m[name]:.4f}"
+
+        lines = [
+            f"metrics {storage.join(self.uri, 'metrics.json')}{self.remark}",
+            f"  {m['albums']:,} albums of the {self.split} split",
+            f"  ROC AUC {shown('roc_auc_macro')} macro, {shown('roc_auc_micro')} micro;"
+            f" PR AUC {shown('pr_auc_macro')} macro, {shown('pr_auc_micro')} micro;"
+            f" at 0.5 precision {shown('precision')}, recall {shown('recall')} (micro)",
+        ]
+        if m["genres_without_auc"]:
+            names = ", ".join(m["genres_without_auc"])
+            lines.append(f"  without AUC, as no album or every album has them: {names}")
+        pictures = ", ".join(storage.join(self.uri, name) for name in _PICTURES)
+        return "\n".join([*lines, f"  look at {pictures}"])
+
+
+def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
+    """Measure as `config` says. Raises UserError for a user's mistake."""
+    out = storage.absolute(config.out)
+    bundle = read_bundle(config.model)
+    manifest = read_manifest(config.dataset)
+    _check_genres(bundle, manifest)
+    manifest.require(config.split)
+    inputs = {"weights_id": bundle.weights_id, "dataset_id": manifest.dataset_id}
+    places.claim(out, "evaluate", config, inputs)
+    metrics_file = storage.join(out, "metrics.json")
+    if storage.exists(metrics_file):
+        remark = ": already measured by this same command"
+        return Evaluated(out, config.split, storage.read_json(metrics_file), remark)
+
+    runtime.start_ray(verbose=verbose)
+    workers = runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
+    plan, source = ingest.plan_dataset(manifest, [config.split])
+    plan_uri = storage.join(out, _PLAN)
+    storage.put(plan_uri, shards.to_parquet(plan))
+    rows = plan.num_rows
+    scores = np.full((rows, len(bundle.genres)), np.nan, np.float32)
+    with Progress("evaluate", rows, "covers") as progress:
+        for part in predict.score_plan(
+            plan_uri,
+            [(0, 0, rows)],
+            source,
+            bundle.uri,
+            bundle.preprocessing,
+            batch_size=config.batch_size,
+            workers=workers,
+        ):
+            bad = part.outcomes["reason"].drop_null()
+            if len(bad):
+                raise DatasetError(f"{manifest.uri}: a cover is {bad[0]}; prepare it again")
+            at = part.outcomes["row"].to_numpy()
+            if not np.isnan(scores[at]).all():
+                raise LedgerError(f"a row of the {config.split} split was scored twice")
+            scores[at] = part.scores
+            progress.advance(len(at))
+    if np.isnan(scores).any():
+        raise LedgerError(f"{int(np.isnan(scores).any(1).sum())} of {rows} albums have no score")
+
+    albums = plan["genres"].to_pylist()
+    truth = bundle.genres.multi_hot(albums)
+    metrics = _with_ids(multilabel_metrics(truth, scores, bundle.genres.names), bundle, manifest)
+    _write(out, bundle, plan, truth, scores, metrics)
+    # Spread over the split: a catalog is often sorted by genre.
+    shown = np.unique(np.linspace(0, rows - 1, _SHEET_COVERS, dtype=np.int64))
+    sheet = report.contact_sheet(
+        predict.pixels_of(plan.take(shown), source, bundle.preprocessing),
+        [albums[row] for row in shown],
+        [dict(zip(bundle.genres.names, scores[row].tolist(), strict=True)) for row in shown],
+    )
+    storage.put(storage.join(out, "covers.png"), sheet)
+    storage.put_json(metrics_file, nan_to_none(metrics))
+    return Evaluated(out, config.split, nan_to_none(metrics))
+
+
+def _check_genres(bundle: Bundle, manifest: Manifest) -> None:
+    if bundle.genres != manifest.genres:
+        extra = set(bundle.genres.names) ^ set(manifest.genres.names)
+        raise DatasetError(
+            f"{manifest.uri}: its genres are not those of {bundle.uri} (differ:"
+            f" {', '.join(sorted(extra)[:5])}); prepare it with --genres"
+            f" {','.join(bundle.genres.names)}"
+        )
+
+
+def _with_ids(metrics: Metrics, bundle: Bundle, manifest: Manifest) -> Metrics:
+    ids = {"weights_id": bundle.weights_id, "dataset_id": manifest.dataset_id}
+    return ids | metrics
+
+
+def _write(
+    out: str, bundle: Bundle, plan: pa.Table, truth: Any, scores: Any, metrics: Metrics
+) -> None:
+    names = bundle.genres.names
+    columns = [pa.array(scores[:, j]) for j in range(len(names))]
+    table = pa.table(
+        [
+            plan["album_id"],
+            plan["row"],
+            plan["genres"],
+            pa.StructArray.from_arrays(columns, names=list(names)),
+        ],
+        schema=schema.predictions(list(names)),
+    )
+    storage.put(storage.join(out, "predictions.parquet"), shards.to_parquet(table))
+    storage.put(storage.join(out, "genres.png"), report.genre_bars(metrics["genres"]))
+    storage.put(storage.join(out, "curves.png"), report.curves(truth > 0.5, scores, names))

@@ -1,0 +1,232 @@
+"""The networks by name: a trunk that sees, a head that tells genres, and what of them trains.
+
+Shapes: B albums of a batch, C = 3 colours, H x W pixels, D features, G genres.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from covergenre.errors import ConfigError, did_you_mean
+from covergenre.registry import model_spec
+
+
+class CoverModel(nn.Module):
+    """`head(trunk(images))`: the trunk may carry ImageNet weights, the head is always new."""
+
+    def __init__(self, name: str, trunk: nn.Module, head: nn.Module) -> None:
+        """name: as in registry.MODELS; trunk: images to flat features; head: features to logits."""
+        super().__init__()
+        self.name = name
+        self.trunk = trunk
+        self.head = head
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits [B, G], one a genre, before the sigmoid, of normalised float images."""
+        features_BD = self.trunk(images_BCHW)
+        logits_BG: Tensor = self.head(features_BD)
+        return logits_BG
+
+
+def build_model(name: str, num_genres: int, *, seed: int | None = None) -> CoverModel:
+    """The model `name` with random weights, on torch's default device.
+
+    Trunk tensors have torchvision's names. With `seed` the weights are the same on every device
+    and the global random state is left alone; without it they are drawn from the global state. On
+    the meta device there are shapes only, and no memory is used.
+
+    Raises ModelError where there is no such model, ValueError where num_genres is under 1.
+    """
+    model_spec(name)
+    if num_genres < 1:
+        raise ValueError(f"num_genres must be at least 1, not {num_genres}")
+    device = torch.get_default_device()
+    # Shapes first: torchvision's VGG fills a 494 MB classifier that is thrown away here.
+    with torch.device("meta"):
+        trunk, head = _trunk_and_head(name, num_genres)
+    model = CoverModel(name, trunk, head)
+    if device.type == "meta":
+        return model
+    model.to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            # torch.manual_seed would also reseed the GPUs, which are not forked here.
+            torch.default_generator.manual_seed(seed)
+        _initialise(model)
+    return model.to(device)
+
+
+def convolutions(model: CoverModel) -> list[tuple[str, nn.Conv2d]]:
+    """The trunk's convolutions with their names in the trunk, in order of definition.
+
+    That is the order of execution, but that a ResNet's downsample, which runs beside the
+    convolutions of its block, comes after them.
+    """
+    return [(name, m) for name, m in model.trunk.named_modules() if isinstance(m, nn.Conv2d)]
+
+
+def freeze(model: CoverModel, how: str) -> int:
+    """Stop the first convolutions, each with the norm that follows it, from training.
+
+    how: "none", "all" (the whole trunk), "paper" (the model's number in the registry) or a number
+    of convolutions in decimal. What was frozen of the trunk before trains again; the head always
+    trains. Returns how many parameters are frozen. Raises ConfigError for any other `how`, a
+    negative number, or more convolutions than there are.
+    """
+    count = _convolutions_to_freeze(model, how)
+    model.trunk.requires_grad_(how != "all")
+    leaves = [m for m in model.trunk.modules() if next(m.children(), None) is None]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, nn.Conv2d)]
+    for place in places[:count]:
+        leaves[place].requires_grad_(False)
+        for follower in leaves[place + 1 : place + 2]:
+            if isinstance(follower, _BatchNorm):
+                follower.requires_grad_(False)
+    return count_parameters(model)[2]
+
+
+def training_mode(model: CoverModel, *, freeze_batch_norm: bool, rows: int) -> None:
+    """Put `model` in train mode for a batch of `rows`, but for the norms that must not learn.
+
+    freeze_batch_norm: the trunk's norms keep their pretrained statistics. A norm with frozen
+    parameters always keeps its statistics, and on fewer than 2 rows every norm does: one row has
+    no variance.
+    """
+    model.train()
+    for part, keep in ((model.trunk, freeze_batch_norm), (model.head, False)):
+        for module in part.modules():
+            if isinstance(module, _BatchNorm):
+                frozen = not all(p.requires_grad for p in module.parameters())
+                module.train(not (keep or frozen or rows < 2))
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int, int]:
+    """(total, trainable, frozen) parameters. A norm's running statistics are no parameters."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return total, trainable, total - trainable
+
+
+def _convolutions_to_freeze(model: CoverModel, how: str) -> int:
+    if how in ("none", "all"):
+        return 0
+    if how == "paper":
+        return model_spec(model.name).paper_frozen_convolutions
+    available = len(convolutions(model))
+    if not (how.isascii() and how.removeprefix("-").isdecimal()):
+        hint = did_you_mean(how, ("paper", "none", "all"))
+        raise ConfigError(f"--freeze: {how!r} is no number of convolutions{hint}")
+    if how.startswith("-") or int(how) > available:
+        raise ConfigError(
+            f"--freeze: {how} is out of range; {model.name} has {available} convolutions,"
+            f" so give 0 to {available}, or paper, none or all"
+        )
+    return int(how)
+
+
+def _trunk_and_head(name: str, num_genres: int) -> tuple[nn.Module, nn.Module]:
+    if name == "tiny":
+        return _tiny(num_genres)
+    if name == "baseline":
+        return _baseline(num_genres)
+    trunk: nn.Module = torchvision.models.get_model(name, weights=None)
+    if name.startswith("resnet"):
+        assert isinstance(trunk.fc, nn.Linear)
+        width = trunk.fc.in_features
+        trunk.fc = nn.Identity()
+        return trunk, nn.Linear(width, num_genres)
+    trunk.classifier = nn.Identity()
+    if name == "vgg16":  # as in the paper's Figure 4: no dropout
+        return trunk, nn.Sequential(
+            nn.Linear(512 * 7 * 7, 4096),
+            nn.ReLU(inplace=True),
+            nn.Linear(4096, 4096),
+            nn.ReLU(inplace=True),
+            nn.Linear(4096, num_genres),
+        )
+    if name == "alexnet":  # torchvision's classifier
+        return trunk, nn.Sequential(
+            nn.Dropout(0.5),
+            nn.Linear(256 * 6 * 6, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.5),
+            nn.Linear(4096, 4096),
+            nn.ReLU(inplace=True),
+            nn.Linear(4096, num_genres),
+        )
+    assert name == "mobilenet_v2", f"registry.MODELS names {name}, which cannot be built"
+    return trunk, nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, num_genres))
+
+
+def _baseline(num_genres: int) -> tuple[nn.Module, nn.Module]:
+    """Koenig's network (2017). No bias before a norm, which subtracts the mean anyway."""
+    channels = [3, 64, 128, 256, 512, 1024, 2048]
+    blocks = OrderedDict[str, nn.Module]()
+    for i in range(1, len(channels)):
+        blocks[f"block{i}"] = nn.Sequential(
+            OrderedDict[str, nn.Module](
+                conv=nn.Conv2d(channels[i - 1], channels[i], 3, padding=1, bias=False),
+                norm=nn.BatchNorm2d(channels[i]),
+                relu=nn.ReLU(inplace=True),
+                pool=nn.MaxPool2d(2),
+            )
+        )
+    trunk = nn.Sequential(
+        OrderedDict[str, nn.Module](
+            features=nn.Sequential(blocks),
+            # Six halvings of 224 are 3 already; only covers of another side need the pooling.
+            avgpool=nn.AdaptiveAvgPool2d(3),
+            flatten=nn.Flatten(),
+        )
+    )
+    layers: list[nn.Module] = []
+    for width in (2048 * 3 * 3, 2048, 2048):
+        layers += [
+            nn.Linear(width, 2048, bias=False),
+            nn.BatchNorm1d(2048),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.2),
+        ]
+    return trunk, nn.Sequential(*layers, nn.Linear(2048, num_genres))
+
+
+def _tiny(num_genres: int) -> tuple[nn.Module, nn.Module]:
+    """12 million multiplications for a cover of 224 x 224 pixels, where VGG16 takes 15 billion."""
+    channels = [3, 16, 32, 64, 128]
+    blocks = OrderedDict[str, nn.Module]()
+    for i in range(1, len(channels)):
+        blocks[f"block{i}"] = nn.Sequential(
+            OrderedDict[str, nn.Module](
+                conv=nn.Conv2d(
+                    channels[i - 1], channels[i], 3, stride=4 if i == 1 else 2, padding=1
+                ),
+                relu=nn.ReLU(inplace=True),
+            )
+        )
+    trunk = nn.Sequential(
+        OrderedDict[str, nn.Module](
+            features=nn.Sequential(blocks), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()
+        )
+    )
+    head = nn.Sequential(nn.Linear(128, 64), nn.ReLU(inplace=True), nn.Linear(64, num_genres))
+    return trunk, head
+
+
+def _initialise(model: nn.Module) -> None:
+    """Random weights: He for convolutions, Glorot for dense layers, as Keras and the paper do."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            else:
+                nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        else:  # what is not filled here would be whatever the memory held
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            assert not own, f"{type(module).__name__} has no initialisation"

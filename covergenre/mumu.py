@@ -1,0 +1,58 @@
+"""MuMu's label files: CSV, one row a song, made into one row an album.
+
+An album is one amazon_id, in order of first appearance. Its genres are those of all its songs, in
+order of first appearance, and its artist is the first that a song names. Covers are not part of
+MuMu: they are files `<amazon_id>.jpg` in a folder of the user's.
+
+Source: the MuMu dataset of Oramas et al. 2017, its files MuMu_dataset_*-label.csv.
+"""
+
+import pyarrow as pa
+
+from covergenre import storage
+from covergenre.catalog_files import read_delimited
+from covergenre.errors import CatalogError, did_you_mean
+from covergenre.genre_lists import GENRES, distinct
+
+HEADER = ["amazon_id", "album_mbid", "MSD_track_id", "recording_mbid", "artist_mbid", "genres"]
+SEPARATOR = ","  # between genres, inside one quoted value
+
+_NEEDED = ["amazon_id", "artist_mbid", "genres"]
+
+
+def read_songs(files: list[str], separator: str, covers: str | None) -> tuple[pa.Table, int]:
+    """Albums (album_id, cover, genres, artist) and the number of songs in the files.
+
+    `covers` is the folder of the covers; None: the folder of the file that has the album first.
+    A song without an amazon_id stays as a row of its own, without an id.
+    """
+    genres: dict[str | int, list[str]] = {}
+    artists: dict[str | int, str | None] = {}
+    places: list[str | None] = []
+    songs = 0
+    for file in files:
+        source = read_delimited(file, "csv", _NEEDED)
+        if not source.columns:
+            continue
+        for name in _NEEDED:
+            if name not in source.columns:
+                hint = did_you_mean(name, source.columns)
+                raise CatalogError(f"no column {name!r} in {file}{hint} (--format)")
+        folder = storage.absolute(covers or storage.parent(file))
+        for song in source.table.select(_NEEDED).to_pylist():
+            amazon_id, artist, text = (song[name] for name in _NEEDED)
+            key = amazon_id or songs
+            if key not in genres:
+                places.append(amazon_id and storage.join(folder, f"{amazon_id}.jpg"))
+            genres.setdefault(key, []).extend((text or "").split(separator))
+            artists[key] = artists.get(key) or artist
+            songs += 1
+    albums = pa.table(
+        {
+            "album_id": pa.array([key if isinstance(key, str) else None for key in genres]),
+            "cover": pa.array(places, pa.string()),
+            "genres": pa.array([distinct(names) for names in genres.values()], GENRES),
+            "artist": pa.array(artists.values(), pa.string()),
+        }
+    )
+    return albums, songs

@@ -1,0 +1,332 @@
+"""prepare: a catalog becomes a dataset.
+
+The driver reads the catalog's table (no cover), chooses genres and splits, and cuts each split
+into shards of consecutive rows. A Ray task then makes a whole shard: it fetches its covers,
+proves that each decodes, and writes one Parquet file under a fixed name.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from covergenre import __version__, covers, ingest, places, report, runtime, schema, shards, storage
+from covergenre.catalog import Catalog, read_catalog
+from covergenre.catalog_settings import catalog_options
+from covergenre.config import PrepareConfig
+from covergenre.covers import CoverError
+from covergenre.errors import CatalogError, ConfigError, LedgerError
+from covergenre.genre_map import apply_genre_map, load_genre_map
+from covergenre.genres import Genres, Selection, keep_albums, select
+from covergenre.ingest import Cover, Source
+from covergenre.progress import Progress, say
+from covergenre.shards import Manifest, Shard
+from covergenre.splits import SplitAssignment, assign_splits
+
+_PLAN = "_state/plan.parquet"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A finished dataset."""
+
+    manifest: Manifest
+    remark: str = ""
+
+    def account(self) -> str:
+        """What the user is told at the end."""
+        m, counts = self.manifest, self.manifest.counts
+        splits = ", ".join(f"{m.rows(split):,} {split}" for split in schema.SPLITS)
+        lines = [
+            f"dataset {m.uri} ({m.dataset_id}){self.remark}",
+            f"  {counts['albums']:,} albums of {counts['rows']:,} rows: {splits}",
+            f"  {len(m.genres)} genres: {', '.join(m.genres.names)}",
+        ]
+        if counts["duplicates"]:
+            lines.append(f"  {counts['duplicates']:,} rows repeat an earlier one")
+        if counts["rejected"]:
+            why = ", ".join(f"{n:,} {reason}" for reason, n in counts["reasons"].items())
+            lines.append(f"  {counts['rejected']:,} set aside in {m.uri}/rejected: {why}")
+        lines.append(f"  look at {storage.join(m.uri, 'label_distribution.png')}")
+        return "\n".join(lines)
+
+
+def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
+    """Validate and pack as `config` says. Raises UserError for a user's mistake."""
+    out = storage.absolute(config.out)
+    catalog = read_catalog(storage.absolute(config.catalog), catalog_options(config))
+    inputs = {"catalog": catalog.fingerprint}
+    table, genre_map = catalog.table, None
+    if config.genre_map:
+        genre_map = load_genre_map(storage.absolute(config.genre_map))
+        table, used = apply_genre_map(table, genre_map)
+        inputs["genre_map"] = hashlib.sha256(json.dumps(genre_map).encode()).hexdigest()
+        say(f"genre map: {len(used)} of {len(genre_map)} names occur in the catalog")
+    for note in catalog.notes:
+        say(note)
+    plan = ingest.plan(table)
+    first = ingest.first_rows(plan).to_pylist()
+    albums = [
+        g if is_first else [] for g, is_first in zip(plan["genres"].to_pylist(), first, strict=True)
+    ]
+    selection = select(
+        albums,
+        top=config.top_genres,
+        min_share=config.min_share,
+        explicit=config.genres,
+    )
+    reasons = _reasons(plan, first, keep_albums(albums, selection.kept, config.keep == "all"))
+    wanted = [is_first and r is None for is_first, r in zip(first, reasons, strict=True)]
+    assigned = _splits(plan, config, wanted)
+    places.claim(out, "prepare", config, inputs)
+    if shards.is_dataset(out):
+        return Prepared(shards.read_manifest(out), ": already prepared by this same command")
+
+    runtime.start_ray(verbose=verbose)
+    jobs, aside = _cut(reasons, assigned, config.shard_rows)
+    storage.put(storage.join(out, _PLAN), shards.to_parquet(_with_splits(plan, assigned)))
+    source = Source(catalog.files, catalog.image_column)
+    done = list(_pack(out, config, jobs, source, selection.kept))
+    rejected = Counter({reason: len(rows) for reason, rows in aside.items()})
+    _write_aside(out, plan, aside)
+    for result in done:
+        rejected.update(result["reasons"])
+    manifest = _finish(out, config, catalog, selection, assigned, done, rejected, len(plan))
+    return Prepared(manifest)
+
+
+def _reasons(plan: pa.Table, first: list[bool], chosen: list[str | None]) -> list[str | None]:
+    """Why each row is set aside before its cover is read, or None.
+
+    `chosen` judges albums by their genres; a repeated row is judged later, by its cover.
+    """
+    null_id = pc.is_null(plan["album_id"]).to_pylist()
+    return [
+        "null_id" if no_id else reason if is_first else None
+        for no_id, is_first, reason in zip(null_id, first, chosen, strict=True)
+    ]
+
+
+def _splits(plan: pa.Table, config: PrepareConfig, used: list[bool]) -> SplitAssignment:
+    has_own = pc.any(pc.is_valid(plan["split"])).as_py()
+    own = config.split_from == "catalog" or (config.split_from == "auto" and bool(has_own))
+    if own and not has_own:
+        raise ConfigError("--split-from catalog: the catalog has no split (--split-column)")
+    if config.group_by != "album_id" and not own:
+        column = plan[config.group_by]
+        if column.null_count == len(column):
+            raise ConfigError(
+                f"--group-by {config.group_by}: the catalog names none (--{config.group_by}-column)"
+            )
+    # Rows that are set aside anyway need no valid split of their own.
+    split = pc.if_else(pa.array(used), plan["split"].combine_chunks(), "train") if own else None
+    table = plan if split is None else _replaced(plan, "split", split)
+    assigned = assign_splits(
+        table,
+        group_by=config.group_by,
+        fractions=config.split_fractions,
+        seed=config.split_seed,
+        split_from="catalog" if own else "hash",
+    )
+    if own:
+        say("splits: the catalog's own")
+    elif config.group_by != "album_id":
+        say(f"splits: by {config.group_by}; {assigned.alone:,} albums name none and count alone")
+    return assigned
+
+
+def _replaced(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    at = table.column_names.index(name)
+    return table.set_column(at, table.schema.field(name), column)
+
+
+def _with_splits(plan: pa.Table, assigned: SplitAssignment) -> pa.Table:
+    return _replaced(_replaced(plan, "split", assigned.split), "group", assigned.group)
+
+
+def _cut(
+    reasons: list[str | None], assigned: SplitAssignment, shard_rows: int
+) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
+    """(a job a shard, rows set aside by reason). A shard's rows are in catalog order."""
+    aside: dict[str, list[int]] = {}
+    by_split: dict[str, list[int]] = {split: [] for split in schema.SPLITS}
+    for row, (reason, split) in enumerate(zip(reasons, assigned.split.to_pylist(), strict=True)):
+        if reason is None:
+            by_split[split].append(row)
+        else:
+            aside.setdefault(reason, []).append(row)
+    jobs = [
+        {"split": split, "part": part, "rows": rows[start : start + shard_rows]}
+        for split, rows in by_split.items()
+        for part, start in enumerate(range(0, len(rows), shard_rows))
+    ]
+    return jobs, aside
+
+
+def _pack(
+    out: str, config: PrepareConfig, jobs: list[dict[str, Any]], source: Source, kept: Genres
+) -> Iterator[dict[str, Any]]:
+    """Make the shards on the cluster; what each job wrote, in any order."""
+    import ray.data
+    from ray.data import TaskPoolStrategy
+
+    if not jobs:
+        return
+    runtime.data_context()
+    max_side = None if config.keep_original else config.max_side
+    work = partial(_pack_shards, out=out, source=source, kept=kept, max_side=max_side)
+    packed = ray.data.from_items(
+        [{"job": json.dumps(job)} for job in jobs], override_num_blocks=len(jobs)
+    ).map_batches(
+        work,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=TaskPoolStrategy(size=config.workers or runtime.cpus()),
+    )
+    blocks: Iterable[Any] = packed.iter_batches(batch_size=None, batch_format="pyarrow")
+    with Progress("prepare", sum(len(job["rows"]) for job in jobs), "rows") as progress:
+        for block in blocks:
+            for line in block["done"].to_pylist():
+                result = json.loads(line)
+                progress.advance(result["rows"])
+                yield result
+
+
+def _pack_shards(
+    jobs: pa.Table, out: str, source: Source, kept: Genres, max_side: int | None
+) -> Iterator[pa.Table]:
+    for line in jobs["job"].to_pylist():
+        job = json.loads(line)
+        yield pa.table({"done": [json.dumps(_pack_shard(job, out, source, kept, max_side))]})
+
+
+def _pack_shard(
+    job: dict[str, Any], out: str, source: Source, kept: Genres, max_side: int | None
+) -> dict[str, Any]:
+    """Write one shard, and the rows of it that are set aside or repeat others."""
+    rows = np.array(job["rows"], np.int64)
+    plan = shards.read_rows(storage.join(out, _PLAN), int(rows[0]), int(rows[-1]) + 1)
+    plan = plan.take(rows - rows[0])
+    names = set(kept.names)
+    albums: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    duplicates: list[dict[str, Any]] = []
+    for row, outcome in zip(plan.to_pylist(), ingest.load(plan, source), strict=True):
+        if isinstance(outcome, Cover):
+            try:
+                image = covers.pack(outcome.data, max_side)
+            except CoverError as error:
+                rejected.append(rejection(row, error))
+                continue
+            genres = [genre for genre in row["genres"] if genre in names]
+            fields = {"image": image, "cover_sha256": outcome.sha256, "genres": genres}
+            albums.append({name: row.get(name) for name in schema.DATASET.names} | fields)
+        elif isinstance(outcome, CoverError):
+            rejected.append(rejection(row, outcome))
+        else:
+            duplicates.append({**row, "first_row": outcome.first_row})
+    part = f"part-{job['split']}-{job['part']:05d}.parquet"
+    shard = None
+    if albums:
+        path = f"{job['split']}/part-{job['part']:05d}.parquet"
+        table = pa.Table.from_pylist(albums, schema=schema.DATASET)
+        shard = shards.write_shard(out, path, table)
+    for folder, records, fields_of in (
+        ("rejected", rejected, schema.REJECTED),
+        ("_state/duplicates", duplicates, schema.DUPLICATES),
+    ):
+        if records:
+            table = pa.Table.from_pylist(records, schema=fields_of)
+            storage.put(storage.join(out, folder, part), shards.to_parquet(table))
+    return {
+        "split": job["split"],
+        "part": job["part"],
+        "rows": len(rows),
+        "shard": shard and vars(shard),
+        "duplicates": len(duplicates),
+        "reasons": Counter(record["reason"] for record in rejected),
+    }
+
+
+def rejection(row: dict[str, Any], error: CoverError) -> dict[str, Any]:
+    """A row of schema.REJECTED."""
+    return {
+        "album_id": row["album_id"],
+        "row": row["row"],
+        "cover": row["cover"],
+        "reason": error.reason,
+        "detail": error.detail or None,
+    }
+
+
+def _write_aside(out: str, plan: pa.Table, aside: dict[str, list[int]]) -> None:
+    """The rows that were set aside before their covers were read."""
+    tables = []
+    for reason, rows in aside.items():
+        part = plan.select(["album_id", "row", "cover"]).take(pa.array(rows, pa.int64()))
+        part = part.append_column("reason", pa.array([reason] * len(rows)))
+        tables.append(part.append_column("detail", pa.nulls(len(rows), pa.string())))
+    if tables:
+        table = pa.concat_tables(tables).cast(schema.REJECTED)
+        storage.put(storage.join(out, "rejected/part-plan.parquet"), shards.to_parquet(table))
+
+
+def _finish(
+    out: str,
+    config: PrepareConfig,
+    catalog: Catalog,
+    selection: Selection,
+    assigned: SplitAssignment,
+    done: list[dict[str, Any]],
+    rejected: Counter[str],
+    rows: int,
+) -> Manifest:
+    done = sorted(done, key=lambda result: (result["split"], result["part"]))
+    by_split = {
+        split: tuple(Shard(**r["shard"]) for r in done if r["split"] == split and r["shard"])
+        for split in schema.SPLITS
+    }
+    albums = sum(shard.rows for part in by_split.values() for shard in part)
+    duplicates = sum(result["duplicates"] for result in done)
+    if rows != albums + rejected.total() + duplicates:
+        raise LedgerError(
+            f"{rows} rows went in; {albums} albums + {rejected.total()} rejected + {duplicates}"
+            " duplicates came out"
+        )
+    if albums == 0:
+        most, n = rejected.most_common(1)[0]
+        raise CatalogError(
+            f"{config.catalog}: no album can be used; {n:,} of {rows:,} rows: {most}"
+            f" ({schema.REASONS[most]}); see {storage.join(out, 'rejected')}"
+        )
+    counts = {
+        "rows": rows,
+        "source_rows": catalog.source_rows,
+        "albums": albums,
+        "duplicates": duplicates,
+        "rejected": rejected.total(),
+        "reasons": dict(sorted(rejected.items())),
+        "splits": {split: sum(s.rows for s in part) for split, part in by_split.items()},
+        "bytes": sum(s.bytes for part in by_split.values() for s in part),
+        "labelled": selection.albums,
+        "raw_genres": selection.counts,
+        "albums_without_group": assigned.alone,
+    }
+    kept = selection.kept
+    manifest = Manifest(out, kept, by_split, shards.dataset_id(kept, by_split), counts)
+    picture = report.label_distribution(selection.counts, selection.albums, set(kept.names))
+    storage.put(storage.join(out, "label_distribution.png"), picture)
+    extra = {
+        "catalog": {"fingerprint": catalog.fingerprint, "place": config.catalog},
+        "settings": config.model_dump(mode="json"),
+        "versions": {"covergenre": __version__, "pyarrow": pa.__version__},
+    }
+    shards.write_manifest(manifest, extra)
+    return manifest

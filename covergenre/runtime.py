@@ -1,0 +1,163 @@
+"""Ray: joined where a cluster is named, embedded in this process where none is. Kept quiet."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from covergenre.errors import ConfigError
+
+_EMBEDDED_OBJECT_STORE_BYTES = 2 * 2**30
+"""Of an embedded Ray: encoded covers and a few batches of pixels; the rest is for the model."""
+PIPELINE_BYTES = 512 * 2**20
+"""What one Ray Data pipeline may hold in the object store before its readers wait."""
+
+
+def start_ray(*, verbose: bool = False) -> None:
+    """Connect to the cluster of RAY_ADDRESS, or embed a Ray here; once a process.
+
+    Stages call it after they have checked what they can, so that a mistake is answered at once.
+    Ray ends with the process.
+    """
+    # Read when ray is imported. Under `uv run` Ray would rebuild the environment in each worker.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # Ask for tomorrow's behaviour today, so that Ray need not warn about it.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not verbose:
+        # log_to_driver=False does not stop the raylet's own remarks; this does.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
+        # Ray Data's actor pools log an error of the C++ kind at every start, for nothing.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    if not ray.is_initialized():
+        settings: dict[str, Any] = {}
+        if "RAY_ADDRESS" not in os.environ:
+            settings = {
+                "address": "local",
+                # Logical CPUs: even on a small machine a model and its readers must both fit.
+                "num_cpus": max(4, os.cpu_count() or 1),
+                "object_store_memory": _EMBEDDED_OBJECT_STORE_BYTES,
+                "include_dashboard": False,
+            }
+        with contextlib.nullcontext() if verbose else _silent_stderr():
+            ray.init(
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                **settings,
+            )
+    quieten(verbose)
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what is written to file descriptor 2: Ray's C++ part says there that it was told to
+    log less. An error of ray.init is an exception, and comes through."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def quieten(verbose: bool = False) -> None:
+    """Keep Ray's own progress and remarks out of this process's terminal, unless asked for."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = verbose
+    context.enable_operator_progress_bars = verbose
+    context.print_on_execution_start = verbose
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def gpus() -> int:
+    """GPUs of the cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def cpus() -> int:
+    """CPUs of the cluster, as Ray counts them."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that hold a model."""
+
+    count: int
+    use_gpu: bool
+    cpus: float
+    """Reserved for each."""
+    per_node: int
+    """How many at most share one machine's cores."""
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Of each, in Ray's names."""
+        return {"CPU": self.cpus, **({"GPU": 1} if self.use_gpu else {})}
+
+
+def place_workers(workers: int | None, device: str, cpus_per_worker: float) -> Workers:
+    """The workers that the settings ask for. Raises ConfigError where they cannot fit.
+
+    CPU workers together leave at least one CPU: Ray Data has to run on something.
+    """
+    import ray
+
+    nodes = max(1, sum(node["Alive"] for node in ray.nodes()))
+    have_gpus = gpus()
+    use_gpu = device == "gpu" or (device == "auto" and have_gpus > 0)
+    if use_gpu:
+        count = workers or max(1, have_gpus)
+        if count > have_gpus:
+            raise ConfigError(
+                f"--workers {count}: one GPU each, and the cluster has {have_gpus};"
+                " ask for fewer, or --device cpu"
+            )
+        return Workers(count, True, cpus_per_worker, -(-count // nodes))
+    count = workers or 1
+    have = cpus()
+    if count * cpus_per_worker > have - 1:
+        raise ConfigError(
+            f"--workers {count}: {cpus_per_worker:g} CPUs each and one for the data need"
+            f" {count * cpus_per_worker + 1:g}, and the cluster has {have}; ask for fewer"
+        )
+    return Workers(count, False, cpus_per_worker, -(-count // nodes))
+
+
+def use_cores(workers: Workers) -> None:
+    """Let torch in this worker use its part of the machine's cores.
+
+    Ray would hold it to the CPUs reserved, which are few so that decoding is never shut out.
+    """
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers.per_node))
+
+
+def data_context(*, ordered: bool = False) -> None:
+    """Settings of every Ray Data pipeline of ours, in the process that runs it."""
+    import ray.data
+    from ray.data import ExecutionResources
+
+    context = ray.data.DataContext.get_current()
+    # A row is a whole batch: blocks this small keep one batch, or few, in each.
+    context.target_max_block_size = 2**20
+    context.execution_options.preserve_order = ordered
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=PIPELINE_BYTES
+    )

@@ -1,0 +1,101 @@
+"""Names and Arrow schemas of every table that covergenre reads or writes. Nothing else."""
+
+import pyarrow as pa
+
+SPLITS = ("train", "dev", "test")
+
+# Why a row is set aside. The text beside it in `detail` says more about the one row.
+REASONS = {
+    "null_id": "the row has no album_id",
+    "no_cover": "the row names no cover",
+    "missing_file": "the cover is not there",
+    "unreadable_file": "the cover is there but cannot be read",
+    "empty_file": "the cover has no bytes",
+    "file_too_large": "the cover has more bytes than a row group of the dataset can hold",
+    "not_an_image": "the bytes are no image format that can be decoded",
+    "truncated_image": "the image ends too early or is damaged",
+    "too_many_pixels": "the image has more pixels than is safe to decode",
+    "conflicting_cover": "an earlier row has this album_id with another cover",
+    "unlabelled": "the album has no genre (prepare only)",
+    "no_selected_genre": "none of the album's genres was selected (prepare only)",
+    "genre_not_selected": "one of the album's genres was not selected, and --keep is all",
+}
+
+# One row an album: what prepare writes under DATASET/<split>/.
+DATASET = pa.schema(
+    [
+        pa.field("album_id", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),  # place in the catalog, from 0
+        pa.field("image", pa.large_binary(), nullable=False),  # encoded, never pixels
+        pa.field("cover_sha256", pa.string(), nullable=False),  # of the source bytes
+        pa.field("genres", pa.list_(pa.string()), nullable=False),
+        pa.field("group", pa.string()),  # what --group-by kept together; null: the album alone
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("title", pa.string()),
+        pa.field("artist", pa.string()),
+    ]
+)
+
+# A row set aside: prepare's and score's rejected/*.parquet.
+REJECTED = pa.schema(
+    [
+        pa.field("album_id", pa.string()),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("cover", pa.string()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),
+    ]
+)
+
+# A later row of an album that was already counted, with the same cover.
+DUPLICATES = pa.schema(
+    [
+        pa.field("album_id", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("first_row", pa.int64(), nullable=False),
+    ]
+)
+
+# A catalog after reading: every source format becomes this. `cover` or `image` is set, not both.
+CATALOG = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("album_id", pa.string()),
+        pa.field("cover", pa.string()),  # absolute path or URI
+        pa.field("source", pa.int32()),  # index into Catalog.files, where the image bytes are
+        pa.field("source_row", pa.int64()),  # row of that file
+        pa.field("genres", pa.list_(pa.string())),
+        pa.field("title", pa.string()),
+        pa.field("artist", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("group", pa.string()),
+        pa.field("first_row", pa.int64()),  # set where an earlier row has this album_id
+    ]
+)
+
+
+def labels(genres: list[str]) -> pa.Schema:
+    """Schema of LABELS/labels/*.parquet for these genres, in this order."""
+    return pa.schema(
+        [
+            pa.field("album_id", pa.string(), nullable=False),
+            pa.field("row", pa.int64(), nullable=False),
+            pa.field("cover_sha256", pa.string(), nullable=False),
+            pa.field("genres", pa.list_(pa.string()), nullable=False),
+            pa.field("scores", pa.struct([pa.field(g, pa.float32()) for g in genres])),
+            pa.field("weights_id", pa.string(), nullable=False),
+            pa.field("decision_id", pa.string(), nullable=False),
+        ]
+    )
+
+
+def predictions(genres: list[str]) -> pa.Schema:
+    """Schema of evaluate's predictions.parquet: truth beside score, one row an album."""
+    return pa.schema(
+        [
+            pa.field("album_id", pa.string(), nullable=False),
+            pa.field("row", pa.int64(), nullable=False),
+            pa.field("genres", pa.list_(pa.string()), nullable=False),
+            pa.field("scores", pa.struct([pa.field(g, pa.float32()) for g in genres])),
+        ]
+    )

@@ -1,0 +1,248 @@
+"""Local paths and s3:// alike: the one place that makes a filesystem.
+
+Few verbs, because S3 has few: open, list, put atomically, put if absent, delete. There is no
+rename. A reader never sees half an object: local puts go through a temporary name in the same
+folder, S3 shows an object only when its upload is complete.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import pyarrow as pa
+from pyarrow import fs
+
+from covergenre.errors import StorageError
+
+# Older S3-compatible stores answer 411 to the checksummed streaming uploads of newer clients.
+# It has to be set before the first client is made, in every process that imports this module.
+for _name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
+    os.environ.setdefault(_name, "when_required")
+
+
+def is_uri(text: str) -> bool:
+    """Whether `text` has a scheme, as s3://bucket/key has."""
+    return "://" in text
+
+
+def absolute(uri: str) -> str:
+    """`uri` as a path or URI that means the same in every process of this host."""
+    if uri.startswith("file://"):
+        uri = urlparse(uri).path
+    return uri.rstrip("/") if is_uri(uri) else os.path.abspath(os.path.expanduser(uri))
+
+
+def join(base: str, *parts: str) -> str:
+    """`base/part/...`; a part that is itself absolute or a URI replaces what is before it."""
+    for part in parts:
+        base = part if is_uri(part) or part.startswith("/") else f"{base.rstrip('/')}/{part}"
+    return base
+
+
+def parent(uri: str) -> str:
+    """The folder that holds `uri`."""
+    folder, slash, _ = uri.rstrip("/").rpartition("/")
+    return folder or slash
+
+
+def name(uri: str) -> str:
+    """The last part of `uri`."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The Arrow filesystem of `uri` and the path in it. Raises StorageError for other schemes."""
+    if not is_uri(uri) or uri.startswith("file://"):
+        return _local(), absolute(uri)
+    if uri.startswith("s3://"):
+        return _s3(), uri.removeprefix("s3://").rstrip("/")
+    scheme = uri.partition("://")[0]
+    raise StorageError(f"{uri}: no storage for {scheme}://; use a local path or s3://")
+
+
+@lru_cache(maxsize=1)
+def _local() -> fs.LocalFileSystem:
+    return fs.LocalFileSystem()
+
+
+@lru_cache(maxsize=1)
+def _s3() -> fs.S3FileSystem:
+    # pyarrow does not reliably take the endpoint from the environment itself.
+    settings: dict[str, Any] = {}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        parsed = urlparse(endpoint)
+        settings |= {"endpoint_override": parsed.netloc, "scheme": parsed.scheme}
+    if region := _region():
+        settings["region"] = region
+    return fs.S3FileSystem(**settings)
+
+
+def _region() -> str | None:
+    # boto3 knows the second alone, Arrow both.
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+
+
+@contextlib.contextmanager
+def _said(uri: str, verb: str) -> Iterator[None]:
+    """Turn what a filesystem raises into one line that names the place."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(f"{uri}: no such file or folder") from error
+    except (OSError, pa.ArrowException, UnicodeError) as error:
+        reason, *_ = str(getattr(error, "strerror", None) or error or repr(error)).splitlines()
+        raise StorageError(f"{uri}: cannot {verb}: {reason}") from error
+
+
+def exists(uri: str) -> bool:
+    """Whether `uri` is a file or a folder (on S3: a key or a prefix of keys)."""
+    return bool(_type(uri) != fs.FileType.NotFound)
+
+
+def is_folder(uri: str) -> bool:
+    """Whether `uri` is a folder (on S3: a prefix of keys)."""
+    return bool(_type(uri) == fs.FileType.Directory)
+
+
+def _type(uri: str) -> fs.FileType:
+    system, path = filesystem(uri)
+    with _said(uri, "read"):
+        return system.get_file_info(path).type
+
+
+def size(uri: str) -> int:
+    """Bytes of the file `uri`. Raises StorageError where it is not a file."""
+    system, path = filesystem(uri)
+    with _said(uri, "read"):
+        info = system.get_file_info(path)
+        if info.type != fs.FileType.File:
+            raise FileNotFoundError(uri)
+    return int(info.size)
+
+
+def open_input(uri: str) -> pa.NativeFile:
+    """`uri` opened for reading at any place. Raises StorageError where it cannot be."""
+    system, path = filesystem(uri)
+    with _said(uri, "read"):
+        return system.open_input_file(path)
+
+
+def read_bytes(uri: str) -> bytes:
+    """All bytes of the file `uri`."""
+    with open_input(uri) as file, _said(uri, "read"):
+        return bytes(file.read())
+
+
+def read_json(uri: str) -> Any:
+    """The JSON value in the file `uri`. Raises StorageError where it is not JSON."""
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise StorageError(f"{uri}: not valid JSON: {error}") from error
+
+
+def list_files(uri: str) -> list[str]:
+    """Every file below the folder `uri`, sorted. Raises StorageError where there is no such."""
+    system, path = filesystem(uri)
+    with _said(uri, "list"):
+        found = system.get_file_info(fs.FileSelector(path, recursive=True))
+    prefix = "s3://" if uri.startswith("s3://") else ""
+    return sorted(prefix + info.path for info in found if info.type == fs.FileType.File)
+
+
+def list_sizes(uri: str) -> dict[str, int]:
+    """Path below the folder `uri` -> bytes, of every file; empty where there is no such folder."""
+    system, path = filesystem(uri)
+    with _said(uri, "list"):
+        found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    return {
+        info.path[len(path) + 1 :]: int(info.size)
+        for info in sorted(found, key=lambda info: str(info.path))
+        if info.type == fs.FileType.File
+    }
+
+
+def put(uri: str, data: bytes | pa.Buffer) -> None:
+    """Write `data` to `uri` so that a reader sees the old object or all of the new one."""
+    system, path = filesystem(uri)
+    with _said(uri, "write"):
+        if isinstance(system, fs.LocalFileSystem):
+            _put_local(Path(path), data, overwrite=True)
+        else:
+            with system.open_output_stream(path) as stream:
+                stream.write(data)
+
+
+def put_json(uri: str, value: Any) -> None:
+    """Write `value` to `uri` as indented JSON, atomically."""
+    put(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def put_if_absent(uri: str, data: bytes) -> bool:
+    """Write `data` to `uri` unless it exists. Whether this call wrote it: one caller wins."""
+    system, path = filesystem(uri)
+    with _said(uri, "write"):
+        if isinstance(system, fs.LocalFileSystem):
+            return _put_local(Path(path), data, overwrite=False)
+        return _put_s3_if_absent(path, data)
+
+
+def _put_local(path: Path, data: bytes | pa.Buffer, *, overwrite: bool) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The leading dot keeps a half-written file out of every listing by pattern.
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        if overwrite:
+            os.replace(temporary, path)
+            return True
+        try:
+            os.link(temporary, path)  # unlike replace, a link fails where the name is taken
+        except FileExistsError:
+            return False
+        return True
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+@lru_cache(maxsize=1)
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def _put_s3_if_absent(path: str, data: bytes) -> bool:
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, _, key = path.partition("/")
+    try:
+        client = boto3.client("s3", region_name=_region())
+        client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+    except ClientError as error:
+        if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
+            return False
+        raise OSError(str(error)) from error
+    except BotoCoreError as error:
+        raise OSError(str(error)) from error
+    return True
+
+
+def delete_folder(uri: str) -> None:
+    """Delete the folder `uri` and all below it; nothing happens where there is none."""
+    system, path = filesystem(uri)
+    with _said(uri, "delete"), contextlib.suppress(FileNotFoundError):
+        system.delete_dir(path)

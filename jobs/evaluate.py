@@ -1,0 +1,8 @@
+"""ray job submit -- python jobs/evaluate.py ARGS: the same as `covergenre evaluate ARGS`."""
+
+import sys
+
+from covergenre.cli import main
+
+if __name__ == "__main__":
+    main(["evaluate", *sys.argv[1:]])

@@ -1,0 +1,8 @@
+"""ray job submit -- python jobs/prepare.py ARGS: the same as `covergenre prepare ARGS`."""
+
+import sys
+
+from covergenre.cli import main
+
+if __name__ == "__main__":
+    main(["prepare", *sys.argv[1:]])

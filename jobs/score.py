@@ -1,0 +1,8 @@
+"""ray job submit -- python jobs/score.py ARGS: the same as `covergenre score ARGS`."""
+
+import sys
+
+from covergenre.cli import main
+
+if __name__ == "__main__":
+    main(["score", *sys.argv[1:]])

@@ -1,0 +1,8 @@
+"""ray job submit -- python jobs/train.py ARGS: the same as `covergenre train ARGS`."""
+
+import sys
+
+from covergenre.cli import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])
