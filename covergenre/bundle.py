@@ -151,12 +151,19 @@ def _checked(uri: str, name: str, files: Mapping[str, str]) -> bytes:
 def load_model(bundle: Bundle) -> "CoverModel":
     """The model with its weights, on the CPU, in eval mode. Raises ModelError."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     from covergenre.models import build_model
 
     with torch.device("meta"):  # the weights follow: no time is spent on random ones
         model = build_model(bundle.model, len(bundle.genres))
-    state = load(_checked(bundle.uri, "model.safetensors", bundle.files))
-    model.load_state_dict(state, assign=True)
+    data = _checked(bundle.uri, "model.safetensors", bundle.files)
+    try:
+        model.load_state_dict(load(data), assign=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ModelError(
+            f"{storage.join(bundle.uri, 'model.safetensors')}: not the weights of {bundle.model}"
+            f" with {len(bundle.genres)} genres, as this covergenre builds it"
+        ) from error
     return model.eval()

@@ -7,7 +7,7 @@ count; an error is raised only where the catalog cannot be read as one.
 import hashlib
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -23,49 +23,16 @@ from covergenre.catalog_files import (
     read_jsonl,
     read_parquet,
 )
+from covergenre.config import CatalogSettings, flag
 from covergenre.errors import CatalogError, ConfigError, did_you_mean
 from covergenre.genre_lists import GENRES, JOINT, join_lists, make_lists
 from covergenre.schema import CATALOG
-
-FORMATS = ("auto", "csv", "tsv", "jsonl", "parquet", "mumu")
 
 # Columns that a catalog may lack; the option `<name>_column` says what the source calls them.
 _OPTIONAL = ("genres", "title", "artist", "split", "group")
 
 _SEPARATOR = "|"
 _HASHED_ROWS = 65_536
-
-
-@dataclass(frozen=True, kw_only=True)
-class CatalogOptions:
-    """How a catalog is written down."""
-
-    format: str = "auto"
-    """One of FORMATS; "auto" goes by the extension, and by the header for MuMu's files."""
-    id_column: str = "album_id"
-    """Text or a number; 007 stays 007 where it is text, and all of a CSV file is."""
-    cover_column: str = "cover"
-    """Path or URI of the cover; a relative one starts from `covers`."""
-    image_column: str = "image"
-    """Encoded image, in Parquet alone: bytes, or a struct with `bytes` (HuggingFace)."""
-    genres_column: str = "genres"
-    """Text with `genres_separator`, or a list in JSON Lines and Parquet."""
-    title_column: str = "title"
-    artist_column: str = "artist"
-    split_column: str = "split"
-    group_column: str = "group"
-    genres_separator: str | None = None
-    """Between the genres of one text; None: `|`, and a comma in MuMu's files."""
-    covers: str | None = None
-    """Folder that relative covers start from; None: the folder of the catalog file."""
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ConfigError(
-                f"format {self.format!r} is unknown{did_you_mean(self.format, FORMATS)}"
-            )
-        if self.genres_separator == "":
-            raise ConfigError("genres_separator is empty; give the text between two genres")
 
 
 @dataclass(frozen=True)
@@ -86,7 +53,7 @@ class Catalog:
     """sha256 of the table's content and of the names and sizes of `files`."""
 
 
-def read_catalog(uri: str, options: CatalogOptions) -> Catalog:
+def read_catalog(uri: str, options: CatalogSettings) -> Catalog:
     """Read the file, the folder or the pattern (`*`, `?`, `[]`, `**`) `uri`.
 
     Raises CatalogError naming file and line or column where it is no catalog, and StorageError
@@ -115,7 +82,7 @@ def read_catalog(uri: str, options: CatalogOptions) -> Catalog:
     return _catalog(uri, table, images, table.num_rows, notes, options)
 
 
-def _is_mumu(file: str, options: CatalogOptions) -> bool:
+def _is_mumu(file: str, options: CatalogSettings) -> bool:
     return (
         options.format == "auto"
         and not _is_set(options, "id_column")
@@ -123,11 +90,11 @@ def _is_mumu(file: str, options: CatalogOptions) -> bool:
     )
 
 
-def _read_mumu(uri: str, files: list[str], options: CatalogOptions) -> Catalog:
-    for field in fields(options):
-        if field.name.endswith("_column") and _is_set(options, field.name):
+def _read_mumu(uri: str, files: list[str], options: CatalogSettings) -> Catalog:
+    for name in CatalogSettings.model_fields:
+        if name.endswith("_column") and _is_set(options, name):
             raise ConfigError(
-                f"MuMu's label files have columns of their own; leave out {_flag(field.name)}"
+                f"MuMu's label files have columns of their own; leave out {flag(name)}"
             )
     separator = options.genres_separator or mumu.SEPARATOR
     albums, songs = mumu.read_songs(files, separator, options.covers)
@@ -141,7 +108,7 @@ def _catalog(
     images: list[str],
     source_rows: int,
     notes: list[str],
-    options: CatalogOptions,
+    options: CatalogSettings,
 ) -> Catalog:
     if not part.num_rows:
         raise CatalogError(f"catalog {uri} has no rows")
@@ -158,22 +125,17 @@ def _catalog(
     )
 
 
-def _is_set(options: CatalogOptions, name: str) -> bool:
+def _is_set(options: CatalogSettings, name: str) -> bool:
     """Whether the user set the option: a column that was asked for has to be there."""
-    default = next(field.default for field in fields(options) if field.name == name)
-    return bool(getattr(options, name) != default)
+    return bool(getattr(options, name) != CatalogSettings.model_fields[name].default)
 
 
-def _flag(option: str) -> str:
-    return "--" + option.replace("_", "-")
-
-
-def _no_column(place: str, columns: Collection[str], options: CatalogOptions, option: str) -> str:
+def _no_column(place: str, columns: Collection[str], options: CatalogSettings, option: str) -> str:
     name = getattr(options, option)
-    return f"no column {name!r} in {place}{did_you_mean(name, columns)} ({_flag(option)})"
+    return f"no column {name!r} in {place}{did_you_mean(name, columns)} ({flag(option)})"
 
 
-def _read_file(file: str, kind: str, options: CatalogOptions) -> SourceFile:
+def _read_file(file: str, kind: str, options: CatalogSettings) -> SourceFile:
     """The columns of one file; those that every file must have are there."""
     wanted = [getattr(options, f"{name}_column") for name in ("id", "cover", *_OPTIONAL)]
     if kind == "parquet":
@@ -198,7 +160,7 @@ def _read_file(file: str, kind: str, options: CatalogOptions) -> SourceFile:
     return source
 
 
-def _has_images(source: SourceFile, options: CatalogOptions) -> bool:
+def _has_images(source: SourceFile, options: CatalogSettings) -> bool:
     """Whether the covers are bytes in the file itself; else its cover column says where."""
     type_ = source.image_type
     if type_ is None:
@@ -215,7 +177,7 @@ def _has_images(source: SourceFile, options: CatalogOptions) -> bool:
     )
 
 
-def _part(source: SourceFile, options: CatalogOptions, image_file: int | None = None) -> pa.Table:
+def _part(source: SourceFile, options: CatalogSettings, image_file: int | None = None) -> pa.Table:
     """CATALOG's columns for one file, without `row` and `first_row`."""
     count = source.table.num_rows
     if image_file is None:
@@ -263,7 +225,7 @@ def _text(source: SourceFile, name: str) -> pa.ChunkedArray:
     return pc.if_else(is_empty, None, column) if pc.any(is_empty).as_py() else column
 
 
-def _genres(source: SourceFile, options: CatalogOptions) -> pa.ChunkedArray:
+def _genres(source: SourceFile, options: CatalogSettings) -> pa.ChunkedArray:
     """The column as lists of distinct names, from lists or from text."""
     name = options.genres_column
     separator = options.genres_separator or _SEPARATOR
@@ -299,7 +261,7 @@ def _resolve(covers: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
     return pa.chunked_array(map(resolved, covers.chunks), pa.string())
 
 
-def _check_optional(place: str, seen: set[str], options: CatalogOptions) -> list[str]:
+def _check_optional(place: str, seen: set[str], options: CatalogSettings) -> list[str]:
     """Raise for a column that the user asked for and no file has; a note where it is genres."""
     notes = []
     for option in (f"{name}_column" for name in _OPTIONAL):

@@ -21,6 +21,8 @@ Place = Annotated[str, Field(min_length=1)]
 # Where a stage runs and how wide. They change how fast a result comes, never the result itself,
 # so that a job may be taken up again on another machine.
 _HOW_FIELDS = {"workers", "cpus_per_worker", "device"}
+# Known by what they hold, which is among the inputs of a run, and not by where it lies.
+_PLACES = {"out", "covers", "genre_map", "weights"}
 
 
 class StageConfig(BaseModel):
@@ -39,8 +41,8 @@ class StageConfig(BaseModel):
 
         What goes in is known by its content, not by where it lies: see places.claim.
         """
-        places = {name for name, f in type(self).model_fields.items() if f.json_schema_extra}
-        values = self.model_dump(mode="json", exclude={*_HOW_FIELDS, *places, "out"})
+        arguments = {name for name, f in type(self).model_fields.items() if f.json_schema_extra}
+        values = self.model_dump(mode="json", exclude=_HOW_FIELDS | _PLACES | arguments)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -55,19 +57,21 @@ class CatalogSettings(StageConfig):
     format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "mumu"] = Field(
         "auto", description="format of the catalog; auto goes by the file's name"
     )
-    id_column: str = Field("album_id", description="column of the album's id")
-    cover_column: str = Field("cover", description="column of the cover's path or address")
-    image_column: str = Field("image", description="column of the cover's bytes (Parquet)")
+    id_column: str = Field("album_id", description="column of the album's id, text or a number")
+    cover_column: str = Field("cover", description="column of the cover's path or URI")
+    image_column: str = Field("image", description="column of the cover's bytes, in Parquet")
     genres_column: str = Field("genres", description="column of the genres")
     title_column: str = Field("title", description="column of the title")
     artist_column: str = Field("artist", description="column of the artist")
     split_column: str = Field("split", description="column of the catalog's own split")
     group_column: str = Field("group", description="column of what must share a split")
     genres_separator: str | None = Field(
-        None, description="what separates genres written as text  [default: |, for mumu a comma]"
+        None,
+        min_length=1,
+        description="what separates genres written as text  [default: |, for mumu a comma]",
     )
     covers: str | None = Field(
-        None, description="folder of the covers (mumu: <amazon_id>.jpg)  [default: the catalog's]"
+        None, description="folder that relative covers start from  [default: the catalog's]"
     )
 
 
@@ -276,6 +280,8 @@ def _one_line(
         return f"{shown} is missing"
     where = shown if name in flags or file is None else f"{file}: {name}"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        message = "too few values"
     message = message[0].lower() + message[1:]
     value = first["input"]
     if first["type"] == "literal_error" and isinstance(value, str):

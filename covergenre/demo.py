@@ -14,9 +14,9 @@ from covergenre.sample import write_sample
 from covergenre.score import score
 from covergenre.train import train
 
-_ALBUMS = 800
+_ALBUMS = 1200
 _UNLABELLED = 200
-_EPOCHS = 8
+_EPOCHS = 10
 
 
 def make_sample(out: str, albums: int, seed: int) -> str:

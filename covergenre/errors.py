@@ -6,7 +6,8 @@ CovergenreError
 │   ├── CatalogError     the catalog as a whole (a bad row is set aside, never raised)
 │   ├── DatasetError     a prepared dataset
 │   ├── ModelError       a MODEL folder, a model name, or weights
-│   └── StorageError     a place that cannot be read or written
+│   ├── StorageError     a place that cannot be read or written
+│   └── TrainingDivergedError   the loss became infinite or no number
 └── LedgerError          exit code 1: the counts of a finished job do not add up
 """
 
@@ -44,6 +45,10 @@ class ModelError(UserError):
 
 class StorageError(UserError):
     """A place cannot be read or written, or holds something else."""
+
+
+class TrainingDivergedError(UserError):
+    """The loss became infinite or no number: the settings do not suit the data."""
 
 
 class LedgerError(CovergenreError):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from covergenre import schema, shards, storage
-from covergenre.covers import CoverError, sha256
+from covergenre.covers import MAX_BYTES, CoverError, sha256
 from covergenre.errors import StorageError
 
 _FETCHES_AT_A_TIME = 8
@@ -148,6 +148,9 @@ def _repeated(first_row: int, row: dict[str, Any], cover_of: Callable[..., Cover
 
 def _fetch(path: str) -> Cover:
     try:
+        with storage.open_input(path) as file:
+            if file.size() > MAX_BYTES:  # before it fills the memory
+                raise CoverError("file_too_large", f"{file.size():,} bytes, limit {MAX_BYTES:,}")
         data = storage.read_bytes(path)
     except StorageError as error:
         missing = isinstance(error.__cause__, FileNotFoundError)

@@ -16,16 +16,19 @@ def claim(place: str, stage: str, config: StageConfig, inputs: dict[str, Any]) -
     `inputs` identifies what goes in (the hash of a catalog, the id of a model): with other inputs
     the same settings are another run.
     """
-    storage_is_file = storage.exists(place) and not storage.is_folder(place)
-    if storage_is_file:
+    if storage.exists(place) and not storage.is_folder(place):
         raise StorageError(f"{place}: is a file; choose a folder with --out")
     claim_file = storage.join(place, _RUN)
     run = {"stage": stage, "fingerprint": config.fingerprint(), "inputs": inputs}
     if storage.exists(claim_file):
         found = storage.read_json(claim_file)
+        if not isinstance(found, dict):
+            raise StorageError(f"{claim_file}: was not written by covergenre; choose another --out")
         if {key: found.get(key) for key in run} == run:
             return
-        raise StorageError(f"{place}: holds {_difference(found, run)}; choose another --out")
+        raise StorageError(
+            f"{place}: holds {_difference(found, run)}; choose another --out, or remove it"
+        )
     held = storage.list_sizes(place)
     if held:
         first = next(iter(held))

@@ -50,15 +50,20 @@ class Predictor:
 
     def __call__(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Scores in 0 to 1, float32 [batch, genres], of uint8 [batch, side, side, 3]."""
+        scores = self.scores_of(to_unit(pixels_BHWC, self._device))
+        return np.asarray(scores.cpu().numpy(), np.float32)
+
+    def scores_of(self, images_BCHW: "torch.Tensor") -> "torch.Tensor":
+        """The same of images in 0 to 1 that are on the device already; stays there."""
         import torch
 
         training = self._model.training
         self._model.eval()
         with torch.inference_mode(), autocast(self._device, self._precision):
-            images_BCHW = normalise(to_unit(pixels_BHWC, self._device), self._preprocessing)
-            scores = self._model(images_BCHW).float().sigmoid().cpu().numpy()
+            logits = self._model(normalise(images_BCHW, self._preprocessing))
+            scores: torch.Tensor = logits.float().sigmoid()
         self._model.train(training)
-        return np.asarray(scores, np.float32)
+        return scores
 
 
 def autocast(device: str, precision: str) -> "torch.autocast":

@@ -14,12 +14,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import PIL
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from covergenre import __version__, covers, ingest, places, report, runtime, schema, shards, storage
 from covergenre.catalog import Catalog, read_catalog
-from covergenre.catalog_settings import catalog_options
 from covergenre.config import PrepareConfig
 from covergenre.covers import CoverError
 from covergenre.errors import CatalogError, ConfigError, LedgerError
@@ -61,7 +61,7 @@ class Prepared:
 def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
     """Validate and pack as `config` says. Raises UserError for a user's mistake."""
     out = storage.absolute(config.out)
-    catalog = read_catalog(storage.absolute(config.catalog), catalog_options(config))
+    catalog = read_catalog(storage.absolute(config.catalog), config)
     inputs = {"catalog": catalog.fingerprint}
     table, genre_map = catalog.table, None
     if config.genre_map:
@@ -188,7 +188,7 @@ def _pack(
         work,
         batch_size=None,
         batch_format="pyarrow",
-        compute=TaskPoolStrategy(size=config.workers or runtime.cpus()),
+        compute=TaskPoolStrategy(size=min(len(jobs), config.workers or runtime.cpus())),
     )
     blocks: Iterable[Any] = packed.iter_batches(batch_size=None, batch_format="pyarrow")
     with Progress("prepare", sum(len(job["rows"]) for job in jobs), "rows") as progress:
@@ -326,7 +326,11 @@ def _finish(
     extra = {
         "catalog": {"fingerprint": catalog.fingerprint, "place": config.catalog},
         "settings": config.model_dump(mode="json"),
-        "versions": {"covergenre": __version__, "pyarrow": pa.__version__},
+        "versions": {
+            "covergenre": __version__,
+            "pillow": PIL.__version__,
+            "pyarrow": pa.__version__,
+        },
     }
     shards.write_manifest(manifest, extra)
     return manifest

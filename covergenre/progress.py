@@ -41,13 +41,19 @@ class Progress:
         now = time.monotonic()
         if now - self._logged >= _LOG_EVERY_SECONDS:
             self._logged = now
-            rate = (self._done - self._first) / (now - self._began)
+            rate = self.rate
             left = ""
             if self._total is not None and rate > 0:
                 left = f", {(self._total - self._done) / rate:,.0f} s left"
             of = f" of {self._total:,}" if self._total is not None else ""
             note = f", {note}" if note else ""
             say(f"{self._what}: {self._done:,}{of} {self._unit}, {rate:,.1f}/s{left}{note}")
+
+    @property
+    def rate(self) -> float:
+        """How many a second since the first came; 0 before that."""
+        seconds = time.monotonic() - self._began
+        return (self._done - self._first) / seconds if self._began else 0.0
 
     def say(self, line: str) -> None:
         """One line about what is going on, above the bar."""

@@ -12,7 +12,7 @@ from covergenre.errors import ConfigError
 
 _EMBEDDED_OBJECT_STORE_BYTES = 2 * 2**30
 """Of an embedded Ray: encoded covers and a few batches of pixels; the rest is for the model."""
-PIPELINE_BYTES = 512 * 2**20
+PIPELINE_BYTES = 384 * 2**20
 """What one Ray Data pipeline may hold in the object store before its readers wait."""
 
 
@@ -39,7 +39,7 @@ def start_ray(*, verbose: bool = False) -> None:
             settings = {
                 "address": "local",
                 # Logical CPUs: even on a small machine a model and its readers must both fit.
-                "num_cpus": max(4, os.cpu_count() or 1),
+                "num_cpus": max(4, _cores()),
                 "object_store_memory": _EMBEDDED_OBJECT_STORE_BYTES,
                 "include_dashboard": False,
             }
@@ -50,6 +50,13 @@ def start_ray(*, verbose: bool = False) -> None:
                 **settings,
             )
     quieten(verbose)
+
+
+def _cores() -> int:
+    """Cores that this process may run on; fewer than the machine's in many a container."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
 
 
 @contextlib.contextmanager
@@ -146,13 +153,15 @@ def use_cores(workers: Workers) -> None:
     """
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers.per_node))
+    torch.set_num_threads(max(1, _cores() // workers.per_node))
 
 
 def data_context(*, ordered: bool = False) -> None:
     """Settings of every Ray Data pipeline of ours, in the process that runs it."""
     import ray.data
     from ray.data import ExecutionResources
+
+    from covergenre.pacing import Pause
 
     context = ray.data.DataContext.get_current()
     # A row is a whole batch: blocks this small keep one batch, or few, in each.
@@ -161,3 +170,5 @@ def data_context(*, ordered: bool = False) -> None:
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=PIPELINE_BYTES
     )
+    if Pause not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(Pause)

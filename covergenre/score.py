@@ -12,7 +12,6 @@ those names and does the other units; the ledger is a sum over their footers.
 """
 
 import json
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ import pyarrow.parquet as pq
 from covergenre import ingest, places, predict, runtime, schema, shards, storage
 from covergenre.bundle import Bundle, read_bundle
 from covergenre.catalog import read_catalog
-from covergenre.catalog_settings import catalog_options
 from covergenre.config import ScoreConfig
 from covergenre.errors import LedgerError
 from covergenre.genres import over_threshold
@@ -62,7 +60,6 @@ class Labelled:
 
 def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
     """Label as `config` says. Raises UserError for a user's mistake, LedgerError for ours."""
-    began = time.monotonic()
     out = storage.absolute(config.out)
     bundle = read_bundle(config.model)
     plan, source, identity = _plan(config)
@@ -91,6 +88,7 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
     pending = [u for u in units if _part(u[0]) not in committed]
     if len(pending) < len(units):
         say(f"score: {len(units) - len(pending):,} of {len(units):,} units were done before")
+    rate = None
     if pending:
         todo = sum(stop - start for _, start, stop in pending)
         with Progress("score", todo, "covers") as progress:
@@ -106,9 +104,9 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
             sizes = {unit: stop - start for unit, start, stop in pending}
             for unit, parts in _whole_units(batches, sizes, progress):
                 _commit(out, unit, parts, bundle)
-    seconds = time.monotonic() - began
+            rate = round(progress.rate, 1)
     ledger = _ledger(out, rows, len(units), bundle)
-    ledger |= {"seconds": round(seconds, 1), "workers": workers.count}
+    ledger |= {"covers_per_second": rate, "workers": workers.count}
     storage.put_json(ledger_file, ledger)
     accounted = ledger["scored"] + ledger["rejected"] + ledger["duplicates"]
     if accounted != rows:
@@ -126,7 +124,7 @@ def _plan(config: ScoreConfig) -> tuple[pa.Table, Source, str]:
         manifest = shards.read_manifest(place)
         table, source = ingest.plan_dataset(manifest, schema.SPLITS)
         return table, source, manifest.dataset_id
-    catalog = read_catalog(place, catalog_options(config))
+    catalog = read_catalog(place, config)
     for note in catalog.notes:
         say(note)
     source = Source(catalog.files, catalog.image_column)

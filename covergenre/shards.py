@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from covergenre import schema, storage
-from covergenre.errors import DatasetError, did_you_mean
+from covergenre.errors import DatasetError
 from covergenre.genres import Genres
 
 FORMAT_VERSION = 1
@@ -125,12 +125,6 @@ def read_manifest(uri: str) -> Manifest:
         raise DatasetError(f"{path}: not a manifest of covergenre: lacks {error}") from error
 
 
-def check_split(split: str) -> None:
-    """Raises DatasetError where `split` is no split."""
-    if split not in schema.SPLITS:
-        raise DatasetError(f"no split {split!r}{did_you_mean(split, schema.SPLITS)}")
-
-
 def to_parquet(table: pa.Table, metadata: dict[str, str] | None = None) -> pa.Buffer:
     """`table` as Parquet, the same bytes for the same rows, in row groups of bounded size."""
     if metadata:
@@ -173,14 +167,14 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 @lru_cache(maxsize=16)
-def _open(uri: str) -> pq.ParquetFile:
-    # A worker reads many parts of one file: its footer is read once.
+def _open(uri: str, stamp: tuple[int, int]) -> pq.ParquetFile:
+    # A worker reads many parts of one file: its footer is read once, until the file is another.
     return pq.ParquetFile(storage.open_input(uri))
 
 
 def read_rows(uri: str, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
     """Rows `start` to `stop` of the Parquet file `uri`, reading only the row groups they are in."""
-    file = _open(uri)
+    file = _open(uri, storage.stamp(uri))
     first_row = 0
     groups: list[int] = []
     skipped = 0

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 import pyarrow as pa
 from pyarrow import fs
@@ -34,7 +34,7 @@ def is_uri(text: str) -> bool:
 def absolute(uri: str) -> str:
     """`uri` as a path or URI that means the same in every process of this host."""
     if uri.startswith("file://"):
-        uri = urlparse(uri).path
+        uri = unquote(urlparse(uri).path)
     return uri.rstrip("/") if is_uri(uri) else os.path.abspath(os.path.expanduser(uri))
 
 
@@ -119,12 +119,20 @@ def _type(uri: str) -> fs.FileType:
 
 def size(uri: str) -> int:
     """Bytes of the file `uri`. Raises StorageError where it is not a file."""
+    return stamp(uri)[0]
+
+
+def stamp(uri: str) -> tuple[int, int]:
+    """(bytes, time of change in ns) of the file `uri`: another stamp is another content.
+
+    Raises StorageError where it is not a file.
+    """
     system, path = filesystem(uri)
     with _said(uri, "read"):
         info = system.get_file_info(path)
         if info.type != fs.FileType.File:
             raise FileNotFoundError(uri)
-    return int(info.size)
+    return int(info.size), int(info.mtime_ns)
 
 
 def open_input(uri: str) -> pa.NativeFile:
@@ -244,5 +252,8 @@ def _put_s3_if_absent(path: str, data: bytes) -> bool:
 def delete_folder(uri: str) -> None:
     """Delete the folder `uri` and all below it; nothing happens where there is none."""
     system, path = filesystem(uri)
+    if isinstance(system, fs.S3FileSystem) and "/" not in path:
+        # Arrow would empty the bucket before it says that it deletes no bucket.
+        raise StorageError(f"{uri}: cannot delete: it is a whole bucket")
     with _said(uri, "delete"), contextlib.suppress(FileNotFoundError):
         system.delete_dir(path)

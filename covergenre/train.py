@@ -1,5 +1,6 @@
 """train: a dataset becomes a MODEL. The driver's part; training.py is the workers'."""
 
+import hashlib
 import json
 import math
 import threading
@@ -17,6 +18,7 @@ from covergenre.progress import Progress, say
 from covergenre.shards import Manifest, read_manifest
 
 _POLL_SECONDS = 0.3
+_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -48,24 +50,26 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
     manifest = read_manifest(config.dataset)
     for split in ("train", "dev"):
         manifest.require(split)
-    inputs = {"dataset_id": manifest.dataset_id}
+    trunk, origin = _trunk(config, len(manifest.genres))
+    inputs = {"dataset_id": manifest.dataset_id, "trunk": _digest(trunk)}
     run = {"fingerprint": config.fingerprint(), "inputs": inputs}
     if storage.list_sizes(out):
         return _already(out, run)
     state = f"{out}.training"
-    places.claim(state, "train", config, inputs)
-    trunk, origin = _trunk(config, len(manifest.genres))
+    if storage.is_uri(out) and "/" not in out.partition("://")[2]:
+        raise StorageError(f"{out}: is a whole bucket; choose a prefix in it for --out")
     runtime.start_ray(verbose=verbose)
     workers = runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
     if config.batch_size < workers.count:
         raise ConfigError(
             f"--batch-size {config.batch_size}: each of {workers.count} workers needs a row a step"
         )
+    places.claim(state, "train", config, inputs)
     preprocessing = Preprocessing()
     say(_opening(config, manifest, workers, origin))
     weights = _fit(config, manifest, preprocessing, workers, trunk, state)
     history = _lines(state, "history")
-    best = max(history, key=lambda record: record["dev_pr_auc_micro"] or -math.inf)
+    best = [record for record in history if record["best"]][-1]
     shown = config.model_dump(mode="json", exclude={"out"})
     bundle = write_bundle(
         out,
@@ -125,6 +129,16 @@ def _trunk(config: TrainConfig, num_genres: int) -> tuple[dict[str, Any] | None,
     return model.trunk.state_dict(), loaded.origin
 
 
+def _digest(trunk: dict[str, Any] | None) -> str:
+    """Identity of the trunk's weights, by content."""
+    if trunk is None:
+        return "random"
+    digest = hashlib.sha256()
+    for name, tensor in sorted(trunk.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _opening(config: TrainConfig, manifest: Manifest, workers: runtime.Workers, origin: str) -> str:
     kind = "GPU" if workers.use_gpu else "CPU"
     return (
@@ -160,6 +174,8 @@ def _fit(
         state=state,
         monitor=monitor,
     )
+    # Ray Train would take up what an ended run of this name left there, unasked.
+    storage.delete_folder(storage.join(state, _CHECKPOINTS))
     filesystem, path = storage.filesystem(state)
     trainer = TorchTrainer(
         training_loop,
@@ -170,7 +186,7 @@ def _fit(
             resources_per_worker=workers.resources,
         ),
         run_config=RunConfig(
-            name="checkpoints",
+            name=_CHECKPOINTS,
             storage_path=path,
             storage_filesystem=filesystem,
             # A worker reports weights only when they are the best so far: the latest is the best.

@@ -19,6 +19,7 @@ from covergenre.augment import augment
 from covergenre.config import TrainConfig
 from covergenre.covers import Preprocessing
 from covergenre.dataset import Batch, BatchStream, TrainingData
+from covergenre.errors import TrainingDivergedError
 from covergenre.metrics import multilabel_metrics, nan_to_none
 from covergenre.predict import Predictor, autocast, normalise, to_device, to_unit
 from covergenre.runtime import Workers, quieten, use_cores
@@ -78,20 +79,15 @@ def training_loop(settings: dict[str, Any]) -> None:
         device=str(ray.train.torch.get_device()),
         trunk=trunk,
     )
-    best = -math.inf
     for epoch, steps in job.epochs():
         record = worker.run_epoch(epoch, steps)
-        score = record["dev_pr_auc_micro"]
-        # A dev split of one class has no PR AUC: then the latest epoch counts as the best.
-        better = math.isnan(score) or score > best
-        best = score if better else best
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
-            if better and worker.rank == 0:
+            if record["best"] and worker.rank == 0:
                 worker.save(Path(folder) / "model.safetensors")
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             if worker.rank == 0:
-                job.monitor.epoch.remote(record | {"best": better})
+                job.monitor.epoch.remote(record)
             ray.train.report({"epoch": epoch + 1}, checkpoint=checkpoint)
 
 
@@ -131,6 +127,7 @@ class _Worker:
         self._predictor = Predictor(self._model, job.preprocessing, device, config.precision)
         self._all_steps = sum(steps for _, steps in job.epochs())
         self._steps_done = 0
+        self._best = -math.inf
         self._history: list[dict[str, Any]] = []
         self._step_losses: list[dict[str, Any]] = []
         data = TrainingData(
@@ -165,6 +162,12 @@ class _Worker:
                 reported, unreported = now, 0
         step_losses = self._sum(torch.stack(losses).double()).tolist()
         seconds = time.monotonic() - began
+        if not np.isfinite(step_losses).all():
+            first = int(np.flatnonzero(~np.isfinite(step_losses))[0])
+            raise TrainingDivergedError(
+                f"the loss is no number from step {first} of epoch {epoch + 1} on; lower"
+                f" --learning-rate (it is {self._config.learning_rate:g})"
+            )
         if self.rank == 0:
             self._job.monitor.steps.remote(epoch, unreported, step_losses[-1])
         sizes = [
@@ -178,6 +181,10 @@ class _Worker:
             "images_per_second": rows / seconds,
             "seconds": time.monotonic() - began,
         }
+        score = record["dev_pr_auc_micro"]
+        # A dev split of one class has no PR AUC: then the latest epoch counts as the best.
+        record["best"] = math.isnan(score) or score > self._best
+        self._best = score if record["best"] else self._best
         self._history.append(record)
         first = self._steps_done - steps
         self._step_losses += [

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from covergenre import catalog_files
-from covergenre.catalog import Catalog, CatalogOptions, read_catalog
+from covergenre.catalog import Catalog, read_catalog
+from covergenre.config import CatalogSettings, parse
 from covergenre.errors import CatalogError, ConfigError, StorageError, UserError
 from covergenre.genre_map import apply_genre_map, load_genre_map
 from covergenre.schema import CATALOG
@@ -23,7 +24,7 @@ MUMU_HEADER = "amazon_id,album_mbid,MSD_track_id,recording_mbid,artist_mbid,genr
 
 
 def read(path: Path | str, **options: Any) -> Catalog:
-    return read_catalog(str(path), CatalogOptions(**options))
+    return read_catalog(str(path), CatalogSettings(**options))
 
 
 def column(catalog: Catalog, name: str) -> list[Any]:
@@ -197,8 +198,11 @@ def test_a_named_column_may_be_missing_from_some_files(write: Write, tmp_path: P
 
 
 def test_bad_options() -> None:
-    fails(lambda: CatalogOptions(format="cvs"), ConfigError, "'cvs'", "did you mean 'csv'?")
-    fails(lambda: CatalogOptions(genres_separator=""), ConfigError, "genres_separator")
+    def given(**flags: str) -> Callable[[], object]:
+        return lambda: parse(CatalogSettings, flags)
+
+    fails(given(format="cvs"), ConfigError, "'cvs'", "did you mean 'csv'?")
+    fails(given(genres_separator=""), ConfigError, "--genres-separator")
 
 
 @pytest.mark.parametrize("content", ["", "album_id,cover\n", "\n\n"])

@@ -19,7 +19,14 @@ from covergenre import schema
 from covergenre.bundle import Bundle, load_model, read_bundle
 from covergenre.config import EvaluateConfig, PrepareConfig, ScoreConfig, TrainConfig
 from covergenre.covers import decode, sha256
-from covergenre.errors import ConfigError, DatasetError, ModelError, StorageError, UserError
+from covergenre.errors import (
+    ConfigError,
+    DatasetError,
+    ModelError,
+    StorageError,
+    TrainingDivergedError,
+    UserError,
+)
 from covergenre.evaluate import evaluate
 from covergenre.predict import normalise, to_unit
 from covergenre.prepare import prepare
@@ -253,6 +260,14 @@ def test_training_again_is_done_and_other_settings_are_refused(
     assert "already trained" in again.account()
     with pytest.raises(StorageError, match="other settings"):
         train(train_config(dataset, one_worker, batch_size=8))
+
+
+def test_a_loss_that_is_no_number_is_one_line(dataset: Path, tmp_path: Path) -> None:
+    config = train_config(dataset, tmp_path / "m", learning_rate=1e30, epochs=1)
+    with pytest.raises(TrainingDivergedError, match="lower --learning-rate") as error:
+        train(config)
+    one_line(error)
+    assert not (tmp_path / "m").exists()
 
 
 def test_pretrained_weights_and_freezing_reach_the_workers(

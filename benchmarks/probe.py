@@ -1,0 +1,85 @@
+"""The floor that fine-tuning has to beat: logistic regression on frozen features.
+
+    uv run python -m benchmarks.probe DATASET --model mobilenet_v2 --weights FILE
+
+Features are the trunk's output for each cover of a prepared dataset, with the dataset's own
+splits. One logistic regression a genre (scikit-learn, standardised features); C is chosen on dev
+by macro ROC AUC, then measured once on test. No Ray: this is the check from outside.
+"""
+
+import argparse
+import json
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from covergenre.covers import Preprocessing, decode
+from covergenre.metrics import multilabel_metrics
+from covergenre.models import build_model
+from covergenre.predict import normalise, to_unit
+from covergenre.progress import Progress, say
+from covergenre.registry import MODELS
+from covergenre.shards import Manifest, read_manifest, read_table
+from covergenre.weights import load_trunk_weights
+
+Arrays = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+def features(manifest: Manifest, split: str, trunk: torch.nn.Module) -> Arrays:
+    """(features [albums, D], multi-hot genres [albums, G]) of a split."""
+    spec = Preprocessing()
+    out, genres = [], []
+    with Progress(f"features of {split}", manifest.rows(split), "covers") as progress:
+        for uri in manifest.shard_uris(split):
+            table = read_table(uri, ["image", "genres"])
+            for start in range(0, table.num_rows, 64):
+                part = table.slice(start, 64)
+                pixels = np.stack([decode(image, spec) for image in part["image"].to_pylist()])
+                with torch.inference_mode():
+                    out.append(trunk(normalise(to_unit(pixels, "cpu"), spec)).numpy())
+                genres += part["genres"].to_pylist()
+                progress.advance(part.num_rows)
+    return np.concatenate(out), manifest.genres.multi_hot(genres)
+
+
+def fit_and_score(c: float, train: Arrays, other: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probabilities [rows of `other`, G] by one logistic regression a genre."""
+    columns = []
+    for j in range(train[1].shape[1]):
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
+        probe.fit(train[0], train[1][:, j])
+        columns.append(probe.predict_proba(other)[:, 1])
+    return np.stack(columns, 1).astype(np.float32)
+
+
+def main() -> None:
+    """Measure, and print one JSON object."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("dataset")
+    parser.add_argument("--model", default="mobilenet_v2", choices=sorted(MODELS))
+    parser.add_argument("--weights", default="imagenet")
+    args = parser.parse_args()
+
+    manifest = read_manifest(args.dataset)
+    model = build_model(args.model, len(manifest.genres), seed=0)
+    load_trunk_weights(model, args.weights)
+    trunk = model.trunk.eval()
+    train, dev, test = (features(manifest, s, trunk) for s in ("train", "dev", "test"))
+    names = manifest.genres.names
+    by_c: dict[float, float] = {}
+    for c in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0):
+        scores = fit_and_score(c, train, dev[0])
+        by_c[c] = multilabel_metrics(dev[1], scores, names)["roc_auc_macro"]
+        say(f"C {c:g}: macro ROC AUC {by_c[c]:.4f} on dev")
+    best = max(by_c, key=lambda c: by_c[c])
+    metrics = multilabel_metrics(test[1], fit_and_score(best, train, test[0]), names)
+    keys = ("albums", "roc_auc_macro", "roc_auc_micro", "pr_auc_macro", "pr_auc_micro")
+    print(json.dumps({"C": best, **{k: metrics[k] for k in (*keys, "precision", "recall")}}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What prepare's re-encoding does to a score: the same cover raw and prepared, side by side.
+
+    uv run python -m benchmarks.reencoding MODEL [FOLDER_OF_COVERS]
+
+prepare stores a cover whose longer side is over 300 pixels as a smaller JPEG; score decodes raw
+covers at once. This prints how far the scores of the two differ, over all covers and genres.
+Without a folder it draws 200 covers of 900 pixels.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from covergenre.bundle import load_model, read_bundle
+from covergenre.config import PrepareConfig
+from covergenre.covers import decode, pack
+from covergenre.predict import Predictor, to_device
+from covergenre.sample import write_sample
+
+
+def main() -> None:
+    """Measure, and print one JSON object."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("covers", type=Path, nargs="?")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        covers = args.covers or write_sample(Path(folder), 200, side=900).parent / "covers"
+        print(json.dumps(compare(args.model, covers)))
+
+
+def compare(model_uri: str, covers: Path) -> dict[str, float]:
+    """How far the scores of raw and prepared covers differ; all images of the folder `covers`."""
+
+    max_side = int(PrepareConfig.model_fields["max_side"].default)
+    bundle = read_bundle(model_uri)
+    model = to_device(load_model(bundle), "cpu")
+    predictor = Predictor(model, bundle.preprocessing, "cpu", bundle.precision)
+    raw, prepared, smaller = [], [], 0
+    for path in sorted(path for path in covers.iterdir() if path.is_file()):
+        data = path.read_bytes()
+        packed = pack(data, max_side)
+        smaller += packed != data
+        raw.append(decode(data, bundle.preprocessing))
+        prepared.append(decode(packed, bundle.preprocessing))
+    # One batch each, so that only the pixels differ.
+    difference = np.abs(predictor(np.stack(raw)) - predictor(np.stack(prepared)))
+    return {
+        "covers": len(raw),
+        "re_encoded": smaller,
+        "mean_score_difference": round(float(difference.mean()), 5),
+        "largest_score_difference": round(float(difference.max()), 5),
+    }
+
+
+if __name__ == "__main__":
+    main()

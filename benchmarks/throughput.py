@@ -1,0 +1,147 @@
+"""Scoring and training rates as a ratio to the bare model on tensors already in memory.
+
+    uv run python -m benchmarks.throughput                       # mobilenet_v2, on this machine
+    uv run python -m benchmarks.throughput --model vgg16 --precision bf16 --covers 4096
+
+All in one run, so that the ratios hold where the rates do not: the bare model's forward pass and
+training step on random pixels that lie on the device; then covergenre's own score and train, on
+drawn covers, from their first batch (score) or their second epoch (train), so that the start of
+Ray's processes does not count. A ratio of 1 would mean that reading, decoding, moving and writing
+cost nothing. Where there is a GPU it uses one; nothing else changes.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from covergenre import models, storage
+from covergenre.config import PrepareConfig, ScoreConfig, TrainConfig
+from covergenre.covers import Preprocessing
+from covergenre.predict import Predictor, autocast, normalise, to_device, to_unit
+from covergenre.prepare import prepare
+from covergenre.progress import say
+from covergenre.registry import MODELS
+from covergenre.runtime import gpus, start_ray
+from covergenre.sample import GENRES, write_sample
+from covergenre.score import score
+from covergenre.train import train
+from covergenre.training import BETAS, EPSILON
+
+
+def _rate(rows: int, run: Callable[[], object], seconds: float) -> float:
+    """Images a second of `run`, which computes `rows`, over at least `seconds`; warmed up."""
+    for _ in range(2):
+        run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        run()
+        done += rows
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return done / (time.perf_counter() - began)
+
+
+def bare_rates(
+    name: str, precision: str, device: str, score_batch: int, train_batch: int, seconds: float
+) -> tuple[float, float]:
+    """(forward, training) images a second of the model alone, pixels already on the device."""
+    spec = Preprocessing()
+    model = to_device(models.build_model(name, len(GENRES), seed=0), device)
+    models.freeze(model, MODELS[name].freeze)
+    rng = np.random.default_rng(0)
+
+    def pixels(n: int) -> torch.Tensor:
+        shape = (n, spec.side, spec.side, 3)
+        return to_unit(rng.integers(0, 255, shape, np.uint8), device)
+
+    predictor = Predictor(model, spec, device, precision)
+    images = pixels(score_batch)
+    forward = _rate(score_batch, lambda: predictor.scores_of(images), seconds)
+
+    images, targets = pixels(train_batch), torch.rand(train_batch, len(GENRES), device=device)
+    optimizer = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad], betas=BETAS, eps=EPSILON, fused=True
+    )
+    models.training_mode(model, freeze_batch_norm=False, rows=train_batch)
+
+    def step() -> None:
+        with autocast(device, precision):
+            logits = model(normalise(images, spec)).float()
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.binary_cross_entropy_with_logits(logits, targets).backward()
+        optimizer.step()
+
+    return forward, _rate(train_batch, step, seconds)
+
+
+def main() -> None:
+    """Measure, and print one JSON object."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="mobilenet_v2", choices=sorted(MODELS))
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--covers", type=int, default=1024, help="drawn covers to score")
+    parser.add_argument("--score-batch", type=int, default=64)
+    parser.add_argument("--train-batch", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each bare measurement")
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    forward, backward = bare_rates(
+        args.model, args.precision, device, args.score_batch, args.train_batch, args.seconds
+    )
+    say(f"bare {args.model} {args.precision}: {forward:.1f} scored/s, {backward:.1f} trained/s")
+    start_ray()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        catalog = str(write_sample(root / "catalog", args.covers))
+        dataset, model, labels = (str(root / name) for name in ("dataset", "model", "labels"))
+        prepare(PrepareConfig(catalog=catalog, out=dataset, min_share=0.0))
+        train(
+            TrainConfig(
+                dataset=dataset,
+                out=model,
+                model=args.model,
+                weights="none",
+                epochs=2,
+                batch_size=args.train_batch,
+                precision=args.precision,
+                workers=1,
+            )
+        )
+        history = storage.read_bytes(f"{model}/history.jsonl").decode().splitlines()
+        # The first epoch waits for the workers to start; the second is the steady state.
+        trained = json.loads(history[-1])["images_per_second"]
+        ledger = score(
+            ScoreConfig(
+                model=model, catalog=catalog, out=labels, batch_size=args.score_batch, workers=1
+            )
+        ).ledger
+    scored = ledger["covers_per_second"]
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPUs"
+    result = {
+        "model": args.model,
+        "precision": args.precision,
+        "device": where,
+        "gpus": gpus(),
+        "covers": args.covers,
+        "bare_scored_per_second": round(forward, 1),
+        "scored_per_second": round(scored, 1),
+        "score_ratio": round(scored / forward, 3),
+        "bare_trained_per_second": round(backward, 1),
+        "trained_per_second": round(trained, 1),
+        "train_ratio": round(trained / backward, 3),
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

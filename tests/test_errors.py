@@ -1,0 +1,49 @@
+"""The errors: their tree, their exit codes, and the nearest valid name."""
+
+import pickle
+import re
+from inspect import getmembers, isclass
+
+import pytest
+
+from covergenre import errors
+from covergenre.errors import CovergenreError, LedgerError, UserError, did_you_mean
+
+ERRORS = [e for _, e in getmembers(errors, isclass) if issubclass(e, CovergenreError)]
+
+
+def test_the_docstring_draws_the_tree() -> None:
+    drawn = re.findall(r"^([│├└─ ]*)(\w+Error)\b", errors.__doc__ or "", re.MULTILINE)
+    chain: dict[int, str] = {}
+    parents = {}
+    for indent, name in drawn:
+        depth = len(indent) // 4
+        chain[depth] = name
+        parents[name] = chain[depth - 1] if depth else "Exception"
+    assert parents == {e.__name__: e.__base__.__name__ for e in ERRORS if e.__base__}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_exit_codes(error: type[CovergenreError]) -> None:
+    assert error.exit_code == (2 if issubclass(error, UserError) else 1)
+    again = pickle.loads(pickle.dumps(error("one line")))  # workers send them to the driver
+    assert type(again) is error and str(again) == "one line"
+
+
+def test_a_lost_row_is_no_mistake_of_the_users() -> None:
+    assert not issubclass(LedgerError, UserError)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "valid", "said"),
+    [
+        ("trian", ["train", "score"], "; did you mean 'train'?"),
+        ("xyz", ["b", "a"], "; valid: a, b"),
+        ("xyz", [], ""),
+        ("", ["a"], "; valid: a"),
+        ("Train", ["train"], "; did you mean 'train'?"),
+    ],
+)
+def test_did_you_mean(wrong: str, valid: list[str], said: str) -> None:
+    assert did_you_mean(wrong, valid) == said
+    assert did_you_mean(wrong, iter(valid)) == said

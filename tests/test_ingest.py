@@ -1,0 +1,336 @@
+"""From catalog rows to covers: every way that a row can end."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from covergenre import ingest, schema, shards
+from covergenre.catalog import read_catalog
+from covergenre.config import CatalogSettings
+from covergenre.covers import CoverError, sha256
+from covergenre.genres import Genres
+from covergenre.ingest import Cover, Duplicate, Outcome, Source
+from covergenre.shards import Manifest
+
+
+def catalog(*rows: dict[str, Any]) -> pa.Table:
+    """Rows of schema.CATALOG, numbered."""
+    numbered = [{"row": row, **values} for row, values in enumerate(rows)]
+    return pa.Table.from_pylist(numbered, schema=schema.CATALOG)
+
+
+def outcomes(*rows: dict[str, Any], source: Source | None = None) -> list[Outcome]:
+    return ingest.load(ingest.plan(catalog(*rows)), source or Source())
+
+
+def shown(outcome: Outcome) -> object:
+    """The bytes of a cover, the reason of an error, (the first row,) of a duplicate."""
+    if isinstance(outcome, Cover):
+        assert outcome.sha256 == sha256(outcome.data)
+        return outcome.data
+    if isinstance(outcome, CoverError):
+        assert outcome.reason in schema.REASONS
+        return outcome.reason
+    return (outcome.first_row,)
+
+
+@pytest.fixture
+def covers(tmp_path: Path) -> dict[str, str]:
+    """Covers by name: a and its copy, another one, an empty one, a folder, and none."""
+    for name, data in (("a", b"AAA"), ("copy-of-a", b"AAA"), ("b", b"BBB"), ("empty", b"")):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "folder").mkdir()
+    names = ("a", "copy-of-a", "b", "empty", "folder", "missing", "missing-too")
+    return {name: str(tmp_path / name) for name in names}
+
+
+# Plan
+
+
+def test_a_plan_knows_where_the_first_cover_is() -> None:
+    rows: list[dict[str, Any]] = [
+        {"album_id": "x", "cover": "/0"},
+        {"album_id": "y", "source": 1, "source_row": 7},
+        {"album_id": "x", "cover": "/2", "first_row": 0},
+        {"album_id": "y", "cover": "/3", "first_row": 1},
+        {"cover": "/4"},
+        {"album_id": "z"},
+        {"album_id": "z", "first_row": 5},
+    ]
+    plan = ingest.plan(catalog(*rows))
+    assert plan.schema.equals(ingest.PLAN)
+    assert plan.select(schema.CATALOG.names).to_pylist() == catalog(*rows).to_pylist()
+    first = plan.select(["first_cover", "first_source", "first_source_row"]).to_pylist()
+    assert [tuple(row.values()) for row in first] == [
+        *[(None, None, None)] * 2,
+        ("/0", None, None),
+        (None, 1, 7),
+        *[(None, None, None)] * 3,
+    ]
+    counted = ingest.first_rows(plan).to_pylist()
+    assert counted == [True, True, False, False, False, True, False]
+
+
+def test_a_plan_of_many_chunks_is_the_same() -> None:
+    rows: list[dict[str, Any]] = [{"album_id": str(n % 3), "cover": f"/{n}"} for n in range(9)]
+    for n, row in enumerate(rows):
+        if n >= 3:
+            row["first_row"] = n % 3
+    whole = catalog(*rows)
+    cut = pa.concat_tables([whole.slice(0, 4), whole.slice(4, 1), whole.slice(5)])
+    assert ingest.plan(cut).equals(ingest.plan(whole))
+    assert ingest.plan(whole)["first_cover"].to_pylist() == [None] * 3 + ["/0", "/1", "/2"] * 2
+
+
+def test_an_empty_plan() -> None:
+    plan = ingest.plan(catalog())
+    assert plan.num_rows == 0
+    assert ingest.load(plan, Source()) == []
+    assert ingest.first_rows(plan).to_pylist() == []
+
+
+# One row
+
+
+def test_every_outcome_of_a_row(covers: dict[str, str]) -> None:
+    rows = {
+        "a": b"AAA",
+        "b": b"BBB",
+        "empty": b"",  # told by decoding, as any bad image is
+        "missing": "missing_file",
+        "folder": "unreadable_file",
+    }
+    found = outcomes(*({"album_id": name, "cover": covers[name]} for name in rows))
+    assert [shown(outcome) for outcome in found] == list(rows.values())
+    (no_cover, no_id, neither) = outcomes({"album_id": "x"}, {"cover": covers["a"]}, {})
+    assert [shown(no_cover), shown(no_id), shown(neither)] == ["no_cover", "null_id", "null_id"]
+
+
+@pytest.mark.parametrize(
+    "cover",
+    ["http://host/x.jpg", "gs://bucket/x.jpg", "/a\0b", "/" + "x" * 300, "/dev/null/x"],
+    ids=["http", "gs", "nul", "long", "below-a-file"],
+)
+def test_no_name_of_a_cover_ends_the_job(cover: str, covers: dict[str, str]) -> None:
+    bad, good = outcomes({"album_id": "x", "cover": cover}, {"album_id": "y", "cover": covers["a"]})
+    assert shown(bad) == "unreadable_file"
+    assert isinstance(bad, CoverError) and bad.detail.startswith(f"{cover}: ")
+    assert shown(good) == b"AAA"
+
+
+def test_outcomes_come_in_the_order_of_rows(tmp_path: Path) -> None:
+    rows = []
+    for n in range(100):
+        if n % 3:
+            (tmp_path / str(n)).write_bytes(b"%d" % n)
+        rows.append({"album_id": str(n), "cover": str(tmp_path / str(n))})
+    expected = [b"%d" % n if n % 3 else "missing_file" for n in range(100)]
+    assert [shown(outcome) for outcome in outcomes(*rows)] == expected
+
+
+# Repeated rows
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "outcome", "detail"),
+    [
+        ("a", "a", (0,), ""),
+        ("a", "copy-of-a", (0,), ""),
+        ("a", "b", "conflicting_cover", "row 0 came first"),
+        ("a", "missing", "missing_file", ""),
+        ("a", "folder", "unreadable_file", ""),
+        ("a", None, "no_cover", ""),
+        # the same path is the same cover, even one that cannot be read
+        ("missing", "missing", (0,), ""),
+        ("missing", "a", "conflicting_cover", "with a cover that is missing_file"),
+        ("folder", "a", "conflicting_cover", "with a cover that is unreadable_file"),
+        (None, "a", "conflicting_cover", "with a cover that is no_cover"),
+        ("missing", "missing-too", "missing_file", ""),
+        (None, None, "no_cover", ""),
+    ],
+)
+def test_every_kind_of_repeated_row(
+    first: str | None, second: str | None, outcome: object, detail: str, covers: dict[str, str]
+) -> None:
+    def row(name: str | None, **others: Any) -> dict[str, Any]:
+        return {"album_id": "x", "cover": name and covers[name], **others}
+
+    found = outcomes(row(first), row(second, first_row=0))[1]
+    assert shown(found) == outcome
+    if detail:
+        assert isinstance(found, CoverError) and detail in found.detail
+
+
+def test_a_third_row_is_compared_with_the_first(covers: dict[str, str]) -> None:
+    rows = [("a", None), ("b", 0), ("b", 0), ("copy-of-a", 0)]
+    found = outcomes(
+        *({"album_id": "x", "cover": covers[name], "first_row": first} for name, first in rows)
+    )
+    assert [shown(outcome) for outcome in found] == [
+        b"AAA",
+        *["conflicting_cover"] * 2,  # the second of them equals the other, but not the first
+        (0,),
+    ]
+
+
+def test_a_part_of_a_plan_needs_no_other_part(covers: dict[str, str]) -> None:
+    """A task gets a few rows; where the first row's cover is travels with them."""
+    rows: list[dict[str, Any]] = [
+        {"album_id": "x", "cover": covers["a"]},
+        {"album_id": "y", "cover": covers["b"]},
+        {"album_id": "x", "cover": covers["copy-of-a"], "first_row": 0},
+        {"album_id": "y", "cover": covers["a"], "first_row": 1},
+    ]
+    plan = ingest.plan(catalog(*rows))
+    alone = [ingest.load(plan.slice(row, 1), Source())[0] for row in range(4)]
+    assert [shown(outcome) for outcome in alone] == [b"AAA", b"BBB", (0,), "conflicting_cover"]
+
+
+# Covers inside Parquet files
+
+
+def embedded(tmp_path: Path, images: list[bytes | None], kind: str) -> str:
+    """A Parquet catalog with its images inside, in row groups of two."""
+    uri = str(tmp_path / "covers.parquet")
+    if kind == "struct":
+        type_ = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        column = pa.array(
+            [
+                None if image is None else {"bytes": image, "path": f"{n}.jpg"}
+                for n, image in enumerate(images)
+            ],
+            type_,
+        )
+    else:
+        column = pa.array(images, {"binary": pa.binary(), "large": pa.large_binary()}[kind])
+    ids = [str(n) for n in range(len(images))]
+    pq.write_table(pa.table({"album_id": ids, "image": column}), uri, row_group_size=2)
+    return uri
+
+
+@pytest.mark.parametrize("kind", ["binary", "large", "struct"])
+def test_images_in_a_parquet_file(kind: str, tmp_path: Path) -> None:
+    images = [b"AAA", None, b"CCC", b"", b"AAA", b"FFF"]
+    uri = embedded(tmp_path, images, kind)
+    expected = ["no_cover" if image is None else image for image in images]
+    table = read_catalog(uri, CatalogSettings()).table
+    found = ingest.load(ingest.plan(table), Source((uri,)))
+    assert [shown(outcome) for outcome in found] == expected
+    for start in range(6):  # any part of it, with holes too
+        for stop in range(start, 7):
+            part = ingest.plan(table).slice(start, stop - start)
+            again = ingest.load(part, Source((uri,)))
+            assert list(map(shown, again)) == list(map(shown, found))[start:stop]
+    holes = ingest.plan(table).take([0, 2, 5])
+    assert [shown(outcome) for outcome in ingest.load(holes, Source((uri,)))] == [
+        *(b"AAA", b"CCC", b"FFF")
+    ]
+
+
+@pytest.mark.parametrize("kind", ["binary", "struct"])
+def test_repeated_rows_in_and_out_of_parquet(
+    kind: str, tmp_path: Path, covers: dict[str, str]
+) -> None:
+    uri = embedded(tmp_path, [b"AAA", b"AAA", b"BBB", None], kind)
+
+    def inside(row: int, **others: Any) -> dict[str, Any]:
+        return {"album_id": "x", "source": 0, "source_row": row, **others}
+
+    def outside(name: str, **others: Any) -> dict[str, Any]:
+        return {"album_id": "x", "cover": covers[name], **others}
+
+    cases = [
+        ((inside(0), inside(1, first_row=0)), (0,)),
+        ((inside(0), inside(2, first_row=0)), "conflicting_cover"),
+        ((inside(0), inside(3, first_row=0)), "no_cover"),
+        ((inside(3), inside(0, first_row=0)), "conflicting_cover"),
+        ((inside(0), outside("a", first_row=0)), (0,)),
+        ((inside(0), outside("b", first_row=0)), "conflicting_cover"),
+        ((outside("a"), inside(1, first_row=0)), (0,)),
+        ((outside("missing"), inside(1, first_row=0)), "conflicting_cover"),
+    ]
+    for rows, expected in cases:
+        assert shown(outcomes(*rows, source=Source((uri,)))[1]) == expected
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [(2, 3), (0, 0), (1, 1), (1, 2), (0, 3), (2, 0), (0, 1)],
+        [(0, 0), (1, 1), (2, 2)],  # consecutive rows, but not of one file
+        [(0, 0), (0, 0), (0, 1)],
+    ],
+)
+def test_several_files_and_another_column(places: list[tuple[int, int]], tmp_path: Path) -> None:
+    uris = []
+    for n in range(3):
+        uris.append(str(tmp_path / f"{n}.parquet"))
+        pq.write_table(pa.table({"photo": [b"%d-%d" % (n, row) for row in range(4)]}), uris[-1])
+    rows = [
+        {"album_id": str(n), "source": file, "source_row": row}
+        for n, (file, row) in enumerate(places)
+    ]
+    found = outcomes(*rows, source=Source(tuple(uris), "photo"))
+    assert [shown(outcome) for outcome in found] == [b"%d-%d" % place for place in places]
+
+
+# A prepared dataset
+
+
+def prepared(root: Path) -> Manifest:
+    """Two train shards and one of test; the covers were re-encoded since their hash was taken."""
+    found = {}
+    number = 0
+    for split, parts in (("train", (2, 1)), ("dev", ()), ("test", (2,))):
+        of_split = []
+        for part, rows in enumerate(parts):
+            records = []
+            for _ in range(rows):
+                records.append(
+                    {
+                        "album_id": f"album-{number}",
+                        "row": 10 * number,  # its row in the catalog it came from
+                        "image": b"packed-%d" % number,
+                        "cover_sha256": sha256(b"source-%d" % number),
+                        "genres": ["Jazz"],
+                        "split": split,
+                        "title": f"Title {number}",
+                    }
+                )
+                number += 1
+            table = pa.Table.from_pylist(records, schema=schema.DATASET)
+            path = f"{split}/part-{part:05d}.parquet"
+            of_split.append(shards.write_shard(str(root), path, table))
+        found[split] = tuple(of_split)
+    return Manifest(str(root), Genres(("Jazz",)), found, "id", {})
+
+
+@pytest.mark.parametrize(
+    ("splits", "numbers"),
+    [
+        (("train", "dev", "test"), [0, 1, 2, 3, 4]),
+        (("test",), [3, 4]),
+        (("test", "train"), [3, 4, 0, 1, 2]),
+    ],
+)
+def test_a_dataset_as_a_plan(splits: tuple[str, ...], numbers: list[int], tmp_path: Path) -> None:
+    plan, source = ingest.plan_dataset(prepared(tmp_path), splits)
+    assert plan.schema.equals(ingest.PLAN)
+    assert plan["row"].to_pylist() == list(range(len(numbers)))
+    assert plan["album_id"].to_pylist() == [f"album-{n}" for n in numbers]
+    assert plan["title"].to_pylist() == [f"Title {n}" for n in numbers]
+    assert plan["genres"].to_pylist() == [["Jazz"]] * len(numbers)
+    assert ingest.first_rows(plan).to_pylist() == [True] * len(numbers)
+    found = ingest.load(plan, source)
+    assert all(isinstance(outcome, Cover) for outcome in found)
+    covers = [outcome for outcome in found if isinstance(outcome, Cover)]
+    assert [cover.data for cover in covers] == [b"packed-%d" % n for n in numbers]
+    # of the source bytes, so that a label can be traced to the cover that the user has
+    assert [cover.sha256 for cover in covers] == [sha256(b"source-%d" % n) for n in numbers]
+
+
+def test_duplicate_is_what_it_says() -> None:
+    assert Duplicate(3).first_row == 3 and Duplicate(3) == Duplicate(3) != Duplicate(4)

@@ -1,0 +1,144 @@
+"""Metrics against scikit-learn's own, and by hand."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from sklearn.metrics import (
+    average_precision_score,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
+
+from covergenre.metrics import multilabel_metrics, nan_to_none
+
+NAMES = ("Folk", "Jazz", "Rock")
+
+
+def random_case(seed: int, albums: int = 40, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(truth, scores); every genre has positives and negatives."""
+    rng = np.random.default_rng(seed)
+    truth = rng.random((albums, 3)) < (0.1, 0.4, 0.7)
+    truth[0], truth[1] = True, False
+    scores = np.clip(rng.random((albums, 3)) * 0.7 + truth * 0.2, 0, 1).astype(np.float32)
+    return truth.astype(np.float32), scores.round(1) if ties else scores
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_to_scikit_learn(seed: int, ties: bool) -> None:
+    truth, scores = random_case(seed, ties=ties)
+    found = multilabel_metrics(truth, scores, NAMES, threshold=0.6)
+    for average in ("macro", "micro"):
+        auc = roc_auc_score(truth, scores, average=average)
+        assert found[f"roc_auc_{average}"] == pytest.approx(auc, abs=1e-12)
+        precision = average_precision_score(truth, scores, average=average)
+        assert found[f"pr_auc_{average}"] == pytest.approx(precision, abs=1e-12)
+    decided = scores >= np.float32(0.6)
+    assert found["precision"] == pytest.approx(precision_score(truth, decided, average="micro"))
+    assert found["recall"] == pytest.approx(recall_score(truth, decided, average="micro"))
+    for j, name in enumerate(NAMES):
+        genre = found["genres"][name]
+        assert genre["positives"] == truth[:, j].sum()
+        assert genre["prevalence"] == pytest.approx(truth[:, j].mean())
+        assert genre["roc_auc"] == pytest.approx(roc_auc_score(truth[:, j], scores[:, j]))
+        area = average_precision_score(truth[:, j], scores[:, j])
+        assert genre["pr_auc"] == pytest.approx(area)
+        precision = precision_score(truth[:, j], decided[:, j], zero_division=0)
+        assert genre["precision"] == pytest.approx(precision)
+        assert genre["recall"] == pytest.approx(recall_score(truth[:, j], decided[:, j]))
+    assert found["albums"] == 40
+    assert found["threshold"] == 0.6
+    assert found["genres_without_auc"] == []
+
+
+def test_micro_precision_and_recall_by_hand() -> None:
+    truth = [[1, 0, 1], [0, 1, 0]]
+    scores = [[0.9, 0.6, 0.1], [0.2, 0.5, 0.3]]
+    found = multilabel_metrics(np.array(truth), np.array(scores, np.float32), NAMES)
+    assert found["precision"] == pytest.approx(2 / 3)  # said: 0.9, 0.6, 0.5; right: 0.9, 0.5
+    assert found["recall"] == pytest.approx(2 / 3)  # true: 0.9, 0.1, 0.5; said: 0.9, 0.5
+    by_genre = {name: (m["precision"], m["recall"]) for name, m in found["genres"].items()}
+    assert by_genre == {"Folk": (1.0, 1.0), "Jazz": (0.5, 1.0), "Rock": (0.0, 0.0)}
+
+
+def test_every_small_truth_table_by_hand() -> None:
+    """One genre, three albums: ROC AUC is the share of (positive, negative) pairs in order."""
+    for truth in itertools.product((0, 1), repeat=3):
+        for scores in itertools.product((0.25, 0.5, 0.75), repeat=3):
+            found = multilabel_metrics(
+                np.array(truth)[:, None], np.array(scores, np.float32)[:, None], ["A"]
+            )
+            pairs = [
+                1.0 if p > n else 0.5 if p == n else 0.0
+                for t, p in zip(truth, scores, strict=True)
+                for u, n in zip(truth, scores, strict=True)
+                if t and not u
+            ]
+            if pairs:
+                assert found["roc_auc_macro"] == pytest.approx(sum(pairs) / len(pairs))
+                assert found["genres_without_auc"] == []
+            else:
+                assert math.isnan(found["roc_auc_macro"])
+                assert found["genres_without_auc"] == ["A"]
+            hits = sum(bool(t) and s >= 0.5 for t, s in zip(truth, scores, strict=True))
+            said = sum(s >= 0.5 for s in scores)
+            assert found["precision"] == pytest.approx(hits / said if said else 0)
+            assert found["recall"] == pytest.approx(hits / sum(truth) if sum(truth) else 0)
+
+
+@pytest.mark.parametrize("fill", [0, 1])
+def test_a_genre_of_one_kind_has_no_auc_and_spoils_no_mean(fill: int) -> None:
+    truth, scores = random_case(1)
+    truth[:, 1] = fill
+    found = multilabel_metrics(truth, scores, NAMES)
+    assert found["genres_without_auc"] == ["Jazz"]
+    assert math.isnan(found["genres"]["Jazz"]["roc_auc"])
+    assert math.isnan(found["genres"]["Jazz"]["pr_auc"])
+    assert found["genres"]["Jazz"]["positives"] == fill * 40
+    rest = multilabel_metrics(truth[:, [0, 2]], scores[:, [0, 2]], ["Folk", "Rock"])
+    assert found["roc_auc_macro"] == rest["roc_auc_macro"]
+    assert found["pr_auc_macro"] == rest["pr_auc_macro"]
+    # micro counts every decision all the same
+    assert found["roc_auc_micro"] == pytest.approx(roc_auc_score(truth.ravel(), scores.ravel()))
+
+
+@pytest.mark.parametrize("albums", [0, 1, 4])
+@pytest.mark.parametrize("fill", [0, 1])
+def test_nothing_to_tell_apart_is_nan_throughout(albums: int, fill: int) -> None:
+    truth = np.full((albums, 3), fill)
+    found = multilabel_metrics(truth, np.zeros((albums, 3), np.float32), NAMES)
+    for key in ("roc_auc_macro", "roc_auc_micro", "pr_auc_macro", "pr_auc_micro"):
+        assert math.isnan(found[key])
+    assert found["genres_without_auc"] == list(NAMES)
+    assert (found["precision"], found["recall"], found["albums"]) == (0.0, 0.0, albums)
+    text = json.dumps(nan_to_none(found), allow_nan=False)
+    assert json.loads(text)["roc_auc_macro"] is None
+
+
+def test_shapes_that_do_not_fit_are_an_error() -> None:
+    for truth, scores, names in (
+        ((4, 3), (4, 2), NAMES),
+        ((4, 3), (3, 3), NAMES),
+        ((4, 3), (4, 3), NAMES[:2]),
+    ):
+        with pytest.raises(ValueError, match="genres"):
+            multilabel_metrics(np.zeros(truth), np.zeros(scores), names)
+
+
+def test_nan_to_none_goes_all_the_way_down() -> None:
+    nan = math.nan
+    value = {"a": nan, "b": [1.5, nan, {"c": nan}], "d": (nan, "nan"), "e": None, "f": 0, "g": True}
+    assert nan_to_none(value) == {
+        "a": None,
+        "b": [1.5, None, {"c": None}],
+        "d": [None, "nan"],
+        "e": None,
+        "f": 0,
+        "g": True,
+    }
+    assert nan_to_none(np.float64("nan")) is None
+    assert nan_to_none(math.inf) == math.inf

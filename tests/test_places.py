@@ -1,0 +1,101 @@
+"""Output places: whose a folder is, and that nobody else writes there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from covergenre import places, storage
+from covergenre.config import EvaluateConfig, TrainConfig
+from covergenre.errors import StorageError
+
+INPUTS = {"dataset_id": "abc", "sizes": [1, 2]}
+
+
+def settings(out: Path, **others: Any) -> TrainConfig:
+    return TrainConfig(dataset="dataset", out=str(out), **others)
+
+
+def refused(place: Path, stage: str = "train", inputs: Any = INPUTS, **others: Any) -> str:
+    """The message; the place must stay as it was."""
+    before = storage.list_sizes(str(place.parent))
+    with pytest.raises(StorageError) as caught:
+        places.claim(str(place), stage, settings(place, **others), inputs)
+    assert storage.list_sizes(str(place.parent)) == before
+    text = str(caught.value)
+    assert text.startswith(f"{place}: ") and "\n" not in text and "--out" in text
+    return text
+
+
+def test_a_new_and_an_empty_folder_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "nested/empty").mkdir(parents=True)
+    for name in ("new", "deep/new", "empty", "nested"):
+        place = tmp_path / name
+        places.claim(str(place), "train", settings(place), INPUTS)
+        assert storage.list_files(str(place)) == [str(place / "_state/run.json")]
+
+
+def test_the_claim_says_whose_it_is(tmp_path: Path) -> None:
+    config = settings(tmp_path / "x", epochs=3)
+    places.claim(str(tmp_path / "x"), "train", config, INPUTS)
+    value = json.loads((tmp_path / "x/_state/run.json").read_text())
+    assert value["stage"] == "train"
+    assert value["fingerprint"] == config.fingerprint()
+    assert value["inputs"] == INPUTS
+    assert value["settings"]["epochs"] == 3
+    assert value["covergenre"]
+
+
+def test_the_same_run_is_taken_up_again(tmp_path: Path) -> None:
+    places.claim(str(tmp_path), "train", settings(tmp_path), INPUTS)
+    (tmp_path / "half-done").write_bytes(b"x")
+    claim = (tmp_path / "_state/run.json").read_bytes()
+    for others in ({}, {"workers": 4}, {"device": "cpu"}, {"cpus_per_worker": 1.0}):
+        places.claim(str(tmp_path), "train", settings(tmp_path, **others), INPUTS)
+    moved = TrainConfig(dataset="elsewhere", out="elsewhere")  # the same content
+    places.claim(str(tmp_path), "train", moved, INPUTS)
+    assert (tmp_path / "_state/run.json").read_bytes() == claim
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    places.claim(str(tmp_path), "train", settings(tmp_path), INPUTS)
+    assert "a train run with other settings" in refused(tmp_path, epochs=3)
+    assert "a train run on other inputs" in refused(tmp_path, inputs={"dataset_id": "abd"})
+    assert "a train run on other inputs" in refused(tmp_path, inputs={})
+    assert "holds a run of train" in refused(tmp_path, stage="evaluate")
+
+
+def test_another_stage_of_the_same_settings_is_refused(tmp_path: Path) -> None:
+    config = EvaluateConfig(model="m", dataset="d", out=str(tmp_path))
+    places.claim(str(tmp_path), "evaluate", config, {})
+    with pytest.raises(StorageError, match="holds a run of evaluate"):
+        places.claim(str(tmp_path), "score", config, {})
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter-1.txt").write_bytes(b"x")
+    assert "is not empty (holds thesis/chapter-1.txt)" in refused(tmp_path)
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    assert "is a file" in refused(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "null", "{}"])
+def test_a_claim_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "_state").mkdir()
+    (tmp_path / "_state/run.json").write_text(text)
+    with pytest.raises(StorageError) as caught:
+        places.claim(str(tmp_path), "train", settings(tmp_path), INPUTS)
+    assert "\n" not in str(caught.value)
+
+
+def test_of_two_runs_at_once_one_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "put_if_absent", lambda *_: False)
+    with pytest.raises(StorageError, match="another run took this place just now"):
+        places.claim(str(tmp_path / "x"), "train", settings(tmp_path), INPUTS)

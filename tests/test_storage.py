@@ -1,0 +1,416 @@
+"""Places to read and write: the same on a local folder and on S3, here an S3 server of moto."""
+
+import json
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pytest
+from moto.server import ThreadedMotoServer
+
+from covergenre import storage
+from covergenre.errors import StorageError
+
+BUCKET = "covers"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """A bucket of an S3 server that lives as long as this file's tests."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            if "CHECKSUM" not in name:  # set by storage itself
+                patch.delenv(name)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "none")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setattr(boto3, "DEFAULT_SESSION", None)
+        storage._s3.cache_clear()
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield f"s3://{BUCKET}"
+        storage._s3.cache_clear()
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder that no other test writes to; it need not exist yet."""
+    if request.param == "local":
+        return str(tmp_path / "place")
+    return f"{request.getfixturevalue('s3')}/{tmp_path.name}/place"
+
+
+def fails(action: Callable[[], object], place: str, verb: str = "", missing: bool = False) -> str:
+    """`action` raises one line that begins with `place`."""
+    with pytest.raises(StorageError) as caught:
+        action()
+    text = str(caught.value)
+    assert text.startswith(f"{place}: ") and "\n" not in text
+    assert isinstance(caught.value.__cause__, FileNotFoundError) == missing, text
+    if missing:
+        assert text == f"{place}: no such file or folder"
+    if verb:
+        assert f"cannot {verb}: " in text
+    return text
+
+
+# The same on both
+
+
+def test_what_is_put_can_be_read(place: str) -> None:
+    for data in (b"", b"cover", bytes(range(256)) * 24_000):
+        uri = storage.join(place, "a/b.bin")
+        storage.put(uri, data)
+        assert storage.read_bytes(uri) == data
+        assert storage.size(uri) == len(data)
+    storage.put(uri, pa.py_buffer(b"buffer"))
+    assert storage.read_bytes(uri) == b"buffer"
+
+
+def test_another_content_has_another_stamp(place: str) -> None:
+    uri = storage.join(place, "x")
+    storage.put(uri, b"abc")
+    stamp = storage.stamp(uri)
+    assert stamp == storage.stamp(uri)
+    assert stamp[0] == 3 and stamp[1] > 0
+    storage.put(uri, b"abcd")
+    assert storage.stamp(uri) != stamp
+
+
+@pytest.mark.parametrize("name", ["é ü/日本", "a b", "%20", "q?x#y+z&w", "..x", "[a]*"])
+def test_any_name_will_do(place: str, name: str) -> None:
+    uri = storage.join(place, name)
+    storage.put(uri, b"1")
+    assert not storage.put_if_absent(uri, b"2")
+    assert storage.put_if_absent(f"{uri}2", b"22")
+    assert storage.read_bytes(f"{uri}2") == b"22"
+    assert storage.list_sizes(place) == {name: 1, f"{name}2": 2}
+    assert storage.list_files(place) == [uri, f"{uri}2"]
+
+
+def test_a_file_can_be_read_at_any_place(place: str) -> None:
+    uri = storage.join(place, "x")
+    storage.put(uri, b"0123456789")
+    with storage.open_input(uri) as file:
+        file.seek(3)
+        assert file.read(4) == b"3456"
+        file.seek(0)
+        assert file.read() == b"0123456789"
+
+
+def test_files_and_folders_are_told_apart(place: str) -> None:
+    storage.put(storage.join(place, "folder/file"), b"abc")
+    for name, exists, is_folder in (
+        ("", True, True),
+        ("folder", True, True),
+        ("folder/file", True, False),
+        ("folder/fil", False, False),
+        ("folder/file/below", False, False),
+        ("none", False, False),
+    ):
+        for end in ("", "/"):
+            uri = (storage.join(place, name) if name else place) + end
+            if end and name == "folder/file":
+                continue  # a file has no such name; what is said of it matters to nobody
+            assert storage.exists(uri) == exists, uri
+            assert storage.is_folder(uri) == is_folder, uri
+
+
+def test_what_is_not_there_is_told_with_its_cause(place: str) -> None:
+    storage.put(storage.join(place, "x"), b"")
+    uri = storage.join(place, "none")
+    for action in (
+        storage.read_bytes,
+        storage.open_input,
+        storage.size,
+        storage.list_files,
+        storage.read_json,
+    ):
+        fails(lambda action=action: action(uri), uri, missing=True)  # type: ignore[misc]
+    assert not storage.exists(uri)
+    assert not storage.is_folder(uri)
+    assert storage.list_sizes(uri) == {}
+    storage.delete_folder(uri)  # nothing to do
+
+
+def test_a_folder_is_no_file(place: str) -> None:
+    storage.put(storage.join(place, "folder/x"), b"")
+    folder = storage.join(place, "folder")
+    fails(lambda: storage.size(folder), folder, missing=True)
+    with pytest.raises(StorageError, match="folder: "):
+        storage.read_bytes(folder)
+
+
+def test_lists_are_sorted_and_go_all_the_way_down(place: str) -> None:
+    names = ["b", "a/z", "a/b/c", "B", "a.x", "a/b.x", "0"]
+    for length, name in enumerate(names):
+        storage.put(storage.join(place, name), b"x" * length)
+    assert storage.list_files(place) == sorted(storage.join(place, name) for name in names)
+    assert storage.list_files(place + "/") == storage.list_files(place)
+    assert storage.list_sizes(place) == {name: names.index(name) for name in names}
+    assert list(storage.list_sizes(place)) == sorted(names)
+    assert storage.list_sizes(place + "/") == storage.list_sizes(place)
+    below = storage.join(place, "a")
+    assert storage.list_sizes(below) == {"b.x": 5, "b/c": 2, "z": 1}
+    assert storage.list_files(below) == [storage.join(below, n) for n in ("b.x", "b/c", "z")]
+
+
+def test_a_folder_is_deleted_with_all_below_it_and_nothing_beside(place: str) -> None:
+    for name in ("gone/a", "gone/b/c", "gone.training/a", "kept"):
+        storage.put(storage.join(place, name), b"")
+    storage.delete_folder(storage.join(place, "gone"))
+    assert list(storage.list_sizes(place)) == ["gone.training/a", "kept"]
+    assert not storage.exists(storage.join(place, "gone"))
+    storage.put(storage.join(place, "gone/again"), b"")
+    assert storage.exists(storage.join(place, "gone"))
+
+
+def test_put_if_absent_writes_once(place: str) -> None:
+    uri = storage.join(place, "claim/run.json")
+    assert storage.put_if_absent(uri, b"first")
+    assert not storage.put_if_absent(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+    storage.put(uri, b"third")
+    assert storage.read_bytes(uri) == b"third"
+
+
+def test_json_survives(place: str) -> None:
+    uri = storage.join(place, "value.json")
+    value = {"é": [1, 2.5, None, True], "nested": {"a": "日本"}}
+    storage.put_json(uri, value)
+    assert storage.read_json(uri) == value
+    text = storage.read_bytes(uri).decode()
+    assert text.endswith("}\n") and "日本" in text and "\n  " in text
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"{'a': 1}", b"\xff\xfe\xfa", b"[1,\n2,\n}"])
+def test_what_is_no_json_is_told(place: str, data: bytes) -> None:
+    uri = storage.join(place, "value.json")
+    storage.put(uri, data)
+    assert "not valid JSON" in fails(lambda: storage.read_json(uri), uri)
+
+
+# Local folders alone
+
+
+def test_of_many_writers_at_once_one_wins(tmp_path: Path) -> None:
+    """moto does not decide this atomically, S3 does: so on a local folder only."""
+    for round_ in range(20):
+        uri = str(tmp_path / f"claim-{round_}")
+        start = threading.Barrier(8)
+        won: list[int] = []
+
+        def write(writer: int, uri: str = uri, start: threading.Barrier = start) -> None:
+            start.wait()
+            if storage.put_if_absent(uri, b"%d" % writer * 10_000):
+                won.append(writer)  # noqa: B023
+
+        threads = [threading.Thread(target=write, args=(writer,)) for writer in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        assert storage.read_bytes(uri) == b"%d" % won[0] * 10_000
+
+
+def test_who_reads_the_old_file_reads_all_of_it(tmp_path: Path) -> None:
+    uri = str(tmp_path / "x")
+    storage.put(uri, b"old" * 1000)
+    with open(uri, "rb", buffering=0) as reader:
+        assert reader.read(3) == b"old"
+        storage.put(uri, b"new" * 1000)
+        assert set(reader.read()) == set(b"old")
+    assert storage.read_bytes(uri) == b"new" * 1000
+
+
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = str(tmp_path / "x")
+    storage.put(uri, b"old")
+    storage.put_if_absent(uri, b"no")
+    assert os.listdir(tmp_path) == ["x"]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    text = fails(lambda: storage.put(uri, b"new"), uri, verb="write")
+    assert text.endswith("No space left on device")
+    fails(lambda: storage.put_if_absent(str(tmp_path / "y"), b"new"), str(tmp_path / "y"))
+    assert os.listdir(tmp_path) == ["x"]
+    assert storage.read_bytes(uri) == b"old"  # whole, as it was
+
+
+def test_a_put_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    storage.put(str(tmp_path / "put"), b"")
+    storage.put_if_absent(str(tmp_path / "claim"), b"")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_file_where_a_folder_is_needed_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder/x").mkdir(parents=True)
+    below = str(tmp_path / "file/below")
+    fails(lambda: storage.put(below, b""), below, verb="write")
+    fails(lambda: storage.put_if_absent(below, b""), below, verb="write")
+    fails(lambda: storage.read_bytes(below), below, verb="read")
+    folder = str(tmp_path / "folder")
+    fails(lambda: storage.put(folder, b""), folder, verb="write")
+    assert os.listdir(tmp_path / "folder") == ["x"]
+
+
+@pytest.mark.parametrize("uri", ["a\0b", "x" * 300, "bad-\udcff-name"])
+def test_a_name_that_no_file_can_have_is_told(uri: str, tmp_path: Path) -> None:
+    for action in (storage.read_bytes, storage.exists, storage.size, storage.list_sizes):
+        place = f"{tmp_path}/{uri}"
+        fails(lambda action=action, place=place: action(place), place)  # type: ignore[misc]
+
+
+def test_local_paths_are_taken_as_people_write_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    storage.put("x", b"relative")
+    storage.put("~/y", b"home")
+    storage.put(f"file://{tmp_path}/z", b"file")
+    assert storage.list_sizes(".") == {"home/y": 4, "x": 8, "z": 4}
+    assert storage.read_bytes("./home/../x") == b"relative"
+
+
+# S3 alone
+
+
+def test_a_bucket_that_is_not_there_is_told(s3: str) -> None:
+    uri = "s3://no-such-bucket/x"
+    fails(lambda: storage.put(uri, b""), uri, verb="write")
+    fails(lambda: storage.put_if_absent(uri, b""), uri, verb="write")
+    fails(lambda: storage.read_bytes(uri), uri, missing=True)
+
+
+def test_a_bucket_is_never_deleted(s3: str) -> None:
+    storage.put(f"{s3}/kept/x", b"")
+    fails(lambda: storage.delete_folder(s3), s3, verb="delete")
+    assert storage.exists(f"{s3}/kept/x")
+
+
+def test_both_clients_go_to_one_region(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """boto3 does not look at AWS_REGION, Arrow does."""
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    monkeypatch.setenv("AWS_REGION", "eu-west-3")
+    regions: list[str | None] = []
+
+    def client(_: str, region_name: str | None = None) -> object:
+        regions.append(region_name)
+        raise OSError("far enough")
+
+    monkeypatch.setattr(boto3, "client", client)
+    storage._s3.cache_clear()
+    fails(lambda: storage.put_if_absent(f"{s3}/region", b""), f"{s3}/region", verb="write")
+    assert regions == ["eu-west-3"]
+    assert storage._s3().region == "eu-west-3"
+    storage._s3.cache_clear()
+
+
+# No file at all
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x.jpg", "hdfs://x"])
+def test_other_schemes_are_refused(uri: str) -> None:
+    scheme = uri.partition("://")[0]
+    for action in (
+        storage.read_bytes,
+        storage.exists,
+        storage.list_files,
+        storage.list_sizes,
+        storage.delete_folder,
+        storage.filesystem,
+        lambda uri: storage.put(uri, b""),
+        lambda uri: storage.put_if_absent(uri, b""),
+    ):
+        text = fails(lambda action=action: action(uri), uri)  # type: ignore[misc]
+        assert text == f"{uri}: no storage for {scheme}://; use a local path or s3://"
+
+
+@pytest.mark.parametrize(
+    ("parts", "joined"),
+    [
+        (("/a",), "/a"),
+        (("/a", "b"), "/a/b"),
+        (("/a/", "b", "c/d"), "/a/b/c/d"),
+        (("/a", ""), "/a/"),
+        (("/a", "/b"), "/b"),
+        (("/a", "/b", "c"), "/b/c"),
+        (("/", "a"), "/a"),
+        (("s3://b", "k"), "s3://b/k"),
+        (("s3://b/", "k"), "s3://b/k"),
+        (("s3://b/k", "/local"), "/local"),
+        (("/a", "s3://b/k", "x"), "s3://b/k/x"),
+        (("a", "b"), "a/b"),
+    ],
+)
+def test_join(parts: tuple[str, ...], joined: str) -> None:
+    assert storage.join(*parts) == joined
+
+
+@pytest.mark.parametrize(
+    ("uri", "parent", "name"),
+    [
+        ("/a/b", "/a", "b"),
+        ("/a/b/", "/a", "b"),
+        ("/a", "/", "a"),
+        ("a", "", "a"),
+        ("a/b.csv", "a", "b.csv"),
+        ("s3://bucket/a/b", "s3://bucket/a", "b"),
+        ("s3://bucket/a", "s3://bucket", "a"),
+    ],
+)
+def test_parent_and_name(uri: str, parent: str, name: str) -> None:
+    assert (storage.parent(uri), storage.name(uri)) == (parent, name)
+    if parent:
+        assert storage.join(parent, name) == uri.rstrip("/")
+
+
+def test_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    for uri, expected in (
+        ("/a/b", "/a/b"),
+        ("/a/b/", "/a/b"),
+        ("/a/../b/./c", "/b/c"),
+        ("x", f"{tmp_path}/x"),
+        ("./x/", f"{tmp_path}/x"),
+        (".", str(tmp_path)),
+        ("", str(tmp_path)),
+        ("~/x", "/home/me/x"),
+        ("file:///a/b", "/a/b"),
+        ("file:///a%20b", "/a b"),
+        ("s3://bucket/a/", "s3://bucket/a"),
+        ("s3://bucket", "s3://bucket"),
+        ("gs://bucket/a", "gs://bucket/a"),
+    ):
+        assert storage.absolute(uri) == expected
+        assert storage.absolute(expected) == expected
+
+
+def test_is_uri() -> None:
+    assert [storage.is_uri(text) for text in ("s3://b/k", "file:///x", "/a", "a:b", "a//b")] == [
+        *(True, True),
+        *(False, False, False),
+    ]
+
+
+def test_what_put_json_writes_is_plain_json(tmp_path: Path) -> None:
+    storage.put_json(str(tmp_path / "x.json"), {"b": 1, "a": 2})
+    assert (tmp_path / "x.json").read_text() == '{\n  "b": 1,\n  "a": 2\n}\n'
+    assert json.loads((tmp_path / "x.json").read_text()) == {"b": 1, "a": 2}
