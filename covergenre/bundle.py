@@ -6,7 +6,7 @@
     MODEL/preprocessing.json     source bytes to normalised pixels
     MODEL/decision.json          the threshold of each genre
     MODEL/config.json            what it was trained with
-    MODEL/history.jsonl          a line an epoch; steps.parquet: the loss of every step
+    MODEL/history.jsonl          a line an epoch; steps.jsonl: the loss of every step
     MODEL/metrics.json           of the best epoch, on the dev split
     MODEL/loss.png  README.md    the loss curve and the model card
 

@@ -155,7 +155,7 @@ class BatchStream:
         pixels = np.frombuffer(part["pixels"][0].as_buffer(), np.uint8)
         targets = np.frombuffer(part["targets"][0].as_buffer(), np.float32)
         return Batch(
-            part["rows"].values.to_numpy(),
+            part["rows"].flatten().to_numpy(),
             pixels.reshape(-1, side, side, 3),
             targets.reshape(-1, len(self._data.genres)),
         )

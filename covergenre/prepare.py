@@ -116,6 +116,11 @@ def _reasons(plan: pa.Table, first: list[bool], chosen: list[str | None]) -> lis
 
 def _splits(plan: pa.Table, config: PrepareConfig, used: list[bool]) -> SplitAssignment:
     has_own = pc.any(pc.is_valid(plan["split"])).as_py()
+    if has_own and config.split_from == "auto" and config.group_by != "album_id":
+        raise ConfigError(
+            f"--group-by {config.group_by}: the catalog has a split of its own; say which counts:"
+            " --split-from hash or --split-from catalog"
+        )
     own = config.split_from == "catalog" or (config.split_from == "auto" and bool(has_own))
     if own and not has_own:
         raise ConfigError("--split-from catalog: the catalog has no split (--split-column)")
@@ -242,9 +247,9 @@ def _pack_shard(
         ("rejected", rejected, schema.REJECTED),
         ("_state/duplicates", duplicates, schema.DUPLICATES),
     ):
-        if records:
-            table = pa.Table.from_pylist(records, schema=fields_of)
-            storage.put(storage.join(out, folder, part), shards.to_parquet(table))
+        # Empty or not: a run that is done again must leave nothing of the one before.
+        table = pa.Table.from_pylist(records, schema=fields_of)
+        storage.put(storage.join(out, folder, part), shards.to_parquet(table))
     return {
         "split": job["split"],
         "part": job["part"],

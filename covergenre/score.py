@@ -163,9 +163,9 @@ def _commit(out: str, unit: int, parts: list[Scored], bundle: Bundle) -> None:
         ("rejected", rejected, schema.REJECTED),
         ("_state/duplicates", duplicates, schema.DUPLICATES),
     ):
-        if table.num_rows:
-            data = shards.to_parquet(table.select(fields.names).cast(fields))
-            storage.put(storage.join(out, folder, _part(unit)), data)
+        # Empty or not: a unit that is done again must leave nothing of the time before.
+        data = shards.to_parquet(table.select(fields.names).cast(fields))
+        storage.put(storage.join(out, folder, _part(unit)), data)
     counts = {
         "rows": outcomes.num_rows,
         "scored": scored.num_rows,
@@ -204,7 +204,8 @@ def _ledger(out: str, rows: int, units: int, bundle: Bundle) -> dict[str, Any]:
     total: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     folder = storage.join(out, "labels")
-    names = sorted(storage.list_sizes(folder))
+    written = storage.list_sizes(folder)
+    names = [_part(unit) for unit in range(units) if _part(unit) in written]
     for name in names:
         with storage.open_input(storage.join(folder, name)) as file:
             counts = json.loads(pq.read_metadata(file).metadata[_FOOTER])

@@ -11,7 +11,7 @@ from covergenre import places, report, runtime, storage
 from covergenre.bundle import is_bundle, read_bundle, write_bundle
 from covergenre.config import TrainConfig
 from covergenre.covers import Preprocessing
-from covergenre.errors import ConfigError, CovergenreError, StorageError
+from covergenre.errors import ConfigError, CovergenreError, StorageError, TrainingDivergedError
 from covergenre.metrics import nan_to_none
 from covergenre.model_card import model_card
 from covergenre.progress import Progress, say
@@ -67,7 +67,11 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
     places.claim(state, "train", config, inputs)
     preprocessing = Preprocessing()
     say(_opening(config, manifest, workers, origin))
-    weights = _fit(config, manifest, preprocessing, workers, trunk, state)
+    try:
+        weights = _fit(config, manifest, preprocessing, workers, trunk, state)
+    except TrainingDivergedError:
+        storage.delete_folder(state)  # other settings are next, and nothing here is worth keeping
+        raise
     history = _lines(state, "history")
     best = [record for record in history if record["best"]][-1]
     shown = config.model_dump(mode="json", exclude={"out"})

@@ -165,8 +165,7 @@ class _Worker:
         if not np.isfinite(step_losses).all():
             first = int(np.flatnonzero(~np.isfinite(step_losses))[0])
             raise TrainingDivergedError(
-                f"the loss is no number from step {first} of epoch {epoch + 1} on; lower"
-                f" --learning-rate (it is {self._config.learning_rate:g})"
+                self._diverged(f"from step {first} of epoch {epoch + 1} on")
             )
         if self.rank == 0:
             self._job.monitor.steps.remote(epoch, unreported, step_losses[-1])
@@ -229,6 +228,10 @@ class _Worker:
         self._steps_done += 1
         return loss.detach()
 
+    def _diverged(self, when: str) -> str:
+        rate = self._config.learning_rate
+        return f"the loss is no number {when}; lower --learning-rate (it is {rate:g})"
+
     def _learning_rate(self) -> float:
         base = self._config.learning_rate or 0.0
         if self._config.schedule == "constant":
@@ -246,6 +249,10 @@ class _Worker:
         rows, scores, targets = [np.empty(0, np.int64)], [], []
         scores.append(np.empty((0, genres), np.float32))
         targets.append(np.empty((0, genres), np.float32))
+        if self.world > 1:
+            # Each rank's batch norm has seen its own rows last; rank 0's is what is saved.
+            for buffer in self._model.buffers():
+                distributed.broadcast(buffer, 0)
         for batch in self._stream.dev():
             rows.append(batch.rows)
             scores.append(self._predictor(batch.pixels))
@@ -258,6 +265,8 @@ class _Worker:
         seen, y_score, y_true = (np.concatenate(column) for column in zip(*parts, strict=True))
         if len(seen) != self._job.manifest.rows("dev") or len(np.unique(seen)) != len(seen):
             raise AssertionError(f"dev split: {len(seen)} rows were evaluated")
+        if not np.isfinite(y_score).all():
+            raise TrainingDivergedError(self._diverged("after the last step"))
         measured = multilabel_metrics(y_true, y_score, self._job.manifest.genres.names)
         names = ("roc_auc_micro", "roc_auc_macro", "pr_auc_micro", "pr_auc_macro")
         p = np.clip(y_score.astype(np.float64), EPSILON, 1 - EPSILON)
