@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 _LOADED = ("model.safetensors", "genres.json", "preprocessing.json", "decision.json", "config.json")
+_BESIDE = ("history.jsonl", "steps.jsonl", "metrics.json", "loss.png", "README.md")
+BUNDLE_FILES = frozenset({"bundle.json", *_LOADED, *_BESIDE})
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,11 @@ def _checked(uri: str, name: str, files: Mapping[str, str]) -> bytes:
     if hashlib.sha256(data).hexdigest() != files[name]:
         raise ModelError(f"{path}: changed since it was written (sha256); a MODEL is immutable")
     return data
+
+
+def check_weights(bundle: Bundle) -> None:
+    """Raises ModelError where the weights are not those that were written: before work begins."""
+    _checked(bundle.uri, "model.safetensors", bundle.files)
 
 
 def load_model(bundle: Bundle) -> "CoverModel":

@@ -180,13 +180,11 @@ def _has_images(source: SourceFile, options: CatalogSettings) -> bool:
 def _part(source: SourceFile, options: CatalogSettings, image_file: int | None = None) -> pa.Table:
     """CATALOG's columns for one file, without `row` and `first_row`."""
     count = source.table.num_rows
-    if image_file is None:
-        folder = storage.absolute(options.covers or storage.parent(source.uri))
-        cover = _resolve(_text(source, options.cover_column), folder)
-        source_row = pa.nulls(count, pa.int64())
-    else:
-        cover = pa.nulls(count, pa.string())
-        source_row = pa.array(np.arange(count))
+    folder = storage.absolute(options.covers or storage.parent(source.uri))
+    # Beside image bytes, a path is where the cover of a row without bytes is.
+    cover = _resolve(_text(source, options.cover_column), folder)
+    in_file = image_file is not None
+    source_row = pa.array(np.arange(count)) if in_file else pa.nulls(count, pa.int64())
     return pa.table(
         {
             "album_id": _text(source, options.id_column),

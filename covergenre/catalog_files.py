@@ -33,6 +33,7 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 # A row of a CSV file may be as long as a block.
 _CSV_BLOCK_BYTES = 4 << 20
 _JSONL_CHUNK_ROWS = 50_000
+_ROW_GROUP_BYTES = 4 << 30  # 100,000 covers
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,8 @@ def read_parquet(uri: str, wanted: Collection[str], image: str) -> SourceFile:
         schema = file.schema_arrow
         image_type = schema.field(image).type if image in schema.names else None
         skipped = image if image_type is not None and holds_bytes(image_type) else None
+        if skipped:
+            _check_row_groups(uri, file.metadata)
         names = [name for name in schema.names if name in wanted and name != skipped]
         return SourceFile(
             uri,
@@ -316,6 +319,20 @@ def read_parquet(uri: str, wanted: Collection[str], image: str) -> SourceFile:
             image_type,
             _null_images(file.metadata, image),
         )
+
+
+def _check_row_groups(uri: str, metadata: pq.FileMetaData) -> None:
+    """Parquet can only be entered at a row group: each task passes over those rows before its own.
+
+    Raises CatalogError where that is too much to pass over.
+    """
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        if group.total_byte_size > _ROW_GROUP_BYTES:
+            raise CatalogError(
+                f"{uri}: a row group has {group.total_byte_size / 2**30:.1f} GiB, limit"
+                f" {_ROW_GROUP_BYTES >> 30} GiB; write the file again with smaller ones"
+                " (pyarrow and pandas: row_group_size=1000)"
+            )
 
 
 def holds_bytes(type_: pa.DataType) -> bool:

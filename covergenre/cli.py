@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from covergenre import __version__
-from covergenre.errors import ConfigError, CovergenreError, did_you_mean
+from covergenre.errors import CovergenreError, did_you_mean
 
 # stage -> (class of settings, what it does)
 _STAGES = {
@@ -102,11 +102,6 @@ def _stage_command(name: str) -> click.Command:
     def run(verbose: bool, **given: Any) -> None:
         file = given.pop("config")
         flags = {key: value for key, value in given.items() if value is not None}
-        for key in ("genres", "split_fractions"):
-            if isinstance(flags.get(key), str):
-                flags[key] = tuple(part.strip() for part in flags[key].split(",") if part.strip())
-                if not flags[key]:
-                    raise ConfigError(f"{config.flag(key)}: names none; separate them by commas")
         settings = config.parse(stage, flags, file)
         run_stage = getattr(import_module(f"covergenre.{name}"), name)
         click.echo(run_stage(settings, verbose=verbose).account())

@@ -4,6 +4,7 @@ The same class gives the command's flags (with their help), the keys of its --co
 what is saved with the result. A value is checked once, here, wherever it came from.
 """
 
+import csv
 import hashlib
 import json
 from collections.abc import Mapping
@@ -88,7 +89,8 @@ class PrepareConfig(CatalogSettings):
         0.01, ge=0, le=1, description="least share of the labelled albums a kept genre is on"
     )
     genres: tuple[str, ...] = Field(
-        (), description="exactly these genres, comma-separated, instead of the most common"
+        (),
+        description="exactly these genres, comma-separated (as CSV: quote a name that has a comma)",
     )
     keep: Literal["any", "all"] = Field(
         "any", description="keep an album if any of its genres is kept, or only if all are"
@@ -111,6 +113,17 @@ class PrepareConfig(CatalogSettings):
     workers: Positive | None = Field(
         None, description="tasks at a time  [default: as many as the cluster has CPUs]"
     )
+
+    @field_validator("genres", "split_fractions", mode="before")
+    @classmethod
+    def _text_is_a_list(cls, value: Any) -> Any:
+        """One line of CSV, so that a name may have a comma: `"R&B, Soul",Jazz`."""
+        if not isinstance(value, str):
+            return value
+        values = [part.strip() for part in next(csv.reader([value], skipinitialspace=True), [])]
+        if not any(values):
+            raise ValueError("names none; separate them by commas")
+        return tuple(part for part in values if part)
 
     @field_validator("split_fractions")
     @classmethod

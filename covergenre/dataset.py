@@ -24,6 +24,9 @@ EVAL_BATCH = 32
 would need more memory than a training step."""
 
 _READS_AT_A_TIME = 2  # the window in use and the next: each holds its shards in memory
+_CPUS_A_READ = 0.25
+READING_CPUS = _READS_AT_A_TIME * _CPUS_A_READ
+"""CPUs that a worker's readers hold all the while."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class BatchStream:
                 batch_size=None,
                 batch_format="pyarrow",
                 compute=TaskPoolStrategy(size=_READS_AT_A_TIME),
-                num_cpus=0.25,
+                num_cpus=_CPUS_A_READ,
             )
             .map_batches(
                 partial(_decode, spec=data.preprocessing),

@@ -1,5 +1,6 @@
 """demo: the whole job on a drawn sample, in minutes, on a laptop."""
 
+import re
 import time
 
 import click
@@ -17,13 +18,18 @@ from covergenre.train import train
 _ALBUMS = 1200
 _UNLABELLED = 200
 _EPOCHS = 10
+_DRAWN = re.compile(r"covers/drawn_\d+\.jpg")
 
 
 def make_sample(out: str, albums: int, seed: int) -> str:
-    """Write a drawn catalog to the new or empty folder `out`; what the user is told."""
+    """Write a drawn catalog to the folder `out`; what the user is told.
+
+    `out` is new, empty, or holds a sample that was interrupted (its catalog comes last).
+    """
     from pathlib import Path
 
-    if storage.list_sizes(storage.absolute(out)):
+    held = storage.list_sizes(storage.absolute(out))
+    if not all(name == "README.md" or _DRAWN.fullmatch(name) for name in held):
         raise StorageError(f"{out}: is not empty; choose another --out, or empty it")
     path = write_sample(Path(storage.absolute(out)), albums, seed)
     return f"catalog {path}\n  {albums:,} drawn covers; they show no real album"

@@ -1,5 +1,8 @@
 """evaluate: a MODEL is measured on a split of a dataset, every album once."""
 
+import csv
+import io
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from covergenre import ingest, places, predict, report, runtime, schema, shards, storage
-from covergenre.bundle import Bundle, read_bundle
+from covergenre.bundle import Bundle, check_weights, read_bundle
 from covergenre.config import EvaluateConfig
 from covergenre.errors import DatasetError, LedgerError
 from covergenre.metrics import Metrics, multilabel_metrics, nan_to_none
@@ -53,6 +56,7 @@ def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
     """Measure as `config` says. Raises UserError for a user's mistake."""
     out = storage.absolute(config.out)
     bundle = read_bundle(config.model)
+    check_weights(bundle)
     manifest = read_manifest(config.dataset)
     _check_genres(bundle, manifest)
     manifest.require(config.split)
@@ -111,10 +115,12 @@ def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
 def _check_genres(bundle: Bundle, manifest: Manifest) -> None:
     if bundle.genres != manifest.genres:
         extra = set(bundle.genres.names) ^ set(manifest.genres.names)
+        names = io.StringIO()
+        csv.writer(names, lineterminator="").writerow(bundle.genres.names)
         raise DatasetError(
             f"{manifest.uri}: its genres are not those of {bundle.uri} (differ:"
             f" {', '.join(sorted(extra)[:5])}); prepare it with --genres"
-            f" {','.join(bundle.genres.names)}"
+            f" {shlex.quote(names.getvalue())}"
         )
 
 

@@ -4,9 +4,10 @@ Every row ends in exactly one of three ways: its cover's bytes, a reason why it 
 the earlier row that it repeats.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import pyarrow as pa
@@ -93,37 +94,47 @@ def first_rows(plan_rows: pa.Table) -> pa.Array:
     return pc.and_(pc.is_valid(plan_rows["album_id"]), pc.is_null(plan_rows["first_row"]))
 
 
-def load(plan_rows: pa.Table, source: Source) -> list[Outcome]:
-    """The outcome of each of `plan_rows` (schema PLAN), in order. Reads covers, decodes none."""
-    rows = plan_rows.to_pylist()
-    wanted = [
-        (row[f"{prefix}source"], row[f"{prefix}source_row"])
-        for row in rows
-        for prefix in ("", "first_")
-        if row[f"{prefix}source"] is not None
-    ]
-    embedded = _embedded(wanted, source)
+def load(
+    plan_rows: pa.Table, source: Source, slice_rows: int
+) -> Iterator[tuple[pa.Table, list[Outcome]]]:
+    """`plan_rows` (schema PLAN) in slices, each with its rows' outcomes. Decodes no cover.
 
-    def cover_of(row: dict[str, Any], prefix: str = "") -> Cover:
-        at = row[f"{prefix}source"]
-        if at is not None:
-            found = embedded[at, row[f"{prefix}source_row"]]
-            if found is None:
-                raise CoverError("no_cover")
-            return found
-        path = row[f"{prefix}cover"]
-        if path is None:
-            raise CoverError("no_cover")
-        return _fetch(str(path))
+    A slice's covers are read when it is asked for, so no more than one slice of them is held.
+    """
+    own = _embedded(_sources(plan_rows), source)
+    for start in range(0, plan_rows.num_rows, slice_rows):
+        part = plan_rows.slice(start, slice_rows)
+        yield part, _outcomes(part, source, own)
+
+
+def _sources(plan_rows: pa.Table, prefix: str = "") -> list[tuple[int, int]]:
+    """(file, row of the file) of those rows that have their cover in a Parquet file."""
+    columns = plan_rows.select([f"{prefix}source", f"{prefix}source_row"]).drop_null()
+    return list(zip(*(column.to_pylist() for column in columns), strict=True))
+
+
+def _outcomes(
+    plan_rows: pa.Table, source: Source, own_covers: Iterator[Cover | None]
+) -> list[Outcome]:
+    rows = plan_rows.to_pylist()
+    own = {row["row"]: next(own_covers) for row in rows if row["source"] is not None}
+    places = sorted(set(_sources(plan_rows, "first_")))
+    firsts = dict(zip(places, _embedded(places, source), strict=True))
+
+    def cover_of(row: dict[str, Any]) -> Cover:
+        return own.get(row["row"]) or _fetch(row["cover"])
+
+    def first_cover_of(row: dict[str, Any]) -> Cover:
+        place = (row["first_source"], row["first_source_row"])
+        return firsts.get(place) or _fetch(row["first_cover"])
 
     def outcome(row: dict[str, Any]) -> Outcome:
         try:
             if row["album_id"] is None:
                 raise CoverError("null_id")
-            first_row = row["first_row"]
-            if first_row is None:
+            if row["first_row"] is None:
                 return cover_of(row)
-            return _repeated(first_row, row, cover_of)
+            return _repeated(row, cover_of, first_cover_of)
         except CoverError as error:
             return error
 
@@ -131,12 +142,18 @@ def load(plan_rows: pa.Table, source: Source) -> list[Outcome]:
         return list(pool.map(outcome, rows))
 
 
-def _repeated(first_row: int, row: dict[str, Any], cover_of: Callable[..., Cover]) -> Outcome:
-    if row["cover"] is not None and row["cover"] == row["first_cover"]:
+def _repeated(
+    row: dict[str, Any],
+    cover_of: Callable[[dict[str, Any]], Cover],
+    first_cover_of: Callable[[dict[str, Any]], Cover],
+) -> Outcome:
+    first_row = row["first_row"]
+    in_files = row["source"] is not None or row["first_source"] is not None
+    if not in_files and row["cover"] is not None and row["cover"] == row["first_cover"]:
         return Duplicate(first_row)
     mine = cover_of(row)
     try:
-        first = cover_of(row, "first_")
+        first = first_cover_of(row)
     except CoverError as error:
         raise CoverError(
             "conflicting_cover", f"row {first_row} came first, with a cover that is {error.reason}"
@@ -146,7 +163,9 @@ def _repeated(first_row: int, row: dict[str, Any], cover_of: Callable[..., Cover
     raise CoverError("conflicting_cover", f"row {first_row} came first")
 
 
-def _fetch(path: str) -> Cover:
+def _fetch(path: str | None) -> Cover:
+    if path is None:
+        raise CoverError("no_cover")
     try:
         with storage.open_input(path) as file:
             if file.size() > MAX_BYTES:  # before it fills the memory
@@ -158,30 +177,25 @@ def _fetch(path: str) -> Cover:
     return Cover(data, sha256(data))
 
 
-def _embedded(
-    wanted: Sequence[tuple[int, int]], source: Source
-) -> dict[tuple[int, int], Cover | None]:
-    """Covers that lie in Parquet files, by (file, row of the file)."""
-    out: dict[tuple[int, int], Cover | None] = {}
+def _embedded(places: Sequence[tuple[int, int]], source: Source) -> Iterator[Cover | None]:
+    """The covers at (file, row of the file), in that order; None where the file has no bytes."""
     columns = [source.image_column, *(["cover_sha256"] if source.prepared else [])]
-    for at, run in _runs(sorted(set(wanted))):
-        table = shards.read_rows(source.files[at], run.start, run.stop, columns)
-        image = table[source.image_column].combine_chunks()
-        if pa.types.is_struct(image.type):  # Hugging Face keeps {bytes, path}
-            image = image.field("bytes")
-        hashes = table["cover_sha256"].to_pylist() if source.prepared else [None] * len(run)
-        for row, data, known in zip(run, image, hashes, strict=True):
-            value = data.as_py()
-            out[at, row] = None if value is None else Cover(value, known or sha256(value))
-    return out
+    for at, rows in _ascending(places):
+        for batch in shards.stream_rows(source.files[at], rows, columns):
+            image = batch.column(source.image_column)
+            if pa.types.is_struct(image.type):  # Hugging Face keeps {bytes, path}
+                image = image.field("bytes")
+            known = batch.column("cover_sha256").to_pylist() if source.prepared else []
+            for data, digest in zip_longest(image.to_pylist(), known):
+                yield None if data is None else Cover(data, digest or sha256(data))
 
 
-def _runs(places: Sequence[tuple[int, int]]) -> list[tuple[int, range]]:
-    """Sorted (file, row) pairs as runs of consecutive rows."""
-    runs: list[tuple[int, range]] = []
+def _ascending(places: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
+    """`places` as runs of ascending rows of one file."""
+    runs: list[tuple[int, list[int]]] = []
     for at, row in places:
-        if runs and runs[-1][0] == at and runs[-1][1].stop == row:
-            runs[-1] = (at, range(runs[-1][1].start, row + 1))
+        if runs and runs[-1][0] == at and runs[-1][1][-1] < row:
+            runs[-1][1].append(row)
         else:
-            runs.append((at, range(row, row + 1)))
+            runs.append((at, [row]))
     return runs

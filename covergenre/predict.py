@@ -13,15 +13,16 @@ from covergenre import ingest, shards
 from covergenre.bundle import load_model, read_bundle
 from covergenre.covers import CoverError, Preprocessing, decode
 from covergenre.ingest import Cover, Duplicate, Source
-from covergenre.runtime import Workers, data_context, use_cores
+from covergenre.runtime import Workers, data_context, own_errors, use_cores
 
 if TYPE_CHECKING:
     import torch
 
     from covergenre.models import CoverModel
 
-CHUNK_ROWS = shards.ROW_GROUP_ROWS
-"""Rows that one loading task reads: a row group of a dataset is read once."""
+_CHUNK_ROWS = shards.ROW_GROUP_ROWS
+"""Rows that one loading task reads, as many as lie together in a dataset. Where the covers are in
+somebody's Parquet files a task reads a whole unit: their row groups may be larger."""
 
 # What became of each row of a batch; travels with the pixels and stays beside the scores.
 OUTCOMES = pa.schema(
@@ -132,10 +133,12 @@ def score_plan(
     from ray.data import ActorPoolStrategy
 
     data_context()
+    whole_units = bool(source.files) and not source.prepared
     chunks = [
-        {"unit": unit, "start": at, "stop": min(at + CHUNK_ROWS, stop)}
+        {"unit": unit, "start": at, "stop": min(at + size, stop)}
         for unit, start, stop in units
-        for at in range(start, stop, CHUNK_ROWS)
+        for size in [stop - start if whole_units else _CHUNK_ROWS]
+        for at in range(start, stop, size)
     ]
     scored = (
         # A block a chunk, so that chunks load in parallel; capped, for a catalog of millions.
@@ -164,8 +167,8 @@ def score_plan(
     blocks: Iterable[Any] = scored.iter_batches(
         batch_size=None, batch_format="pyarrow", prefetch_batches=2
     )
-    for block in blocks:
-        for batch in block.to_pylist():
+    with own_errors():
+        for batch in (batch for block in blocks for batch in block.to_pylist()):
             outcomes = pa.ipc.open_stream(batch["outcomes"]).read_all()
             shape = (-1, batch["genres"])
             yield Scored(
@@ -188,9 +191,8 @@ def _load_chunks(
 ) -> Iterator[pa.Table]:
     for chunk in chunks.to_pylist():
         rows = shards.read_rows(plan_uri, chunk["start"], chunk["stop"])
-        for start in range(0, rows.num_rows, batch_size):
-            part = rows.slice(start, batch_size)
-            outcomes, pixels = _decode_all(part, ingest.load(part, source), spec)
+        for part, found in ingest.load(rows, source, batch_size):
+            outcomes, pixels = _decode_all(part, found, spec)
             values = [[chunk["unit"]], [_to_stream(outcomes)], [pixels.tobytes()]]
             yield pa.table(values, schema=_LOADED)
 
@@ -222,7 +224,11 @@ def _decode_all(
 
 def pixels_of(rows: pa.Table, source: Source, spec: Preprocessing) -> list[NDArray[np.uint8]]:
     """The pixels of a few rows of a plan, for pictures; every row must have a good cover."""
-    return list(_decode_all(rows, ingest.load(rows, source), spec)[1])
+    return [
+        image
+        for part, outcomes in ingest.load(rows, source, len(rows))
+        for image in _decode_all(part, outcomes, spec)[1]
+    ]
 
 
 def _to_stream(table: pa.Table) -> bytes:

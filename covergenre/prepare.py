@@ -31,6 +31,7 @@ from covergenre.shards import Manifest, Shard
 from covergenre.splits import SplitAssignment, assign_splits
 
 _PLAN = "_state/plan.parquet"
+_SLICE_ROWS = 64  # whose source bytes, 32 MB each at most, are held at once
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ def _pack(
         compute=TaskPoolStrategy(size=min(len(jobs), config.workers or runtime.cpus())),
     )
     blocks: Iterable[Any] = packed.iter_batches(batch_size=None, batch_format="pyarrow")
-    with Progress("prepare", sum(len(job["rows"]) for job in jobs), "rows") as progress:
+    total = sum(len(job["rows"]) for job in jobs)
+    with runtime.own_errors(), Progress("prepare", total, "rows") as progress:
         for block in blocks:
             for line in block["done"].to_pylist():
                 result = json.loads(line)
@@ -223,7 +225,12 @@ def _pack_shard(
     albums: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
     duplicates: list[dict[str, Any]] = []
-    for row, outcome in zip(plan.to_pylist(), ingest.load(plan, source), strict=True):
+    loaded = (
+        pair
+        for part, outcomes in ingest.load(plan, source, _SLICE_ROWS)
+        for pair in zip(part.to_pylist(), outcomes, strict=True)
+    )
+    for row, outcome in loaded:
         if isinstance(outcome, Cover):
             try:
                 image = covers.pack(outcome.data, max_side)

@@ -3,17 +3,20 @@
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from covergenre.errors import ConfigError
+from covergenre.errors import ConfigError, CovergenreError
 
 _EMBEDDED_OBJECT_STORE_BYTES = 2 * 2**30
 """Of an embedded Ray: encoded covers and a few batches of pixels; the rest is for the model."""
 PIPELINE_BYTES = 384 * 2**20
 """What one Ray Data pipeline may hold in the object store before its readers wait."""
+
+_CONNECT_SECONDS = 10
 
 
 def start_ray(*, verbose: bool = False) -> None:
@@ -35,7 +38,10 @@ def start_ray(*, verbose: bool = False) -> None:
 
     if not ray.is_initialized():
         settings: dict[str, Any] = {}
-        if "RAY_ADDRESS" not in os.environ:
+        address = os.environ.get("RAY_ADDRESS", "")
+        if address not in ("", "auto", "local"):
+            _check_address(address)
+        if not address:
             settings = {
                 "address": "local",
                 # Logical CPUs: even on a small machine a model and its readers must both fit.
@@ -44,12 +50,56 @@ def start_ray(*, verbose: bool = False) -> None:
                 "include_dashboard": False,
             }
         with contextlib.nullcontext() if verbose else _silent_stderr():
-            ray.init(
-                log_to_driver=verbose,
-                logging_level=logging.INFO if verbose else logging.ERROR,
-                **settings,
-            )
+            try:
+                ray.init(
+                    log_to_driver=verbose,
+                    logging_level=logging.INFO if verbose else logging.ERROR,
+                    **settings,
+                )
+            except ConnectionError as error:
+                raise _no_cluster(address) from error
     quieten(verbose)
+
+
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise an error of ours as itself where Ray wrapped it in its own: a mistake is one line."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except Exception as error:
+        pending: list[BaseException | None] = [error]
+        while pending:
+            inner = pending.pop()
+            if isinstance(inner, CovergenreError) and not isinstance(inner, RayError):
+                # Ray Data writes its own advice below our line.
+                raise type(inner)(str(inner).splitlines()[0]) from error
+            if inner is not None:
+                pending += [inner.__cause__, getattr(inner, "cause", None)]
+                pending += getattr(inner, "worker_failures", {}).values()
+        raise
+
+
+def _check_address(address: str) -> None:
+    """Raises ConfigError where `address` is no cluster's: Ray would wait for minutes, or warn."""
+    if "://" in address:
+        raise ConfigError(
+            f"RAY_ADDRESS {address}: this is for a machine of the cluster; from outside, submit a"
+            " job: ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/..."
+        )
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise _no_cluster(address) from error
+
+
+def _no_cluster(address: str) -> ConfigError:
+    return ConfigError(
+        f"RAY_ADDRESS {address}: no Ray cluster answers there; correct it, or unset it to run on"
+        " this machine alone"
+    )
 
 
 def _cores() -> int:
@@ -118,10 +168,13 @@ class Workers:
         return {"CPU": self.cpus, **({"GPU": 1} if self.use_gpu else {})}
 
 
-def place_workers(workers: int | None, device: str, cpus_per_worker: float) -> Workers:
+def place_workers(
+    workers: int | None, device: str, cpus_per_worker: float, *, reading: float = 0.0
+) -> Workers:
     """The workers that the settings ask for. Raises ConfigError where they cannot fit.
 
-    CPU workers together leave at least one CPU: Ray Data has to run on something.
+    reading: CPUs that each worker's own readers hold all the while. Beside workers and readers
+    there is at least one CPU more: decoding has to run on something.
     """
     import ray
 
@@ -138,10 +191,11 @@ def place_workers(workers: int | None, device: str, cpus_per_worker: float) -> W
         return Workers(count, True, cpus_per_worker, -(-count // nodes))
     count = workers or 1
     have = cpus()
-    if count * cpus_per_worker > have - 1:
+    each = cpus_per_worker + reading
+    if count * each > have - 1:
         raise ConfigError(
-            f"--workers {count}: {cpus_per_worker:g} CPUs each and one for the data need"
-            f" {count * cpus_per_worker + 1:g}, and the cluster has {have}; ask for fewer"
+            f"--workers {count}: {each:g} CPUs each and one to decode covers need"
+            f" {count * each + 1:g}, and the cluster has {have}; ask for fewer"
         )
     return Workers(count, False, cpus_per_worker, -(-count // nodes))
 

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from covergenre import ingest, places, predict, runtime, schema, shards, storage
-from covergenre.bundle import Bundle, read_bundle
+from covergenre.bundle import Bundle, check_weights, read_bundle
 from covergenre.catalog import read_catalog
 from covergenre.config import ScoreConfig
 from covergenre.errors import LedgerError
@@ -62,6 +62,7 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
     """Label as `config` says. Raises UserError for a user's mistake, LedgerError for ours."""
     out = storage.absolute(config.out)
     bundle = read_bundle(config.model)
+    check_weights(bundle)
     plan, source, identity = _plan(config)
     inputs = {
         "catalog": identity,

@@ -7,11 +7,12 @@ DATASET/manifest.json              counts, sizes, hashes, settings, versions; wr
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,6 +25,9 @@ ROW_GROUP_ROWS = 256
 """Also the rows that one task of evaluate or score reads."""
 ROW_GROUP_BYTES = 48 * 2**20
 """Under 64 MiB with room for the other columns and one more cover."""
+_LARGE_GROUP_BYTES = 64 * 2**20
+_BUFFER_BYTES = 8 * 2**20
+_STREAMED_ROWS = 64
 _TABLE_GROUP_ROWS = 8192
 """Of a table without covers: a plan, labels. A task reads a part of a plan, not all of it."""
 
@@ -162,28 +166,61 @@ def write_shard(root: str, path: str, table: pa.Table) -> Shard:
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """All rows of the Parquet file `uri`."""
-    with storage.open_input(uri) as file:
+    with storage.open_input(uri) as file, storage.named(uri, "read as Parquet"):
         return pq.read_table(file, columns=columns)
 
 
 @lru_cache(maxsize=16)
-def _open(uri: str, stamp: tuple[int, int]) -> pq.ParquetFile:
+def _open(uri: str, stamp: tuple[int, int], buffered: bool) -> pq.ParquetFile:
     # A worker reads many parts of one file: its footer is read once, until the file is another.
-    return pq.ParquetFile(storage.open_input(uri))
+    # Buffered, a column of a row group passes by; else all of it is fetched at once.
+    settings = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False} if buffered else {}
+    return pq.ParquetFile(storage.open_input(uri), **settings)
+
+
+def _opened(uri: str, buffered: bool = False) -> pq.ParquetFile:
+    return _open(uri, storage.stamp(uri), buffered=buffered)
 
 
 def read_rows(uri: str, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
     """Rows `start` to `stop` of the Parquet file `uri`, reading only the row groups they are in."""
-    file = _open(uri, storage.stamp(uri))
-    first_row = 0
-    groups: list[int] = []
-    skipped = 0
-    for group in range(file.metadata.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if first_row + rows <= start:
-            skipped = first_row + rows
-        elif first_row < stop:
-            groups.append(group)
-        first_row += rows
-    table = file.read_row_groups(groups, columns=columns, use_threads=False)
-    return table.slice(start - skipped, stop - start)
+    with storage.named(uri, "read as Parquet"):
+        file = _opened(uri)
+        first_row = 0
+        groups: list[int] = []
+        skipped = 0
+        for group in range(file.metadata.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if first_row + rows <= start:
+                skipped = first_row + rows
+            elif first_row < stop:
+                groups.append(group)
+            first_row += rows
+        table = file.read_row_groups(groups, columns=columns, use_threads=False)
+        return table.slice(start - skipped, stop - start)
+
+
+def stream_rows(uri: str, rows: Sequence[int], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """`rows` (ascending) of the Parquet file `uri`, a few at a time, each row group read once.
+
+    Row groups of others may be large: of those a part is in memory, never all.
+    """
+    wanted = np.asarray(rows, np.int64)
+    with storage.named(uri, "read as Parquet"):
+        metadata = _opened(uri).metadata
+        ends = np.cumsum([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)])
+        for group in np.unique(np.searchsorted(ends, wanted, "right")):
+            group_rows = metadata.row_group(int(group))
+            start = int(ends[group]) - group_rows.num_rows
+            here = wanted[(wanted >= start) & (wanted < ends[group])]
+            file = _opened(uri, buffered=group_rows.total_byte_size > _LARGE_GROUP_BYTES)
+            for batch in file.iter_batches(
+                _STREAMED_ROWS, row_groups=[int(group)], columns=list(columns), use_threads=False
+            ):
+                stop = start + batch.num_rows
+                inside = here[(here >= start) & (here < stop)] - start
+                if len(inside):
+                    yield batch.take(pa.array(inside))
+                if stop > here[-1]:
+                    break
+                start = stop

@@ -25,6 +25,9 @@ from covergenre.errors import StorageError
 for _name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
     os.environ.setdefault(_name, "when_required")
 
+_TEMPORARY = ".covergenre-writing-"
+"""How the name of a half-written local file begins; the dot keeps it out of listings by pattern."""
+
 
 def is_uri(text: str) -> bool:
     """Whether `text` has a scheme, as s3://bucket/key has."""
@@ -90,7 +93,7 @@ def _region() -> str | None:
 
 
 @contextlib.contextmanager
-def _said(uri: str, verb: str) -> Iterator[None]:
+def named(uri: str, verb: str) -> Iterator[None]:
     """Turn what a filesystem raises into one line that names the place."""
     try:
         yield
@@ -113,7 +116,7 @@ def is_folder(uri: str) -> bool:
 
 def _type(uri: str) -> fs.FileType:
     system, path = filesystem(uri)
-    with _said(uri, "read"):
+    with named(uri, "read"):
         return system.get_file_info(path).type
 
 
@@ -128,7 +131,7 @@ def stamp(uri: str) -> tuple[int, int]:
     Raises StorageError where it is not a file.
     """
     system, path = filesystem(uri)
-    with _said(uri, "read"):
+    with named(uri, "read"):
         info = system.get_file_info(path)
         if info.type != fs.FileType.File:
             raise FileNotFoundError(uri)
@@ -138,13 +141,13 @@ def stamp(uri: str) -> tuple[int, int]:
 def open_input(uri: str) -> pa.NativeFile:
     """`uri` opened for reading at any place. Raises StorageError where it cannot be."""
     system, path = filesystem(uri)
-    with _said(uri, "read"):
+    with named(uri, "read"):
         return system.open_input_file(path)
 
 
 def read_bytes(uri: str) -> bytes:
     """All bytes of the file `uri`."""
-    with open_input(uri) as file, _said(uri, "read"):
+    with open_input(uri) as file, named(uri, "read"):
         return bytes(file.read())
 
 
@@ -159,28 +162,35 @@ def read_json(uri: str) -> Any:
 def list_files(uri: str) -> list[str]:
     """Every file below the folder `uri`, sorted. Raises StorageError where there is no such."""
     system, path = filesystem(uri)
-    with _said(uri, "list"):
+    with named(uri, "list"):
         found = system.get_file_info(fs.FileSelector(path, recursive=True))
     prefix = "s3://" if uri.startswith("s3://") else ""
-    return sorted(prefix + info.path for info in found if info.type == fs.FileType.File)
+    return sorted(prefix + info.path for info in found if _is_whole_file(info))
 
 
 def list_sizes(uri: str) -> dict[str, int]:
-    """Path below the folder `uri` -> bytes, of every file; empty where there is no such folder."""
+    """Path below the folder `uri` -> bytes, of every file; empty where there is no such folder.
+
+    Neither here nor in `list_files` is what a killed `put` left behind.
+    """
     system, path = filesystem(uri)
-    with _said(uri, "list"):
+    with named(uri, "list"):
         found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     return {
         info.path[len(path) + 1 :]: int(info.size)
         for info in sorted(found, key=lambda info: str(info.path))
-        if info.type == fs.FileType.File
+        if _is_whole_file(info)
     }
+
+
+def _is_whole_file(info: fs.FileInfo) -> bool:
+    return bool(info.type == fs.FileType.File and not info.base_name.startswith(_TEMPORARY))
 
 
 def put(uri: str, data: bytes | pa.Buffer) -> None:
     """Write `data` to `uri` so that a reader sees the old object or all of the new one."""
     system, path = filesystem(uri)
-    with _said(uri, "write"):
+    with named(uri, "write"):
         if isinstance(system, fs.LocalFileSystem):
             _put_local(Path(path), data, overwrite=True)
         else:
@@ -196,7 +206,7 @@ def put_json(uri: str, value: Any) -> None:
 def put_if_absent(uri: str, data: bytes) -> bool:
     """Write `data` to `uri` unless it exists. Whether this call wrote it: one caller wins."""
     system, path = filesystem(uri)
-    with _said(uri, "write"):
+    with named(uri, "write"):
         if isinstance(system, fs.LocalFileSystem):
             return _put_local(Path(path), data, overwrite=False)
         return _put_s3_if_absent(path, data)
@@ -204,8 +214,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 
 def _put_local(path: Path, data: bytes | pa.Buffer, *, overwrite: bool) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The leading dot keeps a half-written file out of every listing by pattern.
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -255,5 +264,5 @@ def delete_folder(uri: str) -> None:
     if isinstance(system, fs.S3FileSystem) and "/" not in path:
         # Arrow would empty the bucket before it says that it deletes no bucket.
         raise StorageError(f"{uri}: cannot delete: it is a whole bucket")
-    with _said(uri, "delete"), contextlib.suppress(FileNotFoundError):
+    with named(uri, "delete"), contextlib.suppress(FileNotFoundError):
         system.delete_dir(path)

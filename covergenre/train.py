@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from covergenre import places, report, runtime, storage
-from covergenre.bundle import is_bundle, read_bundle, write_bundle
+from covergenre.bundle import BUNDLE_FILES, is_bundle, read_bundle, write_bundle
 from covergenre.config import TrainConfig
 from covergenre.covers import Preprocessing
+from covergenre.dataset import READING_CPUS
 from covergenre.errors import ConfigError, CovergenreError, StorageError, TrainingDivergedError
 from covergenre.metrics import nan_to_none
 from covergenre.model_card import model_card
@@ -19,6 +20,7 @@ from covergenre.shards import Manifest, read_manifest
 
 _POLL_SECONDS = 0.3
 _CHECKPOINTS = "checkpoints"
+_TRAINED = "model.safetensors"  # in the state folder: training is over
 
 
 @dataclass(frozen=True)
@@ -53,25 +55,31 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
     trunk, origin = _trunk(config, len(manifest.genres))
     inputs = {"dataset_id": manifest.dataset_id, "trunk": _digest(trunk)}
     run = {"fingerprint": config.fingerprint(), "inputs": inputs}
-    if storage.list_sizes(out):
+    if is_bundle(out):
         return _already(out, run)
     state = f"{out}.training"
+    _check_free(out, state)
     if storage.is_uri(out) and "/" not in out.partition("://")[2]:
         raise StorageError(f"{out}: is a whole bucket; choose a prefix in it for --out")
     runtime.start_ray(verbose=verbose)
-    workers = runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
+    workers = runtime.place_workers(
+        config.workers, config.device, config.cpus_per_worker, reading=READING_CPUS
+    )
     if config.batch_size < workers.count:
         raise ConfigError(
             f"--batch-size {config.batch_size}: each of {workers.count} workers needs a row a step"
         )
     places.claim(state, "train", config, inputs)
     preprocessing = Preprocessing()
-    say(_opening(config, manifest, workers, origin))
-    try:
-        weights = _fit(config, manifest, preprocessing, workers, trunk, state)
-    except TrainingDivergedError:
-        storage.delete_folder(state)  # other settings are next, and nothing here is worth keeping
-        raise
+    trained = storage.join(state, _TRAINED)
+    if not storage.exists(trained):  # else only the MODEL was not written to its end
+        say(_opening(config, manifest, workers, origin))
+        try:
+            storage.put(trained, _fit(config, manifest, preprocessing, workers, trunk, state))
+        except TrainingDivergedError:
+            storage.delete_folder(state)  # other settings are next; nothing here is worth keeping
+            raise
+    weights = storage.read_bytes(trained)
     history = _lines(state, "history")
     best = [record for record in history if record["best"]][-1]
     shown = config.model_dump(mode="json", exclude={"out"})
@@ -98,11 +106,6 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
 
 def _already(out: str, run: dict[str, Any]) -> Trained:
     """The finished MODEL at `out`, if this same command made it. Raises StorageError if not."""
-    if not is_bundle(out):
-        first = next(iter(storage.list_sizes(out)))
-        raise StorageError(
-            f"{out}: is not empty (holds {first}); choose another --out, or empty it"
-        )
     bundle = read_bundle(out)
     if storage.read_json(storage.join(out, "config.json"))["train"].get("run") != run:
         raise StorageError(
@@ -112,6 +115,16 @@ def _already(out: str, run: dict[str, Any]) -> Trained:
     best = storage.read_json(storage.join(out, "metrics.json"))
     epochs = len(_lines(out, "history"))
     return Trained(out, bundle.weights_id, best, epochs, ": already trained by this same command")
+
+
+def _check_free(out: str, state: str) -> None:
+    """Raises StorageError where `out` holds more than a MODEL that was not written to its end."""
+    held = storage.list_sizes(out)
+    if storage.exists(storage.join(state, _TRAINED)):
+        held = {name: size for name, size in held.items() if name not in BUNDLE_FILES}
+    if held or (storage.exists(out) and not storage.is_folder(out)):
+        what = f"is not empty (holds {next(iter(held))})" if held else "is a file"
+        raise StorageError(f"{out}: {what}; choose another --out, or empty it")
 
 
 def _trunk(config: TrainConfig, num_genres: int) -> tuple[dict[str, Any] | None, str]:
@@ -197,26 +210,13 @@ def _fit(
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
-    with _shown(monitor, job.epochs(), manifest.rows("train"), config.batch_size):
-        try:
-            result = trainer.fit()
-        except Exception as error:
-            raise _cause(error) from error
+    shown = _shown(monitor, job.epochs(), manifest.rows("train"), config.batch_size)
+    with shown, runtime.own_errors():
+        result = trainer.fit()
     if result.checkpoint is None:
         raise CovergenreError("training ended without a checkpoint; run again with --verbose")
     with result.checkpoint.as_directory() as folder:
         return storage.read_bytes(storage.join(str(folder), "model.safetensors"))
-
-
-def _cause(error: Exception) -> Exception:
-    """Our own error inside Ray's, where there is one; else Ray's."""
-    for inner in getattr(error, "worker_failures", {}).values():
-        seen: BaseException | None = inner
-        while seen is not None:
-            if isinstance(seen, CovergenreError):
-                return seen
-            seen = getattr(seen, "cause", None) or seen.__cause__
-    return error
 
 
 class _Monitor:

@@ -29,6 +29,7 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-7
 """Of Adam: Keras's default, which the paper used; torch's is 1e-8."""
 _REPORT_EVERY_SECONDS = 1.0
+_CHECK_EVERY_STEPS = 16  # the loss for NaN: on a GPU each look waits for the step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,18 +156,16 @@ class _Worker:
             losses.append(self._train_step(batch, size, epoch))
             rows += size
             unreported += size
+            if step % _CHECK_EVERY_STEPS == 0:
+                self._check_finite(losses, epoch)
             now = time.monotonic()
             if self.rank == 0 and now - reported > _REPORT_EVERY_SECONDS:
                 # This rank's share of the loss, scaled up: near enough for a progress bar.
                 self._job.monitor.steps.remote(epoch, unreported, float(losses[-1]) * self.world)
                 reported, unreported = now, 0
+        self._check_finite(losses, epoch)
         step_losses = self._sum(torch.stack(losses).double()).tolist()
         seconds = time.monotonic() - began
-        if not np.isfinite(step_losses).all():
-            first = int(np.flatnonzero(~np.isfinite(step_losses))[0])
-            raise TrainingDivergedError(
-                self._diverged(f"from step {first} of epoch {epoch + 1} on")
-            )
         if self.rank == 0:
             self._job.monitor.steps.remote(epoch, unreported, step_losses[-1])
         sizes = [
@@ -228,9 +227,17 @@ class _Worker:
         self._steps_done += 1
         return loss.detach()
 
-    def _diverged(self, when: str) -> str:
+    def _check_finite(self, losses: list[torch.Tensor], epoch: int) -> None:
+        """Raises TrainingDivergedError, and Ray ends the other ranks, which may wait for this."""
+        if not bool(torch.isfinite(losses[-1])):  # once it is no number it stays so
+            step = int(torch.isfinite(torch.stack(losses)).sum())
+            raise self._diverged(f"from step {step + 1} of epoch {epoch + 1} on")
+
+    def _diverged(self, when: str) -> TrainingDivergedError:
         rate = self._config.learning_rate
-        return f"the loss is no number {when}; lower --learning-rate (it is {rate:g})"
+        return TrainingDivergedError(
+            f"the loss is no number {when}; lower --learning-rate (it is {rate:g})"
+        )
 
     def _learning_rate(self) -> float:
         base = self._config.learning_rate or 0.0
@@ -266,7 +273,7 @@ class _Worker:
         if len(seen) != self._job.manifest.rows("dev") or len(np.unique(seen)) != len(seen):
             raise AssertionError(f"dev split: {len(seen)} rows were evaluated")
         if not np.isfinite(y_score).all():
-            raise TrainingDivergedError(self._diverged("after the last step"))
+            raise self._diverged("after the last step")
         measured = multilabel_metrics(y_true, y_score, self._job.manifest.genres.names)
         names = ("roc_auc_micro", "roc_auc_macro", "pr_auc_micro", "pr_auc_macro")
         p = np.clip(y_score.astype(np.float64), EPSILON, 1 - EPSILON)

@@ -370,7 +370,8 @@ def test_parquet_with_images(tmp_path: Path, image: pa.Array, nulls: int) -> Non
     catalog = read(tmp_path, image_column="picture")
     assert catalog.files == (str(second), str(third))
     assert catalog.image_column == "picture"
-    assert column(catalog, "cover") == [None] * 6
+    # a path beside the bytes is where a row without bytes has its cover
+    assert column(catalog, "cover") == [str(tmp_path / "a.jpg")] * 3 + [None] * 3
     assert column(catalog, "source") == [0, 0, 0, 1, 1, 1]
     assert column(catalog, "source_row") == [0, 1, 2, 0, 1, 2]
     assert column(catalog, "genres") == [["A", "B"], [], [], [], [], []]
@@ -675,3 +676,12 @@ def test_the_catalogs_own_splits() -> None:
 def test_bad_split_arguments(change: dict[str, Any], part: str) -> None:
     arguments: dict[str, Any] = {"group_by": "artist", "split_from": "hash", **change}
     fails(lambda: assign_splits(albums(1), **arguments), ConfigError, part)
+
+
+def test_a_row_group_too_large_to_pass_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_parquet(tmp_path / "a.parquet", {"album_id": pa.array("123"), "image": BYTES})
+    assert read(file).table.num_rows == 3
+    monkeypatch.setattr(catalog_files, "_ROW_GROUP_BYTES", 10)
+    fails(lambda: read(file), CatalogError, str(file), "row_group_size=1000")

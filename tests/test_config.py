@@ -352,3 +352,27 @@ def test_prepare_and_score_read_a_catalog_alike() -> None:
     shared = config.CatalogSettings.model_fields
     for name in shared:
         assert PrepareConfig.model_fields[name].default == ScoreConfig.model_fields[name].default
+
+
+@pytest.mark.parametrize(
+    ("text", "genres"),
+    [
+        ("Jazz,Rock", ("Jazz", "Rock")),
+        (" Jazz , Rock,,", ("Jazz", "Rock")),
+        ('"R&B, Soul",Jazz', ("R&B, Soul", "Jazz")),
+        (["R&B, Soul", "Jazz"], ("R&B, Soul", "Jazz")),
+    ],
+)
+def test_genres_are_a_list_or_a_line_of_csv(text: Any, genres: tuple[str, ...]) -> None:
+    assert PrepareConfig(catalog="c", out="o", genres=text).genres == genres
+
+
+def test_text_in_a_file_is_a_list_too(tmp_path: Path) -> None:
+    file = tmp_path / "prepare.yaml"
+    file.write_text("out: o\ngenres: Jazz, Rock\nsplit_fractions: 0.7, 0.2, 0.1\n")
+    settings = parse(PrepareConfig, {"catalog": "c"}, str(file))
+    assert settings.genres == ("Jazz", "Rock")
+    assert settings.split_fractions == (0.7, 0.2, 0.1)
+    file.write_text("out: o\ngenres: ''\n")
+    with pytest.raises(ConfigError, match=r"genres: '': names none"):
+        parse(PrepareConfig, {"catalog": "c"}, str(file))

@@ -1,5 +1,6 @@
 """From catalog rows to covers: every way that a row can end."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,17 @@ def catalog(*rows: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist(numbered, schema=schema.CATALOG)
 
 
+def load(plan: pa.Table, source: Source | None = None, slice_rows: int = 3) -> list[Outcome]:
+    found = []
+    for start, (part, of_part) in enumerate(ingest.load(plan, source or Source(), slice_rows)):
+        assert part.equals(plan.slice(start * slice_rows, slice_rows))
+        assert len(of_part) == part.num_rows
+        found += of_part
+    return found
+
+
 def outcomes(*rows: dict[str, Any], source: Source | None = None) -> list[Outcome]:
-    return ingest.load(ingest.plan(catalog(*rows)), source or Source())
+    return load(ingest.plan(catalog(*rows)), source)
 
 
 def shown(outcome: Outcome) -> object:
@@ -88,7 +98,7 @@ def test_a_plan_of_many_chunks_is_the_same() -> None:
 def test_an_empty_plan() -> None:
     plan = ingest.plan(catalog())
     assert plan.num_rows == 0
-    assert ingest.load(plan, Source()) == []
+    assert load(plan) == []
     assert ingest.first_rows(plan).to_pylist() == []
 
 
@@ -185,7 +195,7 @@ def test_a_part_of_a_plan_needs_no_other_part(covers: dict[str, str]) -> None:
         {"album_id": "y", "cover": covers["a"], "first_row": 1},
     ]
     plan = ingest.plan(catalog(*rows))
-    alone = [ingest.load(plan.slice(row, 1), Source())[0] for row in range(4)]
+    alone = [load(plan.slice(row, 1))[0] for row in range(4)]
     assert [shown(outcome) for outcome in alone] == [b"AAA", b"BBB", (0,), "conflicting_cover"]
 
 
@@ -211,23 +221,61 @@ def embedded(tmp_path: Path, images: list[bytes | None], kind: str) -> str:
     return uri
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("kind", ["binary", "large", "struct"])
-def test_images_in_a_parquet_file(kind: str, tmp_path: Path) -> None:
+def test_images_in_a_parquet_file(
+    kind: str, large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_LARGE_GROUP_BYTES", 0 if large else 10**9)
+    monkeypatch.setattr(shards, "_STREAMED_ROWS", 1)
     images = [b"AAA", None, b"CCC", b"", b"AAA", b"FFF"]
     uri = embedded(tmp_path, images, kind)
     expected = ["no_cover" if image is None else image for image in images]
     table = read_catalog(uri, CatalogSettings()).table
-    found = ingest.load(ingest.plan(table), Source((uri,)))
+    found = load(ingest.plan(table), Source((uri,)))
     assert [shown(outcome) for outcome in found] == expected
     for start in range(6):  # any part of it, with holes too
         for stop in range(start, 7):
             part = ingest.plan(table).slice(start, stop - start)
-            again = ingest.load(part, Source((uri,)))
+            again = load(part, Source((uri,)))
             assert list(map(shown, again)) == list(map(shown, found))[start:stop]
     holes = ingest.plan(table).take([0, 2, 5])
-    assert [shown(outcome) for outcome in ingest.load(holes, Source((uri,)))] == [
+    assert [shown(outcome) for outcome in load(holes, Source((uri,)))] == [
         *(b"AAA", b"CCC", b"FFF")
     ]
+
+
+def test_a_row_without_bytes_has_its_cover_at_its_path(
+    tmp_path: Path, covers: dict[str, str]
+) -> None:
+    uri = str(tmp_path / "mixed.parquet")
+    images = [b"AAA", None, None, None]
+    paths = [covers["b"], covers["b"], "a", None]
+    pq.write_table(pa.table({"album_id": list("wxyz"), "image": images, "cover": paths}), uri)
+    read = read_catalog(uri, CatalogSettings())
+    found = load(ingest.plan(read.table), Source(read.files))
+    assert [shown(outcome) for outcome in found] == [b"AAA", b"BBB", b"AAA", "no_cover"]
+
+
+def test_a_large_row_group_is_passed_over_once_and_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_LARGE_GROUP_BYTES", 2**20)
+    monkeypatch.setattr(shards, "_BUFFER_BYTES", 2**16)
+    uri = str(tmp_path / "one_group.parquet")
+    covers = [bytes([n % 256]) + os.urandom(20_000) for n in range(1000)]
+    ids = [str(n) for n in range(1000)]
+    pq.write_table(
+        pa.table({"album_id": ids, "image": covers}), uri, data_page_size=2**16, write_batch_size=16
+    )
+    read = read_catalog(uri, CatalogSettings())
+    before, most = pa.total_allocated_bytes(), 0
+    found = []
+    for _, outcomes_ in ingest.load(ingest.plan(read.table), Source(read.files), 50):
+        most = max(most, pa.total_allocated_bytes() - before)
+        found += [shown(outcome) for outcome in outcomes_]
+    assert found == covers
+    assert most < sum(map(len, covers)) / 3
 
 
 @pytest.mark.parametrize("kind", ["binary", "struct"])
@@ -324,7 +372,7 @@ def test_a_dataset_as_a_plan(splits: tuple[str, ...], numbers: list[int], tmp_pa
     assert plan["title"].to_pylist() == [f"Title {n}" for n in numbers]
     assert plan["genres"].to_pylist() == [["Jazz"]] * len(numbers)
     assert ingest.first_rows(plan).to_pylist() == [True] * len(numbers)
-    found = ingest.load(plan, source)
+    found = load(plan, source)
     assert all(isinstance(outcome, Cover) for outcome in found)
     covers = [outcome for outcome in found if isinstance(outcome, Cover)]
     assert [cover.data for cover in covers] == [b"packed-%d" % n for n in numbers]

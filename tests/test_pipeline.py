@@ -258,8 +258,44 @@ def test_training_again_is_done_and_other_settings_are_refused(
         train(train_config(dataset, one_worker, batch_size=8))
 
 
+def test_batch_norm_over_two_workers_is_saved_as_it_was_measured(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """Each rank's running statistics differ; dev, MODEL and evaluate must speak of one of them."""
+    model, metrics = tmp_path / "model", tmp_path / "metrics"
+    settings = {"model": "mobilenet_v2", "weights": "none", "max_steps": 2, "batch_size": 12}
+    train(train_config(dataset, model, workers=2, **settings))
+    config = EvaluateConfig(model=str(model), dataset=str(dataset), out=str(metrics), split="dev")
+    measured = evaluate(config).metrics
+    (record,) = jsonl(model / "history.jsonl")
+    for name in ("roc_auc_micro", "roc_auc_macro", "pr_auc_micro", "pr_auc_macro", "recall"):
+        assert record[f"dev_{name}"] == pytest.approx(measured[name], abs=1e-6)
+
+
+def test_a_model_that_was_half_written_is_finished_without_training_again(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_config(dataset, tmp_path / "m", max_steps=1)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            "covergenre.bundle.storage.put_json", killed
+        )  # bundle.json: all else is written
+        train(config)
+    assert (tmp_path / "m" / "model.safetensors").exists()
+    with pytest.raises(StorageError, match="other settings"):
+        train(config.model_copy(update={"batch_size": 8}))
+    monkeypatch.setattr("covergenre.train._fit", killed)
+    done = train(config)
+    assert load_model(read_bundle(done.uri))
+    assert not (tmp_path / "m.training").exists()
+
+
 def test_a_loss_that_is_no_number_is_one_line(dataset: Path, tmp_path: Path) -> None:
-    config = train_config(dataset, tmp_path / "m", learning_rate=1e30, epochs=1)
+    config = train_config(dataset, tmp_path / "m", learning_rate=1e30, epochs=1, workers=2)
     with pytest.raises(TrainingDivergedError, match="lower --learning-rate") as error:
         train(config)
     one_line(error)
@@ -324,6 +360,34 @@ def test_evaluate_counts_every_album_once(
     assert metrics["pr_auc_macro"] == pytest.approx(
         average_precision_score(truth[:, both], scores[:, both], average="macro")
     )
+
+
+def damaged(root: Path, copy: Path, name: str) -> str:
+    """A copy of a folder, with one file's middle overwritten."""
+    shutil.copytree(root, copy)
+    data = bytearray((copy / name).read_bytes())
+    data[200:-200] = bytes(len(data) - 400)
+    (copy / name).write_bytes(data)
+    return str(copy)
+
+
+def test_damaged_files_are_one_line(dataset: Path, one_worker: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    model = damaged(one_worker, tmp_path / "model", "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: changed") as error:
+        evaluate(EvaluateConfig(model=model, dataset=str(dataset), out=str(out)))
+    one_line(error)
+    with pytest.raises(UserError, match=r"model\.safetensors: changed"):
+        score(ScoreConfig(model=model, catalog=str(dataset), out=str(out)))
+    assert not out.exists()
+    # Found by a task on the cluster, and said as if it had been found here.
+    broken = damaged(dataset, tmp_path / "dataset", "train/part-00001.parquet")
+    with pytest.raises(UserError, match=r"part-00001\.parquet: cannot read as Parquet") as error:
+        train(train_config(Path(broken), tmp_path / "m"))
+    one_line(error)
+    with pytest.raises(UserError, match=r"part-00001\.parquet: cannot read as Parquet") as error:
+        evaluate(EvaluateConfig(model=str(one_worker), dataset=broken, out=str(out), split="train"))
+    one_line(error)
 
 
 # --- score ---------------------------------------------------------------------------------
@@ -492,6 +556,9 @@ def test_mistakes_are_one_line(
     shutil.rmtree(out)
     with pytest.raises(ConfigError, match="batch-size 1"):
         train(train_config(dataset, tmp_path / "m", workers=2, batch_size=1))
+    # Four would leave their readers no CPU to decode on.
+    with pytest.raises(ConfigError, match="workers 4: 1 CPUs each and one to decode covers need 5"):
+        train(train_config(dataset, tmp_path / "m", workers=4))
 
 
 def test_a_split_without_albums_is_named(drawn: Path, tmp_path: Path) -> None:
