@@ -21,7 +21,7 @@ Place = Annotated[str, Field(min_length=1)]
 
 # Where a stage runs and how wide. They change how fast a result comes, never the result itself,
 # so that a job may be taken up again on another machine.
-_HOW_FIELDS = {"workers", "cpus_per_worker", "device"}
+_HOW_FIELDS = {"workers", "cpus_per_worker", "device", "fetches"}
 # Known by what they hold, which is among the inputs of a run, and not by where it lies.
 _PLACES = {"out", "covers", "genre_map", "weights"}
 
@@ -73,6 +73,12 @@ class CatalogSettings(StageConfig):
     )
     covers: str | None = Field(
         None, description="folder that relative covers start from  [default: the catalog's]"
+    )
+    fetches: Positive = Field(
+        16, description="covers that a task fetches at a time (of each host, with http)"
+    )
+    allow_private_addresses: bool = Field(
+        False, description="let http covers be in a private network or on this machine"
     )
 
 

@@ -17,7 +17,7 @@ from PIL.ImageFile import ImageFile
 
 from covergenre.errors import ModelError
 
-MAX_BYTES = 32 * 2**20
+MAX_BYTES = 25_000_000
 """A larger file is set aside: a row group of the dataset has to hold it."""
 
 MAX_PIXELS = 100_000_000

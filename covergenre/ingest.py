@@ -13,11 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covergenre import schema, shards, storage
+from covergenre import fetch, schema, shards, storage
 from covergenre.covers import MAX_BYTES, CoverError, sha256
 from covergenre.errors import StorageError
-
-_FETCHES_AT_A_TIME = 8
 
 # A plan is a catalog whose repeated rows know where their album's first cover is.
 PLAN = pa.schema(
@@ -38,6 +36,10 @@ class Source:
     image_column: str = "image"
     prepared: bool = False
     """Whether the files are a dataset's shards, which keep the hash of the source bytes."""
+    fetches: int = 16
+    """Covers that one task fetches at a time."""
+    allow_private: bool = False
+    """Whether http covers may be asked for in private networks."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,11 @@ def _outcomes(
     firsts = dict(zip(places, _embedded(places, source), strict=True))
 
     def cover_of(row: dict[str, Any]) -> Cover:
-        return own.get(row["row"]) or _fetch(row["cover"])
+        return own.get(row["row"]) or _fetch(row["cover"], source)
 
     def first_cover_of(row: dict[str, Any]) -> Cover:
         place = (row["first_source"], row["first_source_row"])
-        return firsts.get(place) or _fetch(row["first_cover"])
+        return firsts.get(place) or _fetch(row["first_cover"], source)
 
     def outcome(row: dict[str, Any]) -> Outcome:
         try:
@@ -138,7 +140,7 @@ def _outcomes(
         except CoverError as error:
             return error
 
-    with ThreadPoolExecutor(_FETCHES_AT_A_TIME) as pool:
+    with ThreadPoolExecutor(source.fetches) as pool:
         return list(pool.map(outcome, rows))
 
 
@@ -163,18 +165,28 @@ def _repeated(
     raise CoverError("conflicting_cover", f"row {first_row} came first")
 
 
-def _fetch(path: str | None) -> Cover:
+def _fetch(path: str | None, source: Source) -> Cover:
     if path is None:
         raise CoverError("no_cover")
+    if fetch.is_web(path):
+        data = fetch.web_covers(source.fetches, source.allow_private)(path)
+        return Cover(data, sha256(data))
     try:
-        with storage.open_input(path) as file:
+        with storage.open_input(path) as file, storage.named(path, "read"):
             if file.size() > MAX_BYTES:  # before it fills the memory
                 raise CoverError("file_too_large", f"{file.size():,} bytes, limit {MAX_BYTES:,}")
-        data = storage.read_bytes(path)
+            data = bytes(file.read())
     except StorageError as error:
-        missing = isinstance(error.__cause__, FileNotFoundError)
-        raise CoverError("missing_file" if missing else "unreadable_file", str(error)) from error
+        raise CoverError(_reason(path, error), str(error)) from error
     return Cover(data, sha256(data))
+
+
+def _reason(path: str, error: StorageError) -> str:
+    if isinstance(error.__cause__, FileNotFoundError):
+        return "missing_file"
+    if "ACCESS_DENIED" in str(error.__cause__):  # as Arrow says it of S3
+        return "access_denied"
+    return "fetch_failed" if path.startswith("s3://") else "unreadable_file"
 
 
 def _embedded(places: Sequence[tuple[int, int]], source: Source) -> Iterator[Cover | None]:

@@ -165,7 +165,7 @@ def score_plan(
         )
     )
     blocks: Iterable[Any] = scored.iter_batches(
-        batch_size=None, batch_format="pyarrow", prefetch_batches=2
+        batch_size=None, batch_format="pyarrow", prefetch_batches=0
     )
     with own_errors():
         for batch in (batch for block in blocks for batch in block.to_pylist()):

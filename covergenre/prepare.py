@@ -31,7 +31,7 @@ from covergenre.shards import Manifest, Shard
 from covergenre.splits import SplitAssignment, assign_splits
 
 _PLAN = "_state/plan.parquet"
-_SLICE_ROWS = 64  # whose source bytes, 32 MB each at most, are held at once
+_SLICE_ROWS = 64  # whose source bytes, 25 MB each at most, are held at once
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,12 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
     runtime.start_ray(verbose=verbose)
     jobs, aside = _cut(reasons, assigned, config.shard_rows)
     storage.put(storage.join(out, _PLAN), shards.to_parquet(_with_splits(plan, assigned)))
-    source = Source(catalog.files, catalog.image_column)
+    source = Source(
+        catalog.files,
+        catalog.image_column,
+        fetches=config.fetches,
+        allow_private=config.allow_private_addresses,
+    )
     done = list(_pack(out, config, jobs, source, selection.kept))
     rejected = Counter({reason: len(rows) for reason, rows in aside.items()})
     _write_aside(out, plan, aside)

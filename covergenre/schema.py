@@ -10,8 +10,11 @@ REASONS = {
     "no_cover": "the row names no cover",
     "missing_file": "the cover is not there",
     "unreadable_file": "the cover is there but cannot be read",
+    "access_denied": "whoever keeps the cover does not give it out (401, 403)",
+    "fetch_failed": "the cover did not come, however often it was asked for",
+    "address_refused": "the address is in a private network (see --allow-private-addresses)",
     "empty_file": "the cover has no bytes",
-    "file_too_large": "the cover has more bytes than a row group of the dataset can hold",
+    "file_too_large": "the cover has more than 25 MB",
     "not_an_image": "the bytes are no image format that can be decoded",
     "truncated_image": "the image ends too early or is damaged",
     "too_many_pixels": "the image has more pixels than is safe to decode",
@@ -56,7 +59,8 @@ DUPLICATES = pa.schema(
     ]
 )
 
-# A catalog after reading: every source format becomes this. `cover` or `image` is set, not both.
+# A catalog after reading: every source format becomes this. Where `source` has no bytes, `cover`
+# counts.
 CATALOG = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),

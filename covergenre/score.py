@@ -128,7 +128,12 @@ def _plan(config: ScoreConfig) -> tuple[pa.Table, Source, str]:
     catalog = read_catalog(place, config)
     for note in catalog.notes:
         say(note)
-    source = Source(catalog.files, catalog.image_column)
+    source = Source(
+        catalog.files,
+        catalog.image_column,
+        fetches=config.fetches,
+        allow_private=config.allow_private_addresses,
+    )
     return ingest.plan(catalog.table), source, catalog.fingerprint
 
 

@@ -24,11 +24,11 @@ LAYERS = (
         "metrics",
         "order",
     }
-    | {"pacing", "progress", "report"},
+    | {"progress", "report"},
     # one idea each, with errors of their own
     {"covers", "genres", "registry", "runtime", "sample", "splits", "storage"},
     # files, settings and networks
-    {"catalog_files", "config", "genre_map", "models", "shards"},
+    {"catalog_files", "config", "fetch", "genre_map", "models", "shards"},
     {"bundle", "dataset", "ingest", "model_card", "mumu", "places", "summary", "weights"},
     {"catalog", "predict"},
     # the stages; training is what train's workers do
