@@ -3,6 +3,7 @@
 Sizes, times and addresses have limits, because catalogs come from outside.
 """
 
+import math
 import random
 import socket
 import time
@@ -22,6 +23,7 @@ _LONGEST_WAIT_SECONDS = 15.0
 _TIMEOUT = urllib3.Timeout(connect=5.0, read=15.0)
 _SECONDS_A_COVER = 60.0
 """A server that sends a byte now and then never runs into the timeout of a read."""
+_DOWN_SECONDS = 10.0
 _REDIRECTS = 5
 _CHUNK_BYTES = 1 << 16
 _WORTH_TRYING_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -52,10 +54,15 @@ def web_covers(in_flight: int, allow_private: bool) -> Callable[[str], bytes]:
     networks and of this machine (link-local ones, where clouds keep credentials, never).
     """
     pool = _pool(in_flight, allow_private)
+    failed: dict[str, float] = {}  # host -> when it last failed at every attempt
 
     def fetch(url: str) -> bytes:
-        deadline = time.monotonic() + _SECONDS_A_COVER
-        for attempt in range(_ATTEMPTS):
+        host = url.split("/")[2]
+        began = time.monotonic()
+        deadline = began + _SECONDS_A_COVER
+        # A host that is gone is not asked over and over for each of its covers.
+        is_down = began - failed.get(host, -math.inf) < _DOWN_SECONDS
+        for attempt in range(1 if is_down else _ATTEMPTS):
             try:
                 return _attempt(pool, url, deadline)
             except _AgainError as error:
@@ -66,6 +73,7 @@ def web_covers(in_flight: int, allow_private: bool) -> Callable[[str], bytes]:
                 if time.monotonic() + wait > deadline:
                     break
                 time.sleep(wait)
+        failed[host] = time.monotonic()
         raise CoverError("fetch_failed", f"{url}: {why}")
 
     return fetch

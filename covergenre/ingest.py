@@ -184,7 +184,7 @@ def _fetch(path: str | None, source: Source) -> Cover:
 def _reason(path: str, error: StorageError) -> str:
     if isinstance(error.__cause__, FileNotFoundError):
         return "missing_file"
-    if "ACCESS_DENIED" in str(error.__cause__):  # as Arrow says it of S3
+    if "access denied" in str(error):
         return "access_denied"
     return "fetch_failed" if path.startswith("s3://") else "unreadable_file"
 

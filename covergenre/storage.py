@@ -7,8 +7,10 @@ folder, S3 shows an object only when its upload is complete.
 
 import contextlib
 import json
+import math
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +27,19 @@ from covergenre.errors import StorageError
 for _name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
     os.environ.setdefault(_name, "when_required")
 
+_ATTEMPTS = 8
+"""Of one request to S3, waiting longer after each."""
+_ATTEMPTS_TO_CONNECT = 3
+_CONNECT_SECONDS = 3.0
+_READ_SECONDS = 10.0
+_TROUBLE_SECONDS = 30.0
+_BAD_CREDENTIALS = (
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+)
 _TEMPORARY = ".covergenre-writing-"
 """How the name of a half-written local file begins; the dot keeps it out of listings by pattern."""
 
@@ -64,7 +79,11 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     if not is_uri(uri) or uri.startswith("file://"):
         return _local(), absolute(uri)
     if uri.startswith("s3://"):
-        return _s3(), uri.removeprefix("s3://").rstrip("/")
+        path = uri.removeprefix("s3://").rstrip("/")
+        bucket = path.partition("/")[0]
+        if trouble := _trouble(bucket):
+            raise StorageError(f"s3://{bucket}: {trouble}")
+        return _s3(_bucket_region(bucket)), path
     scheme = uri.partition("://")[0]
     raise StorageError(f"{uri}: no storage for {scheme}://; use a local path or s3://")
 
@@ -74,17 +93,96 @@ def _local() -> fs.LocalFileSystem:
     return fs.LocalFileSystem()
 
 
-@lru_cache(maxsize=1)
-def _s3() -> fs.S3FileSystem:
-    # pyarrow does not reliably take the endpoint from the environment itself.
+@lru_cache
+def _s3(region: str | None) -> fs.S3FileSystem:
     settings: dict[str, Any] = {}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint:
-        parsed = urlparse(endpoint)
-        settings |= {"endpoint_override": parsed.netloc, "scheme": parsed.scheme}
-    if region := _region():
+    endpoint = urlparse(_client().meta.endpoint_url)
+    if not (endpoint.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        # pyarrow does not reliably take the endpoint from the environment itself.
+        settings |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
+    if region:
         settings["region"] = region
-    return fs.S3FileSystem(**settings)
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)
+    return fs.S3FileSystem(retry_strategy=retries, connect_timeout=_CONNECT_SECONDS, **settings)
+
+
+@lru_cache(maxsize=1)
+def _client() -> Any:
+    """boto3's client: for what Arrow's filesystem does not do, and to say what is wrong."""
+    import boto3
+    from botocore.config import Config
+
+    settings = Config(
+        connect_timeout=_CONNECT_SECONDS,
+        read_timeout=_READ_SECONDS,
+        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS_TO_CONNECT},
+    )
+    return boto3.session.Session().client("s3", region_name=_region(), config=settings)
+
+
+_found: dict[str, tuple[float, str | None, str | None]] = {}
+"""Bucket -> (when it was asked, what is wrong, its region)."""
+
+
+def _trouble(bucket: str) -> str | None:
+    """What keeps this process from the bucket, naming the setting to look at; None if nothing.
+
+    Asked once a bucket, and again where something was wrong some time ago.
+    """
+    asked, trouble, _ = _found.get(bucket, (-math.inf, "", None))
+    if trouble is None or (trouble and time.monotonic() - asked < _TROUBLE_SECONDS):
+        return trouble
+    trouble, region = _ask(bucket)
+    _found[bucket] = (time.monotonic(), trouble, region)
+    return trouble
+
+
+def forget() -> None:
+    """Make clients anew and ask buckets again: the settings of AWS have changed."""
+    _found.clear()
+    _client.cache_clear()
+    _s3.cache_clear()
+
+
+def _bucket_region(bucket: str) -> str | None:
+    return _found[bucket][2]
+
+
+def _ask(bucket: str) -> tuple[str | None, str | None]:
+    """(what is wrong, the bucket's region where the store tells it)"""
+    from botocore import exceptions
+
+    try:
+        answer = _client().list_objects_v2(Bucket=bucket, MaxKeys=1)
+    except exceptions.ProfileNotFound as error:
+        return f"{error}; look at AWS_PROFILE", None
+    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
+        return (
+            "no AWS credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
+            " or give the machine an instance profile"
+        ), None
+    except exceptions.ParamValidationError:
+        return "no valid name of a bucket", None
+    except (exceptions.HTTPClientError, exceptions.EndpointConnectionError):
+        return (
+            f"{_client().meta.endpoint_url} does not answer; look at AWS_ENDPOINT_URL, at the"
+            " region (AWS_REGION), and at the network"
+        ), None
+    except exceptions.ClientError as error:
+        answer, code = error.response, error.response["Error"]["Code"]
+        if code == "NoSuchBucket":
+            where = _client().meta.endpoint_url
+            return f"no such bucket at {where}; look at its name, and at AWS_ENDPOINT_URL", None
+        if code in _BAD_CREDENTIALS:
+            return (
+                f"the store refuses the credentials ({code}); look at AWS_ACCESS_KEY_ID and"
+                " AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            ), None
+        # Whatever else: reading and writing may be allowed where listing is not.
+    except (exceptions.BotoCoreError, ValueError) as error:  # ValueError: an endpoint without http
+        return f"{error}; look at the AWS settings", None
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return None, headers.get("x-amz-bucket-region") or _region()
 
 
 def _region() -> str | None:
@@ -101,6 +199,8 @@ def named(uri: str, verb: str) -> Iterator[None]:
         raise StorageError(f"{uri}: no such file or folder") from error
     except (OSError, pa.ArrowException, UnicodeError) as error:
         reason, *_ = str(getattr(error, "strerror", None) or error or repr(error)).splitlines()
+        if "ACCESS_DENIED" in reason:  # as Arrow says it of S3
+            reason = "access denied; look at what the credentials in use are allowed to do"
         raise StorageError(f"{uri}: cannot {verb}: {reason}") from error
 
 
@@ -242,13 +342,11 @@ def _umask() -> int:
 
 
 def _put_s3_if_absent(path: str, data: bytes) -> bool:
-    import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, _, key = path.partition("/")
     try:
-        client = boto3.client("s3", region_name=_region())
-        client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        _client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
     except ClientError as error:
         if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
             return False

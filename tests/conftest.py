@@ -1,5 +1,9 @@
 """One local Ray for all tests that need one, and one drawn dataset."""
 
+import contextlib
+import logging
+import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +15,47 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """An embedded Ray, started as the commands start it; several tests run on it."""
+def s3() -> Iterator[str]:
+    """A bucket of a real S3 server: moto's, or with COVERGENRE_TEST_S3 the one AWS_* names."""
+    import boto3
+
+    from covergenre import storage
+
+    bucket = f"covergenre-{uuid.uuid4().hex[:12]}"
+    with contextlib.ExitStack() as stack:
+        if not os.environ.get("COVERGENRE_TEST_S3"):
+            from moto.server import ThreadedMotoServer
+
+            logging.getLogger("werkzeug").setLevel(logging.ERROR)
+            server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+            server.start()
+            stack.callback(server.stop)
+            host, port = server.get_host_and_port()
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            for name in [name for name in os.environ if name.startswith("AWS_")]:
+                if "CHECKSUM" not in name:  # set by storage itself
+                    patch.delenv(name)
+            patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "none")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        client = boto3.session.Session().client("s3")
+        client.create_bucket(Bucket=bucket)
+        storage.forget()
+        yield f"s3://{bucket}"
+        storage.forget()
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+            for found in page.get("Contents", ()):
+                client.delete_object(Bucket=bucket, Key=found["Key"])
+        client.delete_bucket(Bucket=bucket)
+
+
+@pytest.fixture(scope="session")
+def local_ray(s3: str) -> Iterator[None]:
+    """An embedded Ray, started as the commands start it; several tests run on it.
+
+    Its workers have the environment of its start: S3's settings too.
+    """
     import ray
 
     from covergenre.runtime import start_ray

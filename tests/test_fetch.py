@@ -161,6 +161,18 @@ def test_nobody_there(server: _Server) -> None:
     assert get(url) == "fetch_failed"
 
 
+def test_a_host_that_is_down_is_asked_once_for_each_cover_until_later(
+    server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert get(address(server, "status/500")) == "fetch_failed"
+    assert get(address(server, "status/502")) == "fetch_failed"
+    assert get(address(server, "cover")) == b"cover"
+    assert server.asked == {"/status/500": 6, "/status/502": 1, "/cover": 1}
+    monkeypatch.setattr(fetch, "_DOWN_SECONDS", 0.0)
+    assert get(address(server, "status/503")) == "fetch_failed"
+    assert server.asked["/status/503"] == 6
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_private_address_is_not_asked_unless_allowed(server: _Server, host: str) -> None:
     assert get(address(server, "x", host), allow_private=False) == "address_refused"

@@ -121,7 +121,7 @@ def test_every_outcome_of_a_row(covers: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     "cover",
-    ["http://host/x.jpg", "gs://bucket/x.jpg", "/a\0b", "/" + "x" * 300, "/dev/null/x"],
+    ["http://[::1/x.jpg", "gs://bucket/x.jpg", "/a\0b", "/" + "x" * 300, "/dev/null/x"],
     ids=["http", "gs", "nul", "long", "below-a-file"],
 )
 def test_no_name_of_a_cover_ends_the_job(cover: str, covers: dict[str, str]) -> None:

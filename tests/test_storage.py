@@ -1,43 +1,19 @@
-"""Places to read and write: the same on a local folder and on S3, here an S3 server of moto."""
+"""Places to read and write: the same on a local folder and on S3."""
 
 import json
 import os
+import socket
 import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import boto3
 import pyarrow as pa
 import pytest
-from moto.server import ThreadedMotoServer
+from pyarrow import fs
 
 from covergenre import storage
 from covergenre.errors import StorageError
-
-BUCKET = "covers"
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """A bucket of an S3 server that lives as long as this file's tests."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            if "CHECKSUM" not in name:  # set by storage itself
-                patch.delenv(name)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "none")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "none")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setattr(boto3, "DEFAULT_SESSION", None)
-        storage._s3.cache_clear()
-        boto3.client("s3").create_bucket(Bucket=BUCKET)
-        yield f"s3://{BUCKET}"
-        storage._s3.cache_clear()
-    server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -291,35 +267,101 @@ def test_local_paths_are_taken_as_people_write_them(
 # S3 alone
 
 
-def test_a_bucket_that_is_not_there_is_told(s3: str) -> None:
-    uri = "s3://no-such-bucket/x"
-    fails(lambda: storage.put(uri, b""), uri, verb="write")
-    fails(lambda: storage.put_if_absent(uri, b""), uri, verb="write")
-    fails(lambda: storage.read_bytes(uri), uri, missing=True)
-
-
 def test_a_bucket_is_never_deleted(s3: str) -> None:
     storage.put(f"{s3}/kept/x", b"")
     fails(lambda: storage.delete_folder(s3), s3, verb="delete")
     assert storage.exists(f"{s3}/kept/x")
 
 
-def test_both_clients_go_to_one_region(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fresh(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Settings of AWS to change; nothing is remembered of those before, or of these after."""
+    storage.forget()
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    yield monkeypatch
+    storage.forget()
+
+
+@pytest.mark.parametrize("variable", ["AWS_REGION", "AWS_DEFAULT_REGION"])
+def test_both_clients_go_to_one_region(s3: str, fresh: pytest.MonkeyPatch, variable: str) -> None:
     """boto3 does not look at AWS_REGION, Arrow does."""
-    monkeypatch.delenv("AWS_DEFAULT_REGION")
-    monkeypatch.setenv("AWS_REGION", "eu-west-3")
-    regions: list[str | None] = []
+    fresh.delenv("AWS_DEFAULT_REGION", raising=False)
+    fresh.delenv("AWS_REGION", raising=False)
+    fresh.setenv(variable, "eu-west-3")
+    system, _ = storage.filesystem(f"{s3}/x")
+    assert isinstance(system, fs.S3FileSystem)
+    assert system.region == storage._client().meta.region_name == "eu-west-3"
 
-    def client(_: str, region_name: str | None = None) -> object:
-        regions.append(region_name)
-        raise OSError("far enough")
 
-    monkeypatch.setattr(boto3, "client", client)
-    storage._s3.cache_clear()
-    fails(lambda: storage.put_if_absent(f"{s3}/region", b""), f"{s3}/region", verb="write")
-    assert regions == ["eu-west-3"]
-    assert storage._s3().region == "eu-west-3"
-    storage._s3.cache_clear()
+def closed_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+@pytest.mark.parametrize(
+    ("settings", "without", "said"),
+    [
+        ({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{closed_port()}"}, (), "look at AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, (), "look at the AWS settings"),
+        ({}, KEYS, "no AWS credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID"),
+        ({}, KEYS[1:], "no AWS credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID"),
+        ({"AWS_PROFILE": "typo"}, (), "(typo) could not be found; look at AWS_PROFILE"),
+    ],
+)
+def test_what_keeps_one_from_s3_is_one_line(
+    s3: str,
+    fresh: pytest.MonkeyPatch,
+    settings: dict[str, str],
+    without: tuple[str, ...],
+    said: str,
+) -> None:
+    for name, value in settings.items():
+        fresh.setenv(name, value)
+    for name in without:
+        fresh.delenv(name)
+    for action in (storage.exists, storage.read_bytes, lambda uri: storage.put(uri, b"")):
+        with pytest.raises(StorageError) as error:
+            action(f"{s3}/x")
+        assert str(error.value).startswith(f"{s3}: ") and said in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bucket", "said"), [("covergenre-no-such", "no such bucket at http"), ("_", "bucket")]
+)
+def test_a_bucket_that_is_not_there_is_told(s3: str, bucket: str, said: str) -> None:
+    uri = f"s3://{bucket}/x"
+    for action in (
+        storage.read_bytes,
+        lambda uri: storage.put(uri, b""),
+        lambda uri: storage.put_if_absent(uri, b""),
+    ):
+        with pytest.raises(StorageError, match=f"s3://{bucket}: .*{said}"):
+            action(uri)
+
+
+@pytest.mark.skipif(not os.environ.get("COVERGENRE_TEST_S3"), reason="moto takes any credentials")
+@pytest.mark.parametrize("name", KEYS)
+def test_credentials_that_are_refused(s3: str, fresh: pytest.MonkeyPatch, name: str) -> None:
+    fresh.setenv(name, "wrong")
+    with pytest.raises(StorageError, match=r"refuses the credentials .* look at AWS_ACCESS_KEY_ID"):
+        storage.exists(f"{s3}/x")
+
+
+def test_what_was_wrong_a_while_ago_is_asked_again(s3: str, fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("AWS_PROFILE", "typo")
+    fails(lambda: storage.exists(f"{s3}/x"), s3)
+    fresh.delenv("AWS_PROFILE")
+    fails(lambda: storage.exists(f"{s3}/x"), s3)
+    fresh.setattr(storage, "_TROUBLE_SECONDS", 0.0)
+    assert not storage.exists(f"{s3}/x")
 
 
 # No file at all
