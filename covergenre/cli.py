@@ -70,7 +70,10 @@ def _stage_command(name: str) -> click.Command:
     class_name, about = _STAGES[name]
     stage: type[config.StageConfig] = getattr(config, class_name)
     params: list[click.Parameter] = []
-    for field_name, field in stage.model_fields.items():
+    # What all stages share comes last.
+    for field_name, field in sorted(
+        stage.model_fields.items(), key=lambda item: item[0] in config.StageConfig.model_fields
+    ):
         if field.json_schema_extra:
             params.append(click.Argument([field_name], required=False, metavar=field_name.upper()))
             continue

@@ -21,7 +21,7 @@ Place = Annotated[str, Field(min_length=1)]
 
 # Where a stage runs and how wide. They change how fast a result comes, never the result itself,
 # so that a job may be taken up again on another machine.
-_HOW_FIELDS = {"workers", "cpus_per_worker", "device", "fetches"}
+_HOW_FIELDS = {"workers", "cpus_per_worker", "device", "fetches", "shared_filesystem"}
 # Known by what they hold, which is among the inputs of a run, and not by where it lies.
 _PLACES = {"out", "covers", "genre_map", "weights"}
 
@@ -35,6 +35,10 @@ class StageConfig(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
         coerce_numbers_to_str=True,  # `freeze: 4` in a file
+    )
+
+    shared_filesystem: bool = Field(
+        False, description="all machines of the cluster see the local paths that are given"
     )
 
     def fingerprint(self) -> str:

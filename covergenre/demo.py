@@ -1,7 +1,10 @@
 """demo: the whole job on a drawn sample, in minutes, on a laptop."""
 
 import re
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import click
 
@@ -26,12 +29,23 @@ def make_sample(out: str, albums: int, seed: int) -> str:
 
     `out` is new, empty, or holds a sample that was interrupted (its catalog comes last).
     """
-    from pathlib import Path
-
-    held = storage.list_sizes(storage.absolute(out))
+    place = storage.absolute(out)
+    held = storage.list_sizes(place)
     if not all(name == "README.md" or _DRAWN.fullmatch(name) for name in held):
         raise StorageError(f"{out}: is not empty; choose another --out, or empty it")
-    path = write_sample(Path(storage.absolute(out)), albums, seed)
+    if not storage.is_uri(place):
+        write_sample(Path(place), albums, seed)
+    else:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(16) as pool:
+            catalog = write_sample(Path(folder), albums, seed)
+            others = [f for f in Path(folder).rglob("*") if f.is_file() and f != catalog]
+
+            def upload(file: Path) -> None:
+                storage.put(storage.join(place, str(file.relative_to(folder))), file.read_bytes())
+
+            list(pool.map(upload, others))
+            upload(catalog)  # last, so that a sample with a catalog is a whole one
+    path = storage.join(place, "catalog.csv")
     return f"catalog {path}\n  {albums:,} drawn covers; they show no real album"
 
 

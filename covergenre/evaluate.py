@@ -68,6 +68,8 @@ def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
         return Evaluated(out, config.split, storage.read_json(metrics_file), remark)
 
     runtime.start_ray(verbose=verbose)
+    reached = {"--out": out, "MODEL": bundle.uri, "DATASET": manifest.uri}
+    places.check_shared(reached, config.shared_filesystem)
     workers = runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
     plan, source = ingest.plan_dataset(manifest, [config.split])
     plan_uri = storage.join(out, _PLAN)
@@ -75,7 +77,7 @@ def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
     rows = plan.num_rows
     scores = np.empty((rows, len(bundle.genres)), np.float32)
     times_scored = np.zeros(rows, np.int64)
-    with Progress("evaluate", rows, "covers") as progress:
+    with runtime.waiting_said(workers), Progress("evaluate", rows, "covers") as progress:
         for part in predict.score_plan(
             plan_uri,
             [(0, 0, rows)],

@@ -91,6 +91,16 @@ def plan_dataset(manifest: shards.Manifest, splits: Sequence[str]) -> tuple[pa.T
     return table.select(PLAN.names).cast(PLAN), Source(tuple(uris), prepared=True)
 
 
+def local_cover(plan_rows: pa.Table, source: Source) -> str | None:
+    """A cover, or a file of covers, that lies on this machine's disk; None where none does."""
+    for file in source.files:
+        if not storage.is_uri(file):
+            return file
+    covers = plan_rows["cover"].filter(pc.is_null(plan_rows["source"])).drop_null()
+    local = covers.filter(pc.invert(pc.match_substring(covers, "://")))
+    return local[0].as_py() if len(local) else None
+
+
 def first_rows(plan_rows: pa.Table) -> pa.Array:
     """Whether each row is the one that counts for its album: it has an id, and none before it."""
     return pc.and_(pc.is_valid(plan_rows["album_id"]), pc.is_null(plan_rows["first_row"]))

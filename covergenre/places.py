@@ -1,11 +1,13 @@
-"""Output places: a stage writes only where nothing is, or where the same command was before."""
+"""Places: a stage writes only where nothing is, or where the same command was before, and on a
+cluster only where every machine can."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from covergenre import __version__, storage
+from covergenre import __version__, runtime, storage
 from covergenre.config import StageConfig
-from covergenre.errors import StorageError
+from covergenre.errors import ConfigError, StorageError
 
 _RUN = "_state/run.json"
 
@@ -39,6 +41,22 @@ def claim(place: str, stage: str, config: StageConfig, inputs: dict[str, Any]) -
     text = json.dumps(record, indent=2) + "\n"
     if not storage.put_if_absent(claim_file, text.encode()):
         raise StorageError(f"{place}: another run took this place just now; choose another --out")
+
+
+def check_shared(reached: Mapping[str, str | None], shared_filesystem: bool) -> None:
+    """Raises ConfigError where a place lies on one machine's disk, and the cluster has several.
+
+    reached: what a place is -> where it is, or None; workers read and write there, not the driver
+    alone. Ray has been started.
+    """
+    for what, place in reached.items():
+        if place is None or storage.is_uri(place) or shared_filesystem:
+            continue
+        if (count := runtime.machines()) > 1:
+            raise ConfigError(
+                f"{what} {place}: a path of one machine, and the cluster has {count} or more; use"
+                " s3:// or, if all of them see it, --shared-filesystem"
+            )
 
 
 def _difference(found: dict[str, Any], run: dict[str, Any]) -> str:

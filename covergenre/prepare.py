@@ -90,15 +90,17 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
     if shards.is_dataset(out):
         return Prepared(shards.read_manifest(out), ": already prepared by this same command")
 
-    runtime.start_ray(verbose=verbose)
-    jobs, aside = _cut(reasons, assigned, config.shard_rows)
-    storage.put(storage.join(out, _PLAN), shards.to_parquet(_with_splits(plan, assigned)))
     source = Source(
         catalog.files,
         catalog.image_column,
         fetches=config.fetches,
         allow_private=config.allow_private_addresses,
     )
+    runtime.start_ray(verbose=verbose)
+    reached = {"--out": out, "the cover": ingest.local_cover(plan, source)}
+    places.check_shared(reached, config.shared_filesystem)
+    jobs, aside = _cut(reasons, assigned, config.shard_rows)
+    storage.put(storage.join(out, _PLAN), shards.to_parquet(_with_splits(plan, assigned)))
     done = list(_pack(out, config, jobs, source, selection.kept))
     rejected = Counter({reason: len(rows) for reason, rows in aside.items()})
     _write_aside(out, plan, aside)
@@ -199,7 +201,7 @@ def _pack(
         work,
         batch_size=None,
         batch_format="pyarrow",
-        compute=TaskPoolStrategy(size=min(len(jobs), config.workers or runtime.cpus())),
+        compute=TaskPoolStrategy(size=min(len(jobs), config.workers)) if config.workers else None,
     )
     blocks: Iterable[Any] = packed.iter_batches(batch_size=None, batch_format="pyarrow")
     total = sum(len(job["rows"]) for job in jobs)

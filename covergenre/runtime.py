@@ -5,11 +5,13 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from covergenre.errors import ConfigError, CovergenreError
+from covergenre.progress import say
 
 _EMBEDDED_OBJECT_STORE_BYTES = 2 * 2**30
 """Of an embedded Ray: encoded covers and a few batches of pixels; the rest is for the model."""
@@ -17,6 +19,9 @@ PIPELINE_BYTES = 384 * 2**20
 """What one Ray Data pipeline may hold in the object store before its readers wait."""
 
 _CONNECT_SECONDS = 10
+_MOST_UNASKED = 64
+"""GPUs that are used without being asked for; an autoscaler may have no limit of its own."""
+_SAY_EVERY_SECONDS = 15.0
 
 
 def start_ray(*, verbose: bool = False) -> None:
@@ -138,17 +143,30 @@ def quieten(verbose: bool = False) -> None:
 
 
 def gpus() -> int:
-    """GPUs of the cluster."""
+    """GPUs that the cluster has, or can have once its autoscaler has started all it may."""
+    return int(_most("GPU"))
+
+
+def cpus() -> float:
+    """CPUs, as Ray counts them, that the cluster has or can have."""
+    return _most("CPU")
+
+
+def _most(resource: str) -> float:
+    import ray
+    from ray._private.state import state  # as Ray Train asks it; there is no public way
+
+    limits = state.get_max_resources_from_cluster_config() or {}
+    return max(ray.cluster_resources().get(resource, 0.0), float(limits.get(resource, 0)))
+
+
+def machines() -> int:
+    """Machines of the cluster; at least 2 where an autoscaler may start more."""
     import ray
 
-    return int(ray.cluster_resources().get("GPU", 0))
-
-
-def cpus() -> int:
-    """CPUs of the cluster, as Ray counts them."""
-    import ray
-
-    return int(ray.cluster_resources().get("CPU", 1))
+    now = sum(bool(node["Alive"]) for node in ray.nodes())
+    grows = any(_most(kind) > ray.cluster_resources().get(kind, 0.0) for kind in ("CPU", "GPU"))
+    return max(now, 2 if grows else 1)
 
 
 @dataclass(frozen=True)
@@ -178,14 +196,14 @@ def place_workers(
     """
     import ray
 
-    nodes = max(1, sum(node["Alive"] for node in ray.nodes()))
+    nodes = max(1, sum(bool(node["Alive"]) for node in ray.nodes()))
     have_gpus = gpus()
     use_gpu = device == "gpu" or (device == "auto" and have_gpus > 0)
     if use_gpu:
-        count = workers or max(1, have_gpus)
+        count = workers or min(max(1, have_gpus), _MOST_UNASKED)
         if count > have_gpus:
             raise ConfigError(
-                f"--workers {count}: one GPU each, and the cluster has {have_gpus};"
+                f"--workers {count}: one GPU each, and the cluster has {have_gpus} at most;"
                 " ask for fewer, or --device cpu"
             )
         return Workers(count, True, cpus_per_worker, -(-count // nodes))
@@ -195,9 +213,34 @@ def place_workers(
     if count * each > have - 1:
         raise ConfigError(
             f"--workers {count}: {each:g} CPUs each and one to decode covers need"
-            f" {count * each + 1:g}, and the cluster has {have}; ask for fewer"
+            f" {count * each + 1:g}, and the cluster has {have:g} at most; ask for fewer"
         )
     return Workers(count, False, cpus_per_worker, -(-count // nodes))
+
+
+@contextlib.contextmanager
+def waiting_said(workers: Workers) -> Iterator[None]:
+    """While work goes on, say every so often that the autoscaler has yet to start machines."""
+    import ray
+
+    over = threading.Event()
+    kind = "GPU" if workers.use_gpu else "CPU"
+    need = workers.count * workers.resources[kind]
+
+    def watch() -> None:
+        while not over.wait(_SAY_EVERY_SECONDS):
+            have = ray.cluster_resources().get(kind, 0.0)
+            if have >= need:
+                return
+            say(f"waiting for machines: {need:g} {kind}s are needed, {have:g} are there")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def use_cores(workers: Workers) -> None:

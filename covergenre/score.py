@@ -76,6 +76,8 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
         return Labelled(out, storage.read_json(ledger_file), remark)
 
     runtime.start_ray(verbose=verbose)
+    reached = {"--out": out, "MODEL": bundle.uri, "the cover": ingest.local_cover(plan, source)}
+    places.check_shared(reached, config.shared_filesystem)
     workers = runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
     rows = plan.num_rows
     plan_uri = storage.join(out, _PLAN)
@@ -92,7 +94,7 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
     rate = None
     if pending:
         todo = sum(stop - start for _, start, stop in pending)
-        with Progress("score", todo, "covers") as progress:
+        with runtime.waiting_said(workers), Progress("score", todo, "covers") as progress:
             batches = predict.score_plan(
                 plan_uri,
                 pending,

@@ -62,6 +62,7 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
     if storage.is_uri(out) and "/" not in out.partition("://")[2]:
         raise StorageError(f"{out}: is a whole bucket; choose a prefix in it for --out")
     runtime.start_ray(verbose=verbose)
+    places.check_shared({"--out": out, "DATASET": manifest.uri}, config.shared_filesystem)
     workers = runtime.place_workers(
         config.workers, config.device, config.cpus_per_worker, reading=READING_CPUS
     )
@@ -211,7 +212,7 @@ def _fit(
         ),
     )
     shown = _shown(monitor, job.epochs(), manifest.rows("train"), config.batch_size)
-    with shown, runtime.own_errors():
+    with shown, runtime.waiting_said(workers), runtime.own_errors():
         result = trainer.fit()
     if result.checkpoint is None:
         raise CovergenreError("training ended without a checkpoint; run again with --verbose")

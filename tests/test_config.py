@@ -275,7 +275,17 @@ def test_the_default_is_the_papers_model() -> None:
 
 # Fingerprints
 
-UNCHANGED = {"covers", "genre_map", "weights", "out", "workers", "cpus_per_worker", "device"}
+UNCHANGED = {
+    "fetches",
+    "shared_filesystem",
+    "covers",
+    "genre_map",
+    "weights",
+    "out",
+    "workers",
+    "cpus_per_worker",
+    "device",
+}
 OTHER = {
     "freeze": "3",
     "model": "tiny",

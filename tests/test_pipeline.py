@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from covergenre import schema
+from covergenre import schema, storage
 from covergenre.bundle import Bundle, load_model, read_bundle
+from covergenre.cli import main
 from covergenre.config import EvaluateConfig, PrepareConfig, ScoreConfig, TrainConfig
 from covergenre.covers import decode, sha256
 from covergenre.errors import (
@@ -516,6 +517,42 @@ def test_scoring_covers_kept_in_parquet(drawn: Path, one_worker: Path, tmp_path:
     assert [r["album_id"] for r in read_folder(out / "labels")] == [
         r["album_id"] for i, r in enumerate(source) if i != 10
     ]
+
+
+def test_the_whole_job_on_s3(s3: str, tmp_path: Path) -> None:
+    """Catalog, covers, settings, dataset, MODEL, metrics and labels: nothing is on a local disk."""
+    root = f"{s3}/{tmp_path.name}"
+
+    def run(*args: str) -> None:
+        main([*args])
+
+    run("sample", "--out", f"{root}/catalog", "--albums", "60")
+    storage.put(f"{root}/prepare.yaml", b"min_share: 0\nsplit_fractions: 0.6, 0.2, 0.2\n")
+    run(
+        *("prepare", f"{root}/catalog/catalog.csv", "--out", f"{root}/dataset"),
+        *("--config", f"{root}/prepare.yaml"),
+    )
+    run(
+        *("train", f"{root}/dataset", "--out", f"{root}/model", "--model", "tiny"),
+        *("--epochs", "1", "--workers", "2"),
+    )
+    run("evaluate", f"{root}/model", f"{root}/dataset", "--out", f"{root}/metrics")
+    run("score", f"{root}/model", f"{root}/catalog/catalog.csv", "--out", f"{root}/labels")
+    ledger = storage.read_json(f"{root}/labels/ledger.json")
+    assert (ledger["rows"], ledger["scored"]) == (60, 60)
+    held = storage.list_sizes(root)
+    assert {name.split("/")[0] for name in held} == {
+        *("catalog", "prepare.yaml", "dataset", "model", "metrics", "labels")
+    }
+    # The same covers from a local disk have the same scores.
+    run("sample", "--out", str(tmp_path / "catalog"), "--albums", "60")
+    run(
+        *("score", f"{root}/model", str(tmp_path / "catalog/catalog.csv")),
+        *("--out", str(tmp_path / "labels")),
+    )
+    (there,) = (name for name in held if name.startswith("labels/labels/"))
+    (here,) = (tmp_path / "labels/labels").iterdir()
+    assert storage.read_bytes(f"{root}/{there}") == here.read_bytes()
 
 
 # --- a user's mistakes ---------------------------------------------------------------------
