@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from covergenre import __version__
-from covergenre.errors import CovergenreError, did_you_mean
+from covergenre.errors import ConfigError, CovergenreError, did_you_mean
 
 # stage -> (class of settings, what it does)
 _STAGES = {
@@ -20,14 +20,15 @@ _STAGES = {
     "evaluate": ("EvaluateConfig", "Measure a model on a split of a dataset, every album."),
     "score": ("ScoreConfig", "Label a catalog (or a dataset) with a model."),
 }
-_OWN = ("sample", "summary", "demo")
+
+_SUBMIT_OPTIONS = ("--address", "--wait", "--no-wait", "--working-dir")
 
 
 class _Covergenre(click.Group):
     """Commands by name, each made when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["demo", "sample", *_STAGES, "summary"]
+        return ["demo", "sample", *_STAGES, "summary", "submit", "doctor"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _STAGES:
@@ -103,13 +104,28 @@ def _stage_command(name: str) -> click.Command:
     params.append(_verbose_option())
 
     def run(verbose: bool, **given: Any) -> None:
-        file = given.pop("config")
-        flags = {key: value for key, value in given.items() if value is not None}
-        settings = config.parse(stage, flags, file)
+        settings = _settings(stage, given)
         run_stage = getattr(import_module(f"covergenre.{name}"), name)
         click.echo(run_stage(settings, verbose=verbose).account())
 
     return click.Command(name, callback=run, params=params, help=about, short_help=about)
+
+
+def _settings(stage: Any, given: dict[str, Any]) -> Any:
+    """What click read, with the file of --config, as the stage's settings."""
+    from covergenre import config
+
+    flags = {key: value for key, value in given.items() if value is not None}
+    return config.parse(stage, flags, flags.pop("config", None))
+
+
+def _check_arguments(name: str, arguments: list[str]) -> None:
+    """Raises for what the stage would refuse before it begins."""
+    from covergenre import config
+
+    given = _stage_command(name).make_context(name, list(arguments)).params
+    given.pop("verbose")
+    _settings(getattr(config, _STAGES[name][0]), given)
 
 
 def _flag_declaration(name: str, is_flag: bool) -> str:
@@ -143,11 +159,34 @@ def _own_commands() -> dict[str, click.Command]:
 
         run_demo(out, verbose=verbose)
 
+    def submit(
+        stage: str, arguments: tuple[str, ...], address: str | None, wait: bool, working_dir: str
+    ) -> None:
+        from covergenre.submit import submit as submit_stage
+
+        if stage not in _STAGES:
+            raise ConfigError(f"no stage {stage!r}{did_you_mean(stage, _STAGES)}")
+        try:
+            _check_arguments(stage, list(arguments))
+        except click.NoSuchOption as error:
+            known = [*(error.possibilities or ()), *_SUBMIT_OPTIONS]
+            raise click.NoSuchOption(error.option_name, possibilities=known) from error
+        code = submit_stage(stage, arguments, address=address, wait=wait, working_dir=working_dir)
+        sys.exit(code)
+
+    def doctor(address: str | None, storage: str | None, workers: int | None) -> None:
+        from covergenre.doctor import doctor as look
+
+        sys.exit(look(address, storage, workers))
+
     def command(run: Callable[..., None], about: str, *params: click.Parameter) -> click.Command:
         return click.Command(
             run.__name__, callback=run, params=list(params), help=about, short_help=about
         )
 
+    address = option(
+        "--address", metavar="URL", help="The dashboard's  [default: RAY_ADDRESS, or port 8265]"
+    )
     seed = option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
     return {
         "sample": command(
@@ -164,6 +203,30 @@ def _own_commands() -> dict[str, click.Command]:
             option("--genres", type=click.IntRange(min=1), default=20, show_default=True),
             option("--freeze", help="paper, none, all or N  [default: the model's]"),
         ),
+        "submit": _passing_on(
+            command(
+                submit,
+                "Run a stage as a job on a cluster.",
+                click.Argument(["stage"]),
+                click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED),
+                address,
+                option("--wait/--no-wait", default=True, help="Follow the job to its end, or not."),
+                option(
+                    "--working-dir",
+                    default=".",
+                    show_default=True,
+                    metavar="DIR",
+                    help="covergenre's folder; it is sent to the cluster.",
+                ),
+            )
+        ),
+        "doctor": command(
+            doctor,
+            "Check a cluster: versions, storage, GPUs, on every node.",
+            address,
+            option("--storage", metavar="URI", help="A place to write to, read and delete again."),
+            option("--workers", type=click.IntRange(min=1), help="Could so many be placed?"),
+        ),
         "demo": command(
             demo,
             "Do the whole job on a drawn sample, in minutes.",
@@ -171,6 +234,12 @@ def _own_commands() -> dict[str, click.Command]:
             _verbose_option(),
         ),
     }
+
+
+def _passing_on(command: click.Command) -> click.Command:
+    # Options that are not its own are the stage's.
+    command.context_settings = {"ignore_unknown_options": True}
+    return command
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -157,7 +157,8 @@ def _most(resource: str) -> float:
     from ray._private.state import state  # as Ray Train asks it; there is no public way
 
     limits = state.get_max_resources_from_cluster_config() or {}
-    return max(ray.cluster_resources().get(resource, 0.0), float(limits.get(resource, 0)))
+    now = float(ray.cluster_resources().get(resource, 0))
+    return max(now, float(limits.get(resource, 0)))
 
 
 def machines() -> int:

@@ -26,9 +26,9 @@ LAYERS = (
     }
     | {"progress", "report"},
     # one idea each, with errors of their own
-    {"covers", "genres", "registry", "runtime", "sample", "splits", "storage"},
+    {"covers", "genres", "registry", "runtime", "sample", "splits", "storage", "submit"},
     # files, settings and networks
-    {"catalog_files", "config", "fetch", "genre_map", "models", "shards"},
+    {"catalog_files", "config", "doctor", "fetch", "genre_map", "models", "shards"},
     {"bundle", "dataset", "ingest", "model_card", "mumu", "places", "summary", "weights"},
     {"catalog", "predict"},
     # the stages; training is what train's workers do
@@ -37,6 +37,7 @@ LAYERS = (
     # all of it together
     {"demo"},
     {"cli"},
+    {"__main__"},
 )
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 STAGES = {"prepare", "train", "evaluate", "score"}

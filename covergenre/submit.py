@@ -1,0 +1,134 @@
+"""submit: a stage as a job on a cluster, from a machine that is not of it.
+
+The same as `ray job submit --address URL --working-dir . -- python jobs/STAGE.py ARGS`, with the
+arguments and the size of the upload checked before it begins.
+"""
+
+import asyncio
+import os
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from covergenre.errors import ConfigError
+from covergenre.progress import say
+
+_DASHBOARD = "http://127.0.0.1:8265"
+_LARGEST_UPLOAD_BYTES = 100 * 2**20
+"""Ray's limit for a working directory."""
+_SHOWN = 3
+_NEVER_SENT = (".git", ".venv", "__pycache__")
+
+
+def submit(
+    stage: str, arguments: Sequence[str], *, address: str | None, wait: bool, working_dir: str
+) -> int:
+    """Run `stage` with its command line's `arguments` on the cluster of `address`.
+
+    address: of the dashboard, as `ray dashboard cluster.yaml` forwards it; None: RAY_ADDRESS, or
+    this machine's port 8265. Gives the job's exit code, 0 where it is not waited for. Raises
+    ConfigError where nobody answers, the token is missing or the directory is too large.
+    """
+    if not Path(working_dir, "jobs", f"{stage}.py").is_file():
+        raise ConfigError(
+            f"--working-dir {working_dir}: has no jobs/{stage}.py; give covergenre's folder"
+        )
+    entrypoint = ["python", f"jobs/{stage}.py", *arguments]
+    return run_job(entrypoint, address=address, wait=wait, working_dir=working_dir)
+
+
+def run_job(entrypoint: Sequence[str], *, address: str | None, wait: bool, working_dir: str) -> int:
+    """The same for any command; its paths are relative to `working_dir`."""
+    address = address or os.environ.get("RAY_ADDRESS") or _DASHBOARD
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--address {address}: give the dashboard's, as http://HEAD:8265 (`ray dashboard"
+            f" cluster.yaml` brings it to {_DASHBOARD})"
+        )
+    folder = Path(working_dir).resolve()
+    sent = check_size(folder)
+    client = _client(address)
+    say(f"submit: {sent / 2**20:.1f} MiB of {folder} to {address}")
+    job = client.submit_job(
+        entrypoint=shlex.join(entrypoint),
+        runtime_env={"working_dir": str(folder), "excludes": [f"{n}/" for n in _NEVER_SENT]},
+    )
+    there = f"--address {address} {job}"
+    say(f"job {job}\n  status: ray job status {there}\n  logs: ray job logs --follow {there}")
+    say(f"  stop: ray job stop {there}")
+    if not wait:
+        return 0
+    asyncio.run(_follow(client, job))
+    info = client.get_job_info(job)
+    if info.status == "SUCCEEDED":
+        return 0
+    if info.driver_exit_code is None:  # it never came to run
+        say(f"job {job}: {info.status}: {info.message}")
+    return info.driver_exit_code or 1
+
+
+async def _follow(client: Any, job: str) -> None:
+    async for text in client.tail_job_logs(job):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _client(address: str) -> Any:
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    # Ray lets these win over the argument.
+    held = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+    try:
+        return JobSubmissionClient(address)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"{address}: no Ray dashboard answers there; is the cluster up, and `ray dashboard"
+            " cluster.yaml` running?"
+        ) from error
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"{address}: the cluster wants its token; set RAY_AUTH_MODE=token, and"
+            " RAY_AUTH_TOKEN_PATH to its file (~/.ray/auth_token unless set)"
+        ) from error
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{address}: is no Ray dashboard: {reason}") from error
+    finally:
+        os.environ.update({name: value for name, value in held.items() if value is not None})
+
+
+def check_size(folder: Path) -> int:
+    """Bytes that an upload of `folder` sends. Raises ConfigError where Ray would refuse them."""
+    sizes: Counter[str] = Counter()
+    for path in _sent(folder):
+        if path.is_file():
+            sizes[path.relative_to(folder).parts[0]] += path.stat().st_size
+    if sizes.total() > _LARGEST_UPLOAD_BYTES:
+        largest = ", ".join(
+            f"{name} {size / 2**20:,.0f} MiB" for name, size in sizes.most_common(_SHOWN)
+        )
+        raise ConfigError(
+            f"--working-dir {folder}: has {sizes.total() / 2**20:,.0f} MiB, and Ray takes"
+            f" {_LARGEST_UPLOAD_BYTES >> 20} MiB at most; largest: {largest}; move data to s3://,"
+            " or name it in .rayignore or .gitignore"
+        )
+    return sizes.total()
+
+
+def _sent(folder: Path) -> list[Path]:
+    """Files that Ray sends: it goes by .gitignore too."""
+    git = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        found = subprocess.run(git, capture_output=True, check=True).stdout.decode().split("\0")
+        return [folder / name for name in found if name]
+    except (OSError, subprocess.CalledProcessError, UnicodeDecodeError):  # no git, no repository
+        paths: list[Path] = []
+        for root, folders, names in os.walk(folder):
+            folders[:] = [name for name in folders if name not in _NEVER_SENT]
+            paths += [Path(root, name) for name in names]
+        return paths
