@@ -1,0 +1,55 @@
+"""Covers fetched a second from a store, with 1, 8 and 32 in flight, in one run.
+
+    uv run python -m benchmarks.fetching s3://bucket/prefix
+
+Puts 400 drawn covers there, fetches them as prepare and score do (in one process; a cluster has one
+such process a CPU), and deletes them again. The ratio is to one at a time.
+"""
+
+import argparse
+import json
+import time
+import uuid
+
+import pyarrow as pa
+
+from covergenre import ingest, schema, storage
+from covergenre.demo import make_sample
+from covergenre.ingest import Cover, Source
+
+IN_FLIGHT = (1, 8, 32)
+
+
+def main() -> None:
+    """Measure, and print one JSON object."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("place", help="a prefix to write to")
+    parser.add_argument("--covers", type=int, default=400)
+    args = parser.parse_args()
+    folder = storage.join(storage.absolute(args.place), f"fetching-{uuid.uuid4().hex}")
+    try:
+        make_sample(folder, args.covers, 0)
+        covers = storage.list_files(storage.join(folder, "covers"))
+        records = [{"row": n, "album_id": uri, "cover": uri} for n, uri in enumerate(covers)]
+        plan = ingest.plan(pa.Table.from_pylist(records, schema=schema.CATALOG))
+        rates = {n: _rate(plan, n) for n in (8, *IN_FLIGHT)}  # the first run warms up
+        sizes = storage.list_sizes(storage.join(folder, "covers")).values()
+    finally:
+        storage.delete_folder(folder)
+    shown = {
+        str(n): {"a_second": round(rates[n], 1), "ratio": round(rates[n] / rates[1], 2)}
+        for n in IN_FLIGHT
+    }
+    print(json.dumps({"covers": len(covers), "mean_bytes": sum(sizes) // len(covers), **shown}))
+
+
+def _rate(plan: pa.Table, in_flight: int) -> float:
+    began = time.perf_counter()
+    for _, outcomes in ingest.load(plan, Source(fetches=in_flight), plan.num_rows):
+        if not all(isinstance(outcome, Cover) for outcome in outcomes):
+            raise SystemExit("not every cover came; the rate would mean nothing")
+    return int(plan.num_rows) / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""The project's own on-premises file, on two hosts of one machine: `ray up`, jobs, `ray down`.
+
+    uv run pytest -m cluster
+
+Needs root and, from Debian, iproute2, openssh-server, rsync for the hosts, and radosgw, ceph-mon,
+ceph-osd, ceph-common, uuid-runtime, curl for a real S3 store. Skips where it may not run; with
+COVERGENRE_CI set it fails instead.
+"""
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).parents[1]
+HEAD, WORKER = "10.99.0.2", "10.99.0.3"
+DASHBOARD = f"http://{HEAD}:8265"
+STORE = "10.99.0.1"
+NEEDED = ("ip", "sshd", "rsync", "radosgw", "ceph-mon", "ceph-osd", "uuidgen", "curl")
+
+
+def cannot(reason: str) -> None:
+    if os.environ.get("COVERGENRE_CI"):
+        pytest.fail(f"in CI the lab must run: {reason}")
+    pytest.skip(reason)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Two hosts with a Ray cluster on them, and a store."""
+
+    root: str
+    """s3:// prefix of this test run."""
+    environment: dict[str, str]
+    """Of a user of the cluster, on this machine."""
+
+    def run(self, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def ok(self, *command: str) -> str:
+        done = self.run(*command)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
+        return done.stdout + done.stderr
+
+    def ray_job(self, stage: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """As the README says it with plain Ray."""
+        ray = (str(Path(sys.prefix, "bin/ray")), "job", "submit", "--working-dir", str(ROOT))
+        return self.run(*ray, "--", "python", f"jobs/{stage}.py", *arguments)
+
+
+def script(name: str, *arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [str(ROOT / "tests/lab" / name), *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, f"{name} {arguments}: {done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    if os.geteuid() != 0:
+        cannot("not root")
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    missing = [name for name in NEEDED if not shutil.which(name)]
+    if missing:
+        cannot(f"not installed: {', '.join(missing)}")
+    # Hosts have a /tmp and a home of their own, and share the rest.
+    folder = Path(tempfile.mkdtemp(prefix="covergenre-lab-", dir="/var/tmp"))
+    hosts = {"LAB": str(folder), "KEEP": f"{sys.prefix}:{sys.base_prefix}"}
+    ceph = {"CEPH_LAB": str(folder / "ceph")}
+    file = folder / "cluster.yaml"
+    try:
+        script("hosts.sh", "up", "2", **hosts)
+        exports = script("ceph_s3.sh", "up", STORE, **ceph).removeprefix("export ").split()
+        home = folder / "home"
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
+            **dict(pair.split("=", 1) for pair in exports),
+            "HOME": str(home),
+            "RAY_AUTH_MODE": "token",
+            "RAY_ADDRESS": DASHBOARD,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        write_user(home, environment)
+        file.write_text(yaml.safe_dump(filled_in(folder, home)))
+        lab = Lab("s3://lab/run", environment)
+        lab.ok(sys.executable, "-c", "import boto3; boto3.client('s3').create_bucket(Bucket='lab')")
+        lab.ok(str(Path(sys.prefix, "bin/ray")), "up", "--yes", "--no-config-cache", str(file))
+        try:
+            yield lab
+        finally:
+            lab.ok(str(Path(sys.prefix, "bin/ray")), "down", "--yes", str(file))
+    finally:
+        script("ceph_s3.sh", "down", **ceph)
+        script("hosts.sh", "down", **hosts)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_user(home: Path, environment: dict[str, str]) -> None:
+    """What a user has at home: the token of the cluster, and the settings of the store."""
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray/auth_token").write_text(secrets.token_hex(32))
+    (home / ".aws").mkdir()
+    (home / ".aws/credentials").write_text(
+        "[default]\n"
+        f"aws_access_key_id = {environment['AWS_ACCESS_KEY_ID']}\n"
+        f"aws_secret_access_key = {environment['AWS_SECRET_ACCESS_KEY']}\n"
+    )
+    (home / ".aws/config").write_text(
+        f"[default]\nregion = us-east-1\nendpoint_url = {environment['AWS_ENDPOINT_URL']}\n"
+    )
+
+
+def filled_in(folder: Path, home: Path) -> dict[str, Any]:
+    """The project's own file, with this lab's addresses; nothing has to be installed here."""
+    text = (ROOT / "clusters/on-premises.yaml").read_text()
+    text = text.replace("~/covergenre-env", sys.prefix)
+    config: dict[str, Any] = yaml.safe_load(text)
+    config["provider"] |= {"head_ip": HEAD, "worker_ips": [WORKER]}
+    config["auth"] = {"ssh_user": "root", "ssh_private_key": str(folder / "id")}
+    config["setup_commands"] = []
+    config["min_workers"] = config["max_workers"] = 1
+    config["file_mounts"] = {
+        there: here.replace("~", str(home), 1) if here.startswith("~") else str(ROOT / here)
+        for there, here in config["file_mounts"].items()
+    }
+    return config
+
+
+def test_the_whole_job_on_two_hosts(lab: Lab, tmp_path: Path) -> None:
+    covergenre = str(Path(sys.prefix, "bin/covergenre"))
+    root = lab.root
+    lab.ok(covergenre, "sample", "--out", f"{root}/catalog", "--albums", "120")
+    catalog = f"{root}/catalog/catalog.csv"
+
+    # The second host joins while the first jobs run.
+    prepared = lab.ray_job("prepare", catalog, "--out", f"{root}/dataset", "--min-share", "0")
+    assert prepared.returncode == 0, prepared.stdout + prepared.stderr
+    assert "120 albums of 120 rows" in prepared.stdout
+    wait_for_two(lab)
+
+    trained = lab.ok(
+        *(covergenre, "submit", "train", f"{root}/dataset", "--out", f"{root}/model"),
+        *("--model", "tiny", "--epochs", "2", "--workers", "2"),
+    )
+    assert "2 CPU workers" in trained and "MODEL s3://" in trained
+    measured = lab.ok(
+        *(covergenre, "submit", "evaluate", f"{root}/model", f"{root}/dataset"),
+        *("--out", f"{root}/metrics", "--workers", "2"),
+    )
+    assert "ROC AUC" in measured
+    scored = lab.ok(
+        *(covergenre, "submit", "score", f"{root}/model", catalog, "--out", f"{root}/labels"),
+        *("--workers", "2", "--unit-rows", "32"),
+    )
+    assert "120 rows = 120 scored + 0 rejected + 0 duplicates" in scored
+
+    # The labels are those of a run on this machine alone.
+    alone = {name: value for name, value in lab.environment.items() if not name.startswith("RAY_")}
+    here = Lab(root, alone)
+    here.ok(
+        *(covergenre, "score", f"{root}/model", catalog, "--out", f"{root}/alone"),
+        *("--unit-rows", "32"),
+    )
+    compare = (
+        "import sys; from covergenre import storage, shards; there, here = sys.argv[1:]\n"
+        "names = list(storage.list_sizes(there)); assert len(names) == 4, names\n"
+        "assert names == list(storage.list_sizes(here))\n"
+        "for name in names:\n"
+        "    a, b = (shards.read_table(f'{p}/{name}') for p in (there, here))\n"
+        "    assert a.equals(b), name\n"
+    )
+    here.ok(sys.executable, "-c", compare, f"{root}/labels/labels", f"{root}/alone/labels")
+
+
+def wait_for_two(lab: Lab) -> None:
+    """`ray up` returns when the head is there; the other host follows."""
+    nodes = (
+        "import sys, threading; from ray.util.state import list_nodes\n"
+        "def alive(): return [n for n in list_nodes(address=sys.argv[1]) if n.state == 'ALIVE']\n"
+        "for _ in range(240):\n"
+        "    if len(alive()) == 2: sys.exit()\n"
+        "    threading.Event().wait(0.5)\n"
+        "sys.exit('the second host did not join')"
+    )
+    lab.ok(sys.executable, "-c", nodes, DASHBOARD)
+
+
+def test_doctor_looks_at_both_hosts(lab: Lab) -> None:
+    wait_for_two(lab)
+    covergenre = str(Path(sys.prefix, "bin/covergenre"))
+    done = lab.run(
+        *(covergenre, "doctor", "--address", DASHBOARD, "--storage", lab.root, "--workers", "2")
+    )
+    found = done.stdout.splitlines()
+    assert "ok    workers: 2 CPU workers can be placed" in found
+    for host in ("driver", "cg2", "cg3"):
+        assert any(line.startswith(f"ok    {host}: storage {lab.root}") for line in found), found
+    assert any("2 machines now" in line and "with a token" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "said"),
+    [
+        ("train", ["s3://lab/none", "--out", "s3://lab/x"], "s3://lab/none: no such dataset"),
+        ("prepare", ["jobs", "--out", "s3://lab/x"], "no catalog file there"),
+        ("train", ["s3://lab/none", "--out", "s3://lab/x", "--epoch", "2"], "'--epochs'?"),
+    ],
+)
+def test_a_job_that_fails_says_why_in_its_last_line(
+    lab: Lab, stage: str, arguments: list[str], said: str
+) -> None:
+    done = lab.ray_job(stage, *arguments)
+    assert done.returncode != 0
+    last = (done.stdout + done.stderr).strip().splitlines()[-1]
+    assert "covergenre: " in last and said in last, done.stdout + done.stderr
+
+
+def test_a_local_path_is_refused_on_two_hosts(lab: Lab) -> None:
+    wait_for_two(lab)
+    covergenre = str(Path(sys.prefix, "bin/covergenre"))
+    done = lab.run(
+        *(covergenre, "submit", "prepare", f"{lab.root}/catalog/catalog.csv"),
+        *("--out", "/var/tmp/covergenre-refused", "--min-share", "0"),
+    )
+    assert done.returncode == 2
+    assert "a path of one machine, and the cluster has 2" in done.stdout
+
+
+def test_without_the_token_nothing_is_run(lab: Lab) -> None:
+    stranger = Lab(lab.root, {**lab.environment, "HOME": "/nowhere", "RAY_AUTH_MODE": "disabled"})
+    covergenre = str(Path(sys.prefix, "bin/covergenre"))
+    done = stranger.run(covergenre, "submit", "score", "m", "c", "--out", "s3://lab/x")
+    assert done.returncode == 2
+    assert "the cluster wants its token" in done.stderr
