@@ -7,12 +7,15 @@ ceph-osd, ceph-common, uuid-runtime, curl for a real S3 store. Skips where it ma
 COVERGENRE_CI set it fails instead.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +28,8 @@ pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[1]
 HEAD, WORKER = "10.99.0.2", "10.99.0.3"
-DASHBOARD = f"http://{HEAD}:8265"
+PORT = 18265
+DASHBOARD = f"http://127.0.0.1:{PORT}"
 STORE = "10.99.0.1"
 NEEDED = ("ip", "sshd", "rsync", "radosgw", "ceph-mon", "ceph-osd", "uuidgen", "curl")
 
@@ -109,15 +113,29 @@ def lab() -> Iterator[Lab]:
         file.write_text(yaml.safe_dump(filled_in(folder, home)))
         lab = Lab("s3://lab/run", environment)
         lab.ok(sys.executable, "-c", "import boto3; boto3.client('s3').create_bucket(Bucket='lab')")
-        lab.ok(str(Path(sys.prefix, "bin/ray")), "up", "--yes", "--no-config-cache", str(file))
+        ray = str(Path(sys.prefix, "bin/ray"))
+        lab.ok(ray, "up", "--yes", "--no-config-cache", str(file))
+        command = [ray, "dashboard", "--no-config-cache", "--port", str(PORT), str(file)]
+        forward = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         try:
+            wait_for_dashboard()
             yield lab
         finally:
-            lab.ok(str(Path(sys.prefix, "bin/ray")), "down", "--yes", str(file))
+            forward.terminate()
+            forward.wait()
+            lab.ok(ray, "down", "--yes", str(file))
     finally:
         script("ceph_s3.sh", "down", **ceph)
         script("hosts.sh", "down", **hosts)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for_dashboard() -> None:
+    for _ in range(240):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", PORT), 1):
+            return
+        threading.Event().wait(0.25)
+    raise TimeoutError("the dashboard was not forwarded")
 
 
 def write_user(home: Path, environment: dict[str, str]) -> None:
