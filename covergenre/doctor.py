@@ -51,6 +51,7 @@ def _findings(storage_uri: str | None, workers: int | None) -> Iterator[Finding]
         yield "cluster", str(error)
         return
     import ray
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = look(None)

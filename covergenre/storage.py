@@ -93,6 +93,14 @@ def _local() -> fs.LocalFileSystem:
     return fs.LocalFileSystem()
 
 
+class _S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]
+    """Made anew by the factory below wherever it is unpickled: in a process that has imported this
+    module, with the credentials of that machine, and without secrets in the pickle."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _s3, (self.region,)
+
+
 @lru_cache
 def _s3(region: str | None) -> fs.S3FileSystem:
     settings: dict[str, Any] = {}
@@ -103,7 +111,7 @@ def _s3(region: str | None) -> fs.S3FileSystem:
     if region:
         settings["region"] = region
     retries = fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)
-    return fs.S3FileSystem(retry_strategy=retries, connect_timeout=_CONNECT_SECONDS, **settings)
+    return _S3FileSystem(retry_strategy=retries, connect_timeout=_CONNECT_SECONDS, **settings)
 
 
 @lru_cache(maxsize=1)

@@ -5,6 +5,7 @@ arguments and the size of the upload checked before it begins.
 """
 
 import asyncio
+import logging
 import os
 import shlex
 import subprocess
@@ -81,6 +82,8 @@ def _client(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for name in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Ray lets these win over the argument.
     held = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
     try:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import pickle
 import socket
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -362,6 +365,22 @@ def test_what_was_wrong_a_while_ago_is_asked_again(s3: str, fresh: pytest.Monkey
     fails(lambda: storage.exists(f"{s3}/x"), s3)
     fresh.setattr(storage, "_TROUBLE_SECONDS", 0.0)
     assert not storage.exists(f"{s3}/x")
+
+
+def test_a_filesystem_is_made_anew_in_another_process(s3: str) -> None:
+    """Ray Train sends it to a process that has not imported storage: see the 411 there."""
+    system, path = storage.filesystem(f"{s3}/pickled/x")
+    pickled = pickle.dumps(system)
+    assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in pickled or (
+        os.environ["AWS_SECRET_ACCESS_KEY"] == "none"
+    )
+    write = (
+        "import pickle, sys; system = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
+        "assert 'covergenre.storage' in sys.modules\n"
+        "with system.open_output_stream(sys.argv[2]) as stream: stream.write(b'there')\n"
+    )
+    subprocess.run([sys.executable, "-c", write, pickled.hex(), path], check=True)
+    assert storage.read_bytes(f"{s3}/pickled/x") == b"there"
 
 
 # No file at all

@@ -42,7 +42,7 @@ CONF
     hostname cg$n
     mount --bind $dir/hosts /etc/hosts
     IFS=:
-    for keep in ${KEEP:-}; do
+    for keep in \${KEEP:-}; do
       case \$keep in
         $home/*) to=$dir/home\${keep#$home} ;;
         /tmp/*) to=$dir\$keep ;;
