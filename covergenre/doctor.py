@@ -56,11 +56,9 @@ def _findings(storage_uri: str | None, workers: int | None) -> Iterator[Finding]
 
     here = look(None)
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    token = "token asked for" if os.environ.get("RAY_AUTH_MODE") == "token" else "no token"
-    yield (
-        f"cluster: {len(nodes)} nodes, {runtime.cpus():g} CPUs, {runtime.gpus()} GPUs, {token}",
-        "",
-    )
+    token = "with" if is_token_auth_enabled() else "without"
+    size = f"{runtime.cpus():g} CPUs, {runtime.gpus()} GPUs at most"
+    yield f"cluster: {len(nodes)} machines now, {size}, {token} a token", ""
     task = ray.remote(num_cpus=0, max_retries=0)(look)
     asked = {
         node["NodeManagerHostname"]: task.options(

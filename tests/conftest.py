@@ -11,6 +11,9 @@ import pytest
 
 from covergenre.sample import write_sample
 
+# As covergenre does before it imports ray; here a test may import ray first.
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 
