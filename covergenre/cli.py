@@ -223,7 +223,11 @@ def _own_commands() -> dict[str, click.Command]:
         "doctor": command(
             doctor,
             "Check a cluster: versions, storage, GPUs, on every node.",
-            address,
+            option(
+                "--address",
+                metavar="URL",
+                help="The dashboard's, to look from a job  [default: RAY_ADDRESS, or from here]",
+            ),
             option("--storage", metavar="URI", help="A place to write to, read and delete again."),
             option("--workers", type=click.IntRange(min=1), help="Could so many be placed?"),
         ),
