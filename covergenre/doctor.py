@@ -24,8 +24,8 @@ Finding = tuple[str, str]
 def doctor(address: str | None, storage_uri: str | None, workers: int | None) -> int:
     """Look, print a line for each thing, and give the exit code: 2 where something is to mend.
 
-    address: a dashboard's, to look from a job of that cluster; None: the one of RAY_ADDRESS, or from
-    here, at this machine or the cluster that it is of.
+    address: a dashboard's, to look from a job of that cluster; None: the one of RAY_ADDRESS, or
+    from here, at this machine or the cluster that it is of.
     """
     named = os.environ.get("RAY_ADDRESS", "")
     address = address or (named if named.startswith(("http://", "https://")) else None)
