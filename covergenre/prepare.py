@@ -69,7 +69,11 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
         genre_map = load_genre_map(storage.absolute(config.genre_map))
         table, used = apply_genre_map(table, genre_map)
         inputs["genre_map"] = hashlib.sha256(json.dumps(genre_map).encode()).hexdigest()
-        say(f"genre map: {len(used)} of {len(genre_map)} names occur in the catalog")
+        unused = [name for name, rows in used.items() if not rows]
+        say(
+            f"genre map: {len(used) - len(unused)} of {len(used)} names occur in the catalog"
+            + (f"; not: {', '.join(unused[:5])}" if unused else "")
+        )
     for note in catalog.notes:
         say(note)
     plan = ingest.plan(table)
