@@ -1,6 +1,5 @@
 """The files of `ray up`: what Ray makes of them, what they leave open, and a head on moto's EC2."""
 
-import copy
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,30 @@ def test_ray_takes_the_file(file: Path) -> None:
     assert config["cluster_name"] == "covergenre"
 
 
-@BOTH
-def test_the_pinned_versions_are_installed_and_nothing_else(file: Path) -> None:
-    config = prepared(file)
-    assert "ray==2.60.0" in (ROOT / "requirements.txt").read_text().splitlines()
+def only_pinned(config: dict[str, Any]) -> None:
+    """Whatever the machines install comes from the pinned requirements, with a pinned uv."""
     text = commands(config)
-    assert not re.search(r"nightly|latest|\.whl|pip install -U", text), text
-    assert text.count("-r ~/covergenre-requirements.txt") >= 1
-    assert config["file_mounts"]["~/covergenre-requirements.txt"] == "requirements.txt"
+    installs = [line for line in text.splitlines() if re.search(r"\binstall\b|\bwget\b", line)]
+    allowed = (
+        r"command -v uv \|\| curl -LsSf https://astral\.sh/uv/\d+\.\d+\.\d+/install\.sh \| sh",
+        r".* uv pip install --quiet --python ~/covergenre-env/bin/python"
+        r" -r ~/covergenre-requirements\.txt",
+    )
+    assert len(installs) >= 2
+    for line in installs:
+        assert any(re.fullmatch(pattern, line) for pattern in allowed), line
+    assert not re.search(r"nightly|latest|\.whl", text), text
     # As for a developer's environment.
     assert re.findall(r"--python (3\.\d+) ", text) == ["3.11"] * text.count("uv venv")
+    assert config["file_mounts"]["~/covergenre-requirements.txt"] == "requirements.txt"
+
+
+@BOTH
+def test_the_pinned_versions_are_installed_and_nothing_else(file: Path) -> None:
+    only_pinned(prepared(file))
+    pinned = (ROOT / "requirements.txt").read_text().splitlines()
+    assert "ray==2.60.0" in pinned
+    assert any(line.startswith("boto3==") for line in pinned)  # the head's autoscaler needs it
 
 
 @BOTH
@@ -116,29 +130,55 @@ def test_policies_allow_no_more_than_they_name(name: str) -> None:
                 assert statement["Resource"] != "*" or "Condition" in statement, action
 
 
+@dataclass(frozen=True)
+class Account:
+    """moto's AWS in a process of its own, with what docs/cluster.md has one make first."""
+
+    folder: Path
+    """Has cluster.yaml, with everything marked CHANGE filled in."""
+    environment: dict[str, str]
+    """Of a user of it, whose `ssh` only fails."""
+    cloud: Any
+    """boto3's client of EC2."""
+    group: str
+    image: str
+
+
+_SERVER = """
+import sys, threading
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print("http://%s:%d" % server.get_host_and_port(), flush=True)
+sys.stdin.read()
+"""
+"""Not in this process: moto keeps one state a process, and other tests have theirs here."""
+
+
 @pytest.fixture
-def ec2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The endpoint of moto's AWS, with what docs/cluster.md has one make first."""
-    from moto.server import ThreadedMotoServer
+def account(tmp_path: Path) -> Iterator[Account]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    server = subprocess.Popen(
+        [sys.executable, "-c", _SERVER],
+        env=clean | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert server.stdin and server.stdout
+    try:
+        yield _account(tmp_path, server.stdout.readline().strip(), clean)
+    finally:
+        server.kill()
+        server.wait()
+        server.stdin.close()
+        server.stdout.close()
 
-    monkeypatch.setenv("MOTO_IAM_LOAD_MANAGED_POLICIES", "true")
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
-    yield f"http://{host}:{port}"
-    server.stop()
 
-
-def test_ray_up_launches_a_head(ec2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as ssh: moto gives made-up public addresses, so an `ssh` that fails comes first."""
-    session = boto3.session.Session()
-    cloud, iam = session.client("ec2"), session.client("iam")
+def _account(folder: Path, endpoint: str, clean: dict[str, str]) -> Account:
+    session = boto3.session.Session("none", "none", region_name="us-west-2")
+    cloud, iam = (session.client(name, endpoint_url=endpoint) for name in ("ec2", "iam"))
     vpc = cloud.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"][0]
     group = cloud.create_security_group(
         GroupName="covergenre", Description="test", VpcId=vpc["VpcId"]
@@ -151,63 +191,90 @@ def test_ray_up_launches_a_head(ec2: str, tmp_path: Path, monkeypatch: pytest.Mo
     for placeholder, value in (("sg-0123456789abcdef0", group), ("ami-0123456789abcdef0", image)):
         assert placeholder in text
         text = text.replace(placeholder, value)
-    (tmp_path / "cluster.yaml").write_text(text)
-    shutil.copy(ROOT / "requirements.txt", tmp_path)
-    home, tools = tmp_path / "home", tmp_path / "tools"
+    (folder / "cluster.yaml").write_text(text)
+    shutil.copy(ROOT / "requirements.txt", folder)
+    home, tools = folder / "home", folder / "tools"
     (home / ".ray").mkdir(parents=True)
     (home / ".ray/auth_token").write_text("0" * 64)
     tools.mkdir()
     for name in ("ssh", "scp", "rsync"):
-        (tools / name).write_text("#!/bin/sh\nexit 255\n")
+        (tools / name).write_text(f"#!/bin/sh\ntouch {folder}/{name}-was-run\nexit 255\n")
         (tools / name).chmod(0o755)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    with (tmp_path / "log").open("w") as log:
+    environment = clean | {
+        "HOME": str(home),
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "none",
+        "AWS_SECRET_ACCESS_KEY": "none",
+        "AWS_DEFAULT_REGION": "us-west-2",
+    }
+    return Account(folder, environment, cloud, group, image)
+
+
+def test_ray_adds_no_command_of_its_own(account: Account) -> None:
+    """To what `ray up` sends to the machines, after the provider has completed it too."""
+    complete = (
+        "import json, sys, yaml; from ray.autoscaler._private.commands import _bootstrap_config\n"
+        "config = _bootstrap_config(yaml.safe_load(open('cluster.yaml')), no_config_cache=True)\n"
+        "json.dump(config, open('complete.json', 'w'))\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", complete],
+        cwd=account.folder,
+        env=account.environment,
+        check=True,
+        capture_output=True,
+    )
+    config = json.loads((account.folder / "complete.json").read_text())
+    only_pinned(config)
+    ours = loaded(AWS)
+    assert config["head_setup_commands"] == ours["setup_commands"]
+    assert config["worker_setup_commands"] == ours["setup_commands"]
+    for name in ("initialization", "head_start_ray", "worker_start_ray"):
+        assert config[f"{name}_commands"] == ours[f"{name}_commands"]
+
+
+def test_ray_up_launches_a_head(account: Account) -> None:
+    """As far as ssh: moto gives made-up public addresses, so an `ssh` that fails comes first."""
+    with (account.folder / "log").open("w") as log:
         ray = str(Path(sys.prefix, "bin/ray"))
         up = subprocess.Popen(
             [ray, "up", "--yes", "--no-config-cache", "cluster.yaml"],
-            cwd=tmp_path,
+            cwd=account.folder,
+            env=account.environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
         try:
-            head = launched(cloud, up)
+            # An instance has its name before it has its profile and its disk; by the first ssh
+            # EC2 has answered, and it is all there.
+            while up.poll() is None and not (account.folder / "ssh-was-run").exists():
+                threading.Event().wait(0.1)
         finally:
             up.kill()
             up.wait()
-    assert head is not None, (tmp_path / "log").read_text()
+    assert (account.folder / "ssh-was-run").exists(), (account.folder / "log").read_text()
+    cloud = account.cloud
+    (reservation,) = cloud.describe_instances()["Reservations"]
+    (head,) = reservation["Instances"]
     config = loaded(AWS)["available_node_types"]["head"]["node_config"]
     assert head["InstanceType"] == config["InstanceType"]
-    assert head["ImageId"] == image
+    assert head["ImageId"] == account.image
     (profile,) = cloud.describe_iam_instance_profile_associations(
         Filters=[{"Name": "instance-id", "Values": [head["InstanceId"]]}]
     )["IamInstanceProfileAssociations"]
     assert profile["IamInstanceProfile"]["Arn"].endswith("instance-profile/covergenre-head")
-    assert [g["GroupId"] for g in head["SecurityGroups"]] == [group]
+    assert [g["GroupId"] for g in head["SecurityGroups"]] == [account.group]
     tags = {tag["Key"]: tag["Value"] for tag in head["Tags"]}
     assert tags["ray-cluster-name"] == "covergenre"
     assert tags["ray-node-type"] == "head"
     (disk,) = cloud.describe_volumes(
         Filters=[{"Name": "attachment.instance-id", "Values": [head["InstanceId"]]}]
     )["Volumes"]
-    asked = copy.deepcopy(config["BlockDeviceMappings"][0]["Ebs"])
-    assert (disk["Size"], disk["VolumeType"], disk["Encrypted"]) == (
-        *(asked["VolumeSize"], asked["VolumeType"]),
-        True,
-    )
+    asked = config["BlockDeviceMappings"][0]["Ebs"]
+    assert (disk["Size"], disk["VolumeType"]) == (asked["VolumeSize"], asked["VolumeType"])
+    assert disk["Encrypted"]
     # Nothing was opened that the user has not opened.
-    (found,) = cloud.describe_security_groups(GroupIds=[group])["SecurityGroups"]
+    (found,) = cloud.describe_security_groups(GroupIds=[account.group])["SecurityGroups"]
     assert found["IpPermissions"] == []
-
-
-def launched(cloud: Any, up: "subprocess.Popen[bytes]") -> dict[str, Any] | None:
-    """The first instance with a name, while `ray up` runs."""
-    while up.poll() is None:
-        for reservation in cloud.describe_instances()["Reservations"]:
-            instance: dict[str, Any]
-            for instance in reservation["Instances"]:
-                if any(tag["Key"] == "Name" for tag in instance.get("Tags", ())):
-                    return instance
-        threading.Event().wait(0.2)
-    return None
