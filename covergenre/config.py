@@ -7,6 +7,7 @@ what is saved with the result. A value is checked once, here, wherever it came f
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,7 +22,10 @@ Place = Annotated[str, Field(min_length=1)]
 
 # Where a stage runs and how wide. They change how fast a result comes, never the result itself,
 # so that a job may be taken up again on another machine.
-_HOW_FIELDS = {"workers", "cpus_per_worker", "device", "fetches", "shared_filesystem"}
+_HOW_FIELDS = {
+    *("workers", "cpus_per_worker", "device", "fetches", "shared_filesystem"),
+    *("checkpoint_every", "resume"),
+}
 # Known by what they hold, which is among the inputs of a run, and not by where it lies.
 _PLACES = {"out", "covers", "genre_map", "weights"}
 
@@ -188,13 +192,38 @@ class TrainConfig(StageConfig):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the arithmetic, in training and in the finished model"
     )
-    workers: Positive | None = Field(None, description=_WORKERS)
+    workers: str | None = Field(
+        None,
+        description=f"{_WORKERS}; MIN:MAX goes on with fewer where machines leave, and with more"
+        " where they come",
+    )
     cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
     device: Device = Field("auto", description=_DEVICE)
+    checkpoint_every: Positive | None = Field(
+        None, description="steps from one checkpoint to the next, beside that of each epoch's end"
+    )
+    resume: bool = Field(False, description="go on with the unfinished run at --out, if any")
     seed: Seed = Field(0, description="of weights, order and augmentation")
     shuffle_window: Positive = Field(
         8, description="shards whose rows are shuffled together; more mixes better, takes memory"
     )
+
+    @field_validator("workers")
+    @classmethod
+    def _workers_are_a_range(cls, workers: str | None) -> str | None:
+        low, _, high = (workers or "1").partition(":")
+        if not re.fullmatch(r"[1-9][0-9]*(:[1-9][0-9]*)?", workers or "1") or (
+            high and int(low) > int(high)
+        ):
+            raise ValueError("give a number, or MIN:MAX")
+        return workers
+
+    def worker_range(self) -> tuple[int, int] | None:
+        """(fewest, most) workers; None: as many as there is room for."""
+        if self.workers is None:
+            return None
+        low, _, high = self.workers.partition(":")
+        return int(low), int(high or low)
 
     @field_validator("model")
     @classmethod

@@ -8,6 +8,7 @@ pixels, so that a batch can be checked against the plan.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -83,16 +84,18 @@ _ENCODED = pa.schema(
 class BatchStream:
     """This rank's batches: all steps of an epoch, its part of the dev split, the next epoch..."""
 
-    def __init__(self, data: TrainingData, epochs: Sequence[tuple[int, int]]) -> None:
-        """epochs: (epoch, how many steps of it), in order."""
+    def __init__(
+        self, data: TrainingData, epochs: Sequence[tuple[int, int]], *, first_step: int = 0
+    ) -> None:
+        """epochs: (epoch, how many steps of it), in order; of the first, from `first_step` on."""
         import ray.data
         from ray.data import TaskPoolStrategy
 
         data_context(ordered=True)
         items = [
-            {"epoch": epoch, "steps": steps, "window": window}
-            for epoch, steps in epochs
-            for window in [*_window_numbers(data, epoch, steps), _DEV]
+            {"epoch": epoch, "first": first, "steps": steps, "window": window}
+            for (epoch, steps), first in zip(epochs, chain([first_step], repeat(0)), strict=False)
+            for window in [*_window_numbers(data, epoch, first, steps), _DEV]
         ]
         self._data = data
         decoded = (
@@ -173,9 +176,10 @@ def _windows(data: TrainingData, epoch: int) -> list[order.Window]:
     )
 
 
-def _window_numbers(data: TrainingData, epoch: int, steps: int) -> list[int]:
-    """The windows that the first `steps` steps of an epoch need."""
-    return [w.index for w in _windows(data, epoch) if w.start < steps * data.batch_size]
+def _window_numbers(data: TrainingData, epoch: int, first: int, steps: int) -> list[int]:
+    """The windows that steps `first` to `steps` of an epoch need."""
+    start, stop = first * data.batch_size, steps * data.batch_size
+    return [w.index for w in _windows(data, epoch) if w.start < stop and w.start + w.rows > start]
 
 
 def _read(items: pa.Table, data: TrainingData) -> Iterator[pa.Table]:
@@ -193,6 +197,7 @@ def _read(items: pa.Table, data: TrainingData) -> Iterator[pa.Table]:
             batch_size=data.batch_size,
             rank=data.rank,
             world=data.world,
+            first_step=item["first"],
         )
         tables = [_read_shard(data.train[s], 0, data.train_rows[s]) for s in window.shards]
         table = pa.concat_tables(tables)

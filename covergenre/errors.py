@@ -7,7 +7,8 @@ CovergenreError
 │   ├── DatasetError     a prepared dataset
 │   ├── ModelError       a MODEL folder, a model name, or weights
 │   ├── StorageError     a place that cannot be read or written
-│   └── TrainingDivergedError   the loss became infinite or no number
+│   ├── TrainingDivergedError   the loss became infinite or no number
+│   └── DeviceMemoryError       a step does not fit the memory of the GPU
 └── LedgerError          exit code 1: the counts of a finished job do not add up
 """
 
@@ -49,6 +50,10 @@ class StorageError(UserError):
 
 class TrainingDivergedError(UserError):
     """The loss became infinite or no number: the settings do not suit the data."""
+
+
+class DeviceMemoryError(UserError):
+    """A step does not fit the memory of the GPU, not even in parts of one cover."""
 
 
 class LedgerError(CovergenreError):

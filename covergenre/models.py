@@ -31,6 +31,25 @@ class CoverModel(nn.Module):
         return logits_BG
 
 
+class BatchDropout(nn.Dropout):
+    """Dropout whose mask is drawn for all rows of a step, of which a worker uses its own: with one
+    random state on every worker, a row's mask depends neither on their number nor on its worker."""
+
+    first: int = 0
+    size: int | None = None
+    """Place of the first row in the step, and the step's rows; None: the batch is the step."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch names it
+        """As nn.Dropout, of [rows, ...]."""
+        if not self.training or self.p == 0 or self.size is None:
+            return super().forward(input)
+        keep = torch.rand((self.size, *input.shape[1:]), device=input.device) >= self.p
+        keep = keep[self.first : self.first + len(input)]
+        if len(keep) < len(input):  # a worker without rows computes one that does not count
+            return input
+        return input * keep.to(input.dtype) / (1 - self.p)
+
+
 def build_model(name: str, num_genres: int, *, seed: int | None = None) -> CoverModel:
     """The model `name` with random weights, on torch's default device.
 
@@ -103,6 +122,13 @@ def training_mode(model: CoverModel, *, freeze_batch_norm: bool, rows: int) -> N
                 module.train(not (keep or frozen or rows < 2))
 
 
+def share_dropout(model: CoverModel, first: int, size: int) -> None:
+    """Tell every BatchDropout which rows of a step of `size` rows the next batch has."""
+    for module in model.modules():
+        if isinstance(module, BatchDropout):
+            module.first, module.size = first, size
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int, int]:
     """(total, trainable, frozen) parameters. A norm's running statistics are no parameters."""
     total = sum(p.numel() for p in model.parameters())
@@ -149,16 +175,16 @@ def _trunk_and_head(name: str, num_genres: int) -> tuple[nn.Module, nn.Module]:
         )
     if name == "alexnet":  # torchvision's classifier
         return trunk, nn.Sequential(
-            nn.Dropout(0.5),
+            BatchDropout(0.5),
             nn.Linear(256 * 6 * 6, 4096),
             nn.ReLU(inplace=True),
-            nn.Dropout(0.5),
+            BatchDropout(0.5),
             nn.Linear(4096, 4096),
             nn.ReLU(inplace=True),
             nn.Linear(4096, num_genres),
         )
     assert name == "mobilenet_v2", f"registry.MODELS names {name}, which cannot be built"
-    return trunk, nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, num_genres))
+    return trunk, nn.Sequential(BatchDropout(0.2), nn.Linear(1280, num_genres))
 
 
 def _baseline(num_genres: int) -> tuple[nn.Module, nn.Module]:
@@ -188,7 +214,7 @@ def _baseline(num_genres: int) -> tuple[nn.Module, nn.Module]:
             nn.Linear(width, 2048, bias=False),
             nn.BatchNorm1d(2048),
             nn.ReLU(inplace=True),
-            nn.Dropout(0.2),
+            BatchDropout(0.2),
         ]
     return trunk, nn.Sequential(*layers, nn.Linear(2048, num_genres))
 

@@ -49,6 +49,19 @@ class Progress:
             note = f", {note}" if note else ""
             say(f"{self._what}: {self._done:,}{of} {self._unit}, {rate:,.1f}/s{left}{note}")
 
+    def at(self, done: int, note: str = "") -> None:
+        """`done` are done in all: as after `advance`, or, where work was lost, fewer."""
+        if done < self._done or not self._began:
+            # What was done before, or is done again, says nothing about the rate.
+            self._first += done - self._done
+            if not self._began:
+                self._began = self._logged = time.monotonic()
+        if self._bar is not None and done < self._done:
+            self._bar.reset(self._total)
+            self._bar.update(done)
+            self._done = done
+        self.advance(done - self._done, note)
+
     @property
     def rate(self) -> float:
         """How many a second since the first came; 0 before that."""

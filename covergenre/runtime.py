@@ -188,34 +188,43 @@ class Workers:
 
 
 def place_workers(
-    workers: int | None, device: str, cpus_per_worker: float, *, reading: float = 0.0
+    workers: int | tuple[int, int] | None,
+    device: str,
+    cpus_per_worker: float,
+    *,
+    reading: float = 0.0,
 ) -> Workers:
     """The workers that the settings ask for. Raises ConfigError where they cannot fit.
 
+    workers: how many; (fewest, most): as many of them as there is room for now.
     reading: CPUs that each worker's own readers hold all the while. Beside workers and readers
     there is at least one CPU more: decoding has to run on something.
     """
     import ray
 
+    low, high = workers if isinstance(workers, tuple) else (workers, workers)
     nodes = max(1, sum(bool(node["Alive"]) for node in ray.nodes()))
     have_gpus = gpus()
     use_gpu = device == "gpu" or (device == "auto" and have_gpus > 0)
     if use_gpu:
-        count = workers or min(max(1, have_gpus), _MOST_UNASKED)
-        if count > have_gpus:
+        low = low or min(max(1, have_gpus), _MOST_UNASKED)
+        if low > have_gpus:
             raise ConfigError(
-                f"--workers {count}: one GPU each, and the cluster has {have_gpus} at most;"
+                f"--workers {low}: one GPU each, and the cluster has {have_gpus} at most;"
                 " ask for fewer, or --device cpu"
             )
+        count = max(low, min(high or low, int(ray.cluster_resources().get("GPU", 0))))
         return Workers(count, True, cpus_per_worker, -(-count // nodes))
-    count = workers or 1
+    low = low or 1
     have = cpus()
     each = cpus_per_worker + reading
-    if count * each > have - 1:
+    if low * each > have - 1:
         raise ConfigError(
-            f"--workers {count}: {each:g} CPUs each and one to decode covers need"
-            f" {count * each + 1:g}, and the cluster has {have:g} at most; ask for fewer"
+            f"--workers {low}: {each:g} CPUs each and one to decode covers need"
+            f" {low * each + 1:g}, and the cluster has {have:g} at most; ask for fewer"
         )
+    room = int((float(ray.cluster_resources().get("CPU", 0)) - 1) / each)
+    count = max(low, min(high or low, room))
     return Workers(count, False, cpus_per_worker, -(-count // nodes))
 
 

@@ -9,12 +9,13 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlparse
 
 import pyarrow as pa
@@ -40,6 +41,7 @@ _BAD_CREDENTIALS = (
     "SignatureDoesNotMatch",
     "TokenRefreshRequired",
 )
+_PIECE_BYTES = 8 * 2**20
 _TEMPORARY = ".covergenre-writing-"
 """How the name of a half-written local file begins; the dot keeps it out of listings by pattern."""
 
@@ -306,6 +308,23 @@ def put(uri: str, data: bytes | pa.Buffer) -> None:
                 stream.write(data)
 
 
+def put_file(uri: str, file: Path) -> None:
+    """Copy the local `file` to `uri`, atomically and a piece at a time."""
+    system, path = filesystem(uri)
+    with named(uri, "write"), file.open("rb") as source:
+        if isinstance(system, fs.LocalFileSystem):
+            _put_local(Path(path), source, overwrite=True)
+        else:
+            with system.open_output_stream(path) as stream:
+                shutil.copyfileobj(source, stream, _PIECE_BYTES)
+
+
+def get_file(uri: str, file: Path) -> None:
+    """Copy `uri` to the local `file`, a piece at a time."""
+    with open_input(uri) as source, named(uri, "read"), file.open("wb") as sink:
+        shutil.copyfileobj(source, sink, _PIECE_BYTES)
+
+
 def put_json(uri: str, value: Any) -> None:
     """Write `value` to `uri` as indented JSON, atomically."""
     put(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -320,12 +339,15 @@ def put_if_absent(uri: str, data: bytes) -> bool:
         return _put_s3_if_absent(path, data)
 
 
-def _put_local(path: Path, data: bytes | pa.Buffer, *, overwrite: bool) -> bool:
+def _put_local(path: Path, data: bytes | pa.Buffer | BinaryIO, *, overwrite: bool) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            if isinstance(data, bytes | pa.Buffer):
+                file.write(data)
+            else:
+                shutil.copyfileobj(data, file, _PIECE_BYTES)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -362,6 +384,13 @@ def _put_s3_if_absent(path: str, data: bytes) -> bool:
     except BotoCoreError as error:
         raise OSError(str(error)) from error
     return True
+
+
+def delete_file(uri: str) -> None:
+    """Delete the file `uri`; nothing happens where there is none."""
+    system, path = filesystem(uri)
+    with named(uri, "delete"), contextlib.suppress(FileNotFoundError):
+        system.delete_file(path)
 
 
 def delete_folder(uri: str) -> None:

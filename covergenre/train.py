@@ -1,26 +1,53 @@
-"""train: a dataset becomes a MODEL. The driver's part; training.py is the workers'."""
+"""train: a dataset becomes a MODEL. The driver's part; training.py is the workers'.
 
+    OUT.training/_state/        whose run this is
+    OUT.training/checkpoints/   see checkpoints.py
+    OUT.training/ray/           Ray Train's own notes
+
+The driver starts a group of workers, and starts it anew from the newest checkpoint when one of
+them is lost, in other numbers if need be, until the run is at its end. Ray Train would do the
+first by itself; but it also repeats what can never succeed, and resizes a group by abandoning the
+steps since the last checkpoint, down to machines without a CPU to spare for decoding.
+"""
+
+import contextlib
+import dataclasses
 import hashlib
 import json
 import math
+import signal
+import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from covergenre import places, report, runtime, storage
+from covergenre import checkpoints, places, report, runtime, storage
 from covergenre.bundle import BUNDLE_FILES, is_bundle, read_bundle, write_bundle
 from covergenre.config import TrainConfig
 from covergenre.covers import Preprocessing
 from covergenre.dataset import READING_CPUS
-from covergenre.errors import ConfigError, CovergenreError, StorageError, TrainingDivergedError
-from covergenre.metrics import nan_to_none
+from covergenre.errors import (
+    ConfigError,
+    CovergenreError,
+    DeviceMemoryError,
+    StorageError,
+    TrainingDivergedError,
+)
 from covergenre.model_card import model_card
 from covergenre.progress import Progress, say
 from covergenre.shards import Manifest, read_manifest
 
+if TYPE_CHECKING:
+    from covergenre.training import Job
+
 _POLL_SECONDS = 0.3
+_ROOM_SECONDS = 15.0
 _CHECKPOINTS = "checkpoints"
-_TRAINED = "model.safetensors"  # in the state folder: training is over
+_RAY = "ray"
+_MOST_LOST = 3
+"""Groups of workers lost one after the other without a new checkpoint, before it is given up."""
 
 
 @dataclass(frozen=True)
@@ -58,30 +85,32 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
     if is_bundle(out):
         return _already(out, run)
     state = f"{out}.training"
-    _check_free(out, state)
+    _check_free(out, state, resume=config.resume)
     if storage.is_uri(out) and "/" not in out.partition("://")[2]:
         raise StorageError(f"{out}: is a whole bucket; choose a prefix in it for --out")
     runtime.start_ray(verbose=verbose)
     places.check_shared({"--out": out, "DATASET": manifest.uri}, config.shared_filesystem)
-    workers = runtime.place_workers(
-        config.workers, config.device, config.cpus_per_worker, reading=READING_CPUS
-    )
+    workers = _place(config)
     if config.batch_size < workers.count:
         raise ConfigError(
             f"--batch-size {config.batch_size}: each of {workers.count} workers needs a row a step"
         )
     places.claim(state, "train", config, inputs)
     preprocessing = Preprocessing()
-    trained = storage.join(state, _TRAINED)
-    if not storage.exists(trained):  # else only the MODEL was not written to its end
-        say(_opening(config, manifest, workers, origin))
-        try:
-            storage.put(trained, _fit(config, manifest, preprocessing, workers, trunk, state))
-        except TrainingDivergedError:
-            storage.delete_folder(state)  # other settings are next; nothing here is worth keeping
-            raise
-    weights = storage.read_bytes(trained)
-    history = _lines(state, "history")
+    say(_opening(config, manifest, workers, origin))
+    with tempfile.TemporaryDirectory() as temporary:
+        last, weights = _fit(
+            config, manifest, preprocessing, workers, trunk, state, Path(temporary)
+        )
+    history = last["history"]
+    losses = [
+        {"epoch": record["epoch"], "step": step, "loss": loss}
+        for (step, loss), record in zip(
+            enumerate(last["step_losses"]),
+            (record for record in history for _ in range(record["steps"])),
+            strict=True,
+        )
+    ]
     best = [record for record in history if record["best"]][-1]
     shown = config.model_dump(mode="json", exclude={"out"})
     bundle = write_bundle(
@@ -94,9 +123,9 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
         config={"settings": shown, "weights_origin": origin, "run": run},
         thresholds=dict.fromkeys(manifest.genres.names, 0.5),
         others={
-            "history.jsonl": storage.read_bytes(storage.join(state, "history.jsonl")),
-            "steps.jsonl": storage.read_bytes(storage.join(state, "steps.jsonl")),
-            "metrics.json": json.dumps(nan_to_none(best), indent=2).encode(),
+            "history.jsonl": _jsonl(history),
+            "steps.jsonl": _jsonl(losses),
+            "metrics.json": json.dumps(best, indent=2).encode(),
             "loss.png": report.loss_curve(history),
             "README.md": model_card(config, manifest, best, len(history), origin).encode(),
         },
@@ -118,14 +147,27 @@ def _already(out: str, run: dict[str, Any]) -> Trained:
     return Trained(out, bundle.weights_id, best, epochs, ": already trained by this same command")
 
 
-def _check_free(out: str, state: str) -> None:
-    """Raises StorageError where `out` holds more than a MODEL that was not written to its end."""
+def _check_free(out: str, state: str, *, resume: bool) -> None:
+    """Raises StorageError where `out` holds more than a MODEL that was not written to its end, and
+    where an unfinished run is to be gone on with only if the user says so."""
     held = storage.list_sizes(out)
-    if storage.exists(storage.join(state, _TRAINED)):
+    step = checkpoints.latest_step(storage.join(state, _CHECKPOINTS))
+    if step and not resume:
+        raise StorageError(
+            f"{state}: holds an unfinished run (its last checkpoint is of step {step:,}); go on"
+            " with --resume, or remove it"
+        )
+    if step:
         held = {name: size for name, size in held.items() if name not in BUNDLE_FILES}
     if held or (storage.exists(out) and not storage.is_folder(out)):
         what = f"is not empty (holds {next(iter(held))})" if held else "is a file"
         raise StorageError(f"{out}: {what}; choose another --out, or empty it")
+
+
+def _place(config: TrainConfig) -> runtime.Workers:
+    return runtime.place_workers(
+        config.worker_range(), config.device, config.cpus_per_worker, reading=READING_CPUS
+    )
 
 
 def _trunk(config: TrainConfig, num_genres: int) -> tuple[dict[str, Any] | None, str]:
@@ -174,50 +216,208 @@ def _fit(
     workers: runtime.Workers,
     trunk: dict[str, Any] | None,
     state: str,
-) -> bytes:
-    """Train, and give the weights of the best epoch as safetensors."""
+    temporary: Path,
+) -> tuple[dict[str, Any], bytes]:
+    """Train to the end: (state of the last checkpoint, weights of the best epoch)."""
     import ray
-    from ray.train import CheckpointConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from covergenre.training import Job, training_loop
+    from covergenre.training import Job
 
-    monitor = ray.remote(num_cpus=0)(_Monitor).remote()
+    folder = storage.join(state, _CHECKPOINTS)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = ray.remote(_Monitor).options(num_cpus=0, scheduling_strategy=here).remote()
     job = Job(
         config=config,
         manifest=manifest,
         preprocessing=preprocessing,
         workers=workers,
         trunk=[ray.put(trunk)] if trunk is not None else None,
-        state=state,
+        checkpoints=folder,
         monitor=monitor,
     )
+    steps = sum(steps for _, steps in job.epochs())
+    step = checkpoints.latest_step(folder)
+    if 0 < step < steps:
+        say(f"going on from step {step:,} of {steps:,}")
+    shown = _shown(monitor, job.epochs(), manifest.rows("train"), config.batch_size)
+    lost = 0
+    with shown, _machines_asked_for(config, workers):
+        while (last := _finished(folder, steps, temporary)) is None:
+            step = checkpoints.latest_step(folder)
+            why: Exception | str = "it ended before its time"
+            try:
+                _run_group(config, job, state)
+            except DeviceMemoryError as error:
+                job = _smaller_parts(job, error)
+                continue
+            except TrainingDivergedError:
+                if not step:
+                    storage.delete_folder(state)  # nothing here is worth keeping
+                raise
+            except CovergenreError:
+                raise
+            except Exception as error:  # workers and machines can be lost in many ways
+                why = error
+            now = checkpoints.latest_step(folder)
+            lost = 0 if now > step else lost + 1
+            if lost == _MOST_LOST:
+                raise CovergenreError(
+                    f"training was lost {lost} times in a row after step {now:,}: {_why(why)};"
+                    " go on with --resume, and with --verbose to see more"
+                )
+            if isinstance(why, Exception):
+                shown.say(f"workers were lost ({_why(why)}): going on from step {now:,}")
+            job = dataclasses.replace(job, workers=_place_again(config, shown.say))
+    best = checkpoints.fetch(folder, last["best_weights"], temporary)
+    if best is None:
+        raise StorageError(
+            f"{storage.join(folder, last['best_weights'])}: damaged or gone; remove {state} and"
+            " train again"
+        )
+    return last, best.file.read_bytes()
+
+
+def _finished(folder: str, steps: int, temporary: Path) -> dict[str, Any] | None:
+    """The state of the last checkpoint, where that is the run's end."""
+    if checkpoints.latest_step(folder) < steps:
+        return None
+    found = checkpoints.newest(folder, temporary, say)
+    if found is None or found.step < steps:
+        return None
+    return found.state()
+
+
+def _run_group(config: TrainConfig, job: "Job", state: str) -> None:
+    """One group of workers, from the newest checkpoint to the end, to its loss, or until it is to
+    grow."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from covergenre.training import training_loop
+
     # Ray Train would take up what an ended run of this name left there, unasked.
-    storage.delete_folder(storage.join(state, _CHECKPOINTS))
+    storage.delete_folder(storage.join(state, _RAY))
     filesystem, path = storage.filesystem(state)
+    elastic = _is_elastic(config)
+    # Machines that do not come are waited for, unless fewer may do.
+    failures: dict[str, Any] = {"controller_failure_limit": 0 if elastic else -1}
+    failures["max_preemption_failures"] = 0
     trainer = TorchTrainer(
         training_loop,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=workers.count,
-            use_gpu=workers.use_gpu,
-            resources_per_worker=workers.resources,
+            num_workers=job.workers.count,
+            use_gpu=job.workers.use_gpu,
+            resources_per_worker=job.workers.resources,
         ),
         run_config=RunConfig(
-            name=_CHECKPOINTS,
+            name=_RAY,
             storage_path=path,
             storage_filesystem=filesystem,
-            # A worker reports weights only when they are the best so far: the latest is the best.
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=0, **failures),
         ),
     )
-    shown = _shown(monitor, job.epochs(), manifest.rows("train"), config.batch_size)
-    with shown, runtime.waiting_said(workers), runtime.own_errors():
-        result = trainer.fit()
-    if result.checkpoint is None:
-        raise CovergenreError("training ended without a checkpoint; run again with --verbose")
-    with result.checkpoint.as_directory() as folder:
-        return storage.read_bytes(storage.join(str(folder), "model.safetensors"))
+    growing = _grows(config, job) if elastic else contextlib.nullcontext()
+    with growing, runtime.waiting_said(job.workers), runtime.own_errors(), _interruptible():
+        trainer.fit()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train's answer to Ctrl-C ends its workers and then the process, as if all were well."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
+def _is_elastic(config: TrainConfig) -> bool:
+    low, high = config.worker_range() or (1, 1)
+    return low < high
+
+
+@contextlib.contextmanager
+def _machines_asked_for(config: TrainConfig, workers: runtime.Workers) -> Iterator[None]:
+    """Have an autoscaler start, and start again, what the most workers need."""
+    if not _is_elastic(config):
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    _, high = config.worker_range() or (1, 1)
+    request_resources(bundles=[workers.resources] * high)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
+@contextlib.contextmanager
+def _grows(config: TrainConfig, job: "Job") -> Iterator[None]:
+    """While a group trains, look whether there is room for more workers; if so it is to end at a
+    checkpoint, for a larger one."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_ROOM_SECONDS):
+            with contextlib.suppress(ConfigError):
+                if (count := _place(config).count) > job.workers.count:
+                    job.monitor.say.remote(f"there is room for {count} workers: regrouping")
+                    job.monitor.regroup.remote()
+                    return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        job.monitor.regrouped.remote()
+
+
+def _place_again(config: TrainConfig, tell: Callable[[str], None]) -> runtime.Workers:
+    """Workers for the next group; waits where the machines that are left are too few."""
+    told = False
+    while True:
+        try:
+            return _place(config)
+        except ConfigError as error:
+            if not told:
+                tell(f"waiting for machines: {error}")
+                told = True
+            threading.Event().wait(_ROOM_SECONDS)
+
+
+def _smaller_parts(job: "Job", error: DeviceMemoryError) -> "Job":
+    """The same job, each worker's share of a step in twice as many parts."""
+    share = -(-job.config.batch_size // job.workers.count)
+    if job.accumulate >= share:
+        raise DeviceMemoryError(f"{error}, not even a cover at a time; choose a smaller --model")
+    accumulate = min(2 * job.accumulate, share)
+    say(
+        f"{error}: computing it {-(-share // accumulate)} covers at a time, gradients accumulated;"
+        f" the batch stays {job.config.batch_size}"
+    )
+    return dataclasses.replace(job, accumulate=accumulate)
+
+
+def _why(error: Exception | str) -> str:
+    """What Ray knows about the loss of a group, in one line."""
+    from ray.exceptions import RayActorError
+
+    failures = list(getattr(error, "worker_failures", {}).values())
+    # When one is lost the others complain too; its own end is the cause.
+    failures.sort(key=lambda failure: not isinstance(failure, RayActorError))
+    cause = (failures or [getattr(error, "controller_failure", error)])[0]
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    kind = "" if isinstance(cause, str) else f"{type(cause).__name__}: "
+    return f"{kind}{lines[-1] if lines else ''}"[:200]
 
 
 class _Monitor:
@@ -225,9 +425,22 @@ class _Monitor:
 
     def __init__(self) -> None:
         self._events: list[tuple[str, Any]] = []
+        self._regroup = False
 
-    def steps(self, epoch: int, rows: int, loss: float) -> None:
-        self._events.append(("steps", (epoch, rows, loss)))
+    def at(self, epoch: int, rows: int, loss: float) -> None:
+        self._events.append(("at", (epoch, rows, loss)))
+
+    def say(self, line: str) -> None:
+        self._events.append(("say", line))
+
+    def regroup(self) -> None:
+        self._regroup = True
+
+    def regrouped(self) -> None:
+        self._regroup = False
+
+    def wants_regroup(self) -> bool:
+        return self._regroup
 
     def epoch(self, record: dict[str, Any]) -> None:
         self._events.append(("epoch", record))
@@ -252,6 +465,9 @@ class _shown:  # noqa: N801 - reads as a verb where it is used
     def __enter__(self) -> None:
         self._thread.start()
 
+    def say(self, line: str) -> None:
+        self._progress.say(line)
+
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
@@ -266,9 +482,11 @@ class _shown:  # noqa: N801 - reads as a verb where it is used
         import ray
 
         for kind, value in ray.get(self._monitor.drain.remote()):
-            if kind == "steps":
+            if kind == "at":
                 epoch, rows, loss = value
-                self._progress.advance(rows, f"epoch {epoch + 1}/{self._epochs} loss {loss:.3f}")
+                self._progress.at(rows, f"epoch {epoch + 1}/{self._epochs} loss {loss:.3f}")
+            elif kind == "say":
+                self._progress.say(value)
             else:
                 best = "  (best so far)" if value["best"] else ""
                 self._progress.say(
@@ -286,6 +504,10 @@ def _figures(record: dict[str, Any]) -> str:
         f"loss {shown('loss')}, PR AUC {shown('pr_auc_micro')} micro {shown('pr_auc_macro')} macro,"
         f" ROC AUC {shown('roc_auc_micro')} micro {shown('roc_auc_macro')} macro"
     )
+
+
+def _jsonl(records: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 def _lines(folder: str, name: str) -> list[dict[str, Any]]:

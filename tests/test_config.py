@@ -94,7 +94,9 @@ def test_text_from_the_command_line_becomes_what_it_says() -> None:
         (TrainConfig, "learning_rate", "nan", "finite"),
         (TrainConfig, "l2", "-1e-3", "greater than or equal to 0"),
         (TrainConfig, "cpus_per_worker", "0", "greater than 0"),
-        (TrainConfig, "workers", "0", "greater than or equal to 1"),
+        (TrainConfig, "workers", "0", "give a number, or MIN:MAX"),
+        (TrainConfig, "workers", "3:2", "give a number, or MIN:MAX"),
+        (TrainConfig, "workers", "1:", "give a number, or MIN:MAX"),
         (TrainConfig, "seed", "-1", "greater than or equal to 0"),
         (TrainConfig, "seed", str(2**63), "less than"),
         (TrainConfig, "model", "vgg61", "did you mean 'vgg16'?"),
@@ -248,7 +250,7 @@ def test_defaults_of_a_model(model: str, expected: tuple[object, ...]) -> None:
 def test_resolved_settings_leave_nothing_open(model: str) -> None:
     settings = parse(TrainConfig, {**TRAIN, "model": model}).resolved()
     is_open = {name for name, value in settings if value is None}
-    assert is_open == {"max_steps", "workers"}
+    assert is_open == {"checkpoint_every", "max_steps", "workers"}
     assert settings.resolved() == settings
 
 
@@ -261,7 +263,7 @@ def test_what_is_given_is_kept() -> None:
         "l2": 0.25,
         "augment": "light",
         "seed": 4,
-        "workers": 2,
+        "workers": "2",
     }
     settings = parse(TrainConfig, {**TRAIN, **given}).resolved()
     assert {name: getattr(settings, name) for name in given} == given
@@ -285,6 +287,8 @@ UNCHANGED = {
     "workers",
     "cpus_per_worker",
     "device",
+    "checkpoint_every",
+    "resume",
 }
 OTHER = {
     "freeze": "3",
@@ -294,6 +298,7 @@ OTHER = {
     "min_share": 0.5,
     "epochs": 3,
     "max_steps": 3,
+    "checkpoint_every": 3,
     "workers": 3,
     "l2": 0.125,
     "learning_rate": 0.125,

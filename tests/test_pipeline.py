@@ -303,9 +303,12 @@ def test_a_model_that_was_half_written_is_finished_without_training_again(
         )  # bundle.json: all else is written
         train(config)
     assert (tmp_path / "m" / "model.safetensors").exists()
+    with pytest.raises(StorageError, match=r"unfinished run.*--resume"):
+        train(config)
+    config = config.model_copy(update={"resume": True})
     with pytest.raises(StorageError, match="other settings"):
         train(config.model_copy(update={"batch_size": 8}))
-    monkeypatch.setattr("covergenre.train._fit", killed)
+    monkeypatch.setattr("covergenre.train._run_group", killed)
     done = train(config)
     assert load_model(read_bundle(done.uri))
     assert not (tmp_path / "m.training").exists()
