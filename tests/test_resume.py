@@ -20,7 +20,7 @@ from covergenre.train import train
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-EPOCHS = 3
+EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
