@@ -219,7 +219,7 @@ class TrainConfig(StageConfig):
         return workers
 
     def worker_range(self) -> tuple[int, int] | None:
-        """(fewest, most) workers; None: as many as there is room for."""
+        """(fewest, most) workers; None: one a GPU, or one CPU process."""
         if self.workers is None:
             return None
         low, _, high = self.workers.partition(":")

@@ -53,7 +53,7 @@ class TrainingDivergedError(UserError):
 
 
 class DeviceMemoryError(UserError):
-    """A step does not fit the memory of the GPU, not even in parts of one cover."""
+    """A step, or the part of it that a worker computes at a time, does not fit the GPU's memory."""
 
 
 class LedgerError(CovergenreError):

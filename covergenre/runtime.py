@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ PIPELINE_BYTES = 384 * 2**20
 _CONNECT_SECONDS = 10
 _MOST_UNASKED = 64
 """GPUs that are used without being asked for; an autoscaler may have no limit of its own."""
-_SAY_EVERY_SECONDS = 15.0
+_LOOK_EVERY_SECONDS = 15.0
 
 
 def start_ray(*, verbose: bool = False) -> None:
@@ -233,16 +233,27 @@ def waiting_said(workers: Workers) -> Iterator[None]:
     """While work goes on, say every so often that the autoscaler has yet to start machines."""
     import ray
 
-    over = threading.Event()
     kind = "GPU" if workers.use_gpu else "CPU"
     need = workers.count * workers.resources[kind]
 
-    def watch() -> None:
-        while not over.wait(_SAY_EVERY_SECONDS):
-            have = ray.cluster_resources().get(kind, 0.0)
-            if have >= need:
-                return
+    def all_there() -> bool:
+        have = ray.cluster_resources().get(kind, 0.0)
+        if have < need:
             say(f"waiting for machines: {need:g} {kind}s are needed, {have:g} are there")
+        return bool(have >= need)
+
+    with watching(all_there):
+        yield
+
+
+@contextlib.contextmanager
+def watching(look: Callable[[], bool]) -> Iterator[None]:
+    """While work goes on, call `look` every so often on a thread, until it gives True."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOK_EVERY_SECONDS) and not look():
+            pass
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

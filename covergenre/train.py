@@ -361,23 +361,19 @@ def _machines_asked_for(config: TrainConfig, workers: runtime.Workers) -> Iterat
 def _grows(config: TrainConfig, job: "Job") -> Iterator[None]:
     """While a group trains, look whether there is room for more workers; if so it is to end at a
     checkpoint, for a larger one."""
-    over = threading.Event()
 
-    def watch() -> None:
-        while not over.wait(_ROOM_SECONDS):
-            with contextlib.suppress(ConfigError):
-                if (count := _place(config).count) > job.workers.count:
-                    job.monitor.say.remote(f"there is room for {count} workers: regrouping")
-                    job.monitor.regroup.remote()
-                    return
+    def has_room() -> bool:
+        with contextlib.suppress(ConfigError):
+            if (count := _place(config).count) > job.workers.count:
+                job.monitor.say.remote(f"there is room for {count} workers: regrouping")
+                job.monitor.regroup.remote()
+                return True
+        return False
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
     try:
-        yield
+        with runtime.watching(has_room):
+            yield
     finally:
-        over.set()
-        thread.join()
         job.monitor.regrouped.remote()
 
 
