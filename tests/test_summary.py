@@ -57,7 +57,7 @@ def test_layers_are_in_order_of_execution() -> None:
     names = [row[0] for row in rows(layer_table("resnet18", 3))]
     assert names[:4] == ["input", "conv1 (Conv2d)", "bn1 (BatchNorm2d)", "maxpool (MaxPool2d)"]
     assert names[-2:] == ["flat features", "head (Linear)"]
-    assert "head.3 (Dropout)" in [row[0] for row in rows(layer_table("baseline", 3))]
+    assert "head.3 (BatchDropout)" in [row[0] for row in rows(layer_table("baseline", 3))]
 
 
 def test_layers_line_up() -> None:
