@@ -8,12 +8,14 @@ import hashlib
 import io
 import warnings
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from covergenre.errors import ModelError
 
@@ -36,6 +38,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # grey with more than 8 bits
+_SAME = 3  # levels of 255 that nobody sees: a profile that moves no colour further is sRGB
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -125,23 +129,28 @@ def pack(data: bytes, max_side: int | None) -> bytes:
     return out.getvalue()
 
 
-def _open(data: bytes) -> ImageFile:
-    """The image with its header read, its pixels not yet."""
+def check_size(data: bytes) -> None:
+    """Raises CoverError where a file has no bytes, or too many."""
     if not data:
         raise CoverError("empty_file")
     if len(data) > MAX_BYTES:
         raise CoverError("file_too_large", f"{len(data):,} bytes, limit {MAX_BYTES:,}")
+
+
+def _open(data: bytes) -> ImageFile:
+    """The image with its header read, its pixels not yet."""
+    check_size(data)
     with warnings.catch_warnings():
         # Pillow warns about damaged metadata and many pixels: the checks here are what counts.
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
         except Image.DecompressionBombError as error:
-            raise CoverError("too_many_pixels", _one_line(error)) from error
+            raise CoverError("too_many_pixels", one_line(error)) from error
         except UnidentifiedImageError as error:
             raise CoverError("not_an_image", f"starts with {data[:8].hex(' ')}") from error
         except Exception as error:  # decoders raise nearly anything on hostile bytes
-            raise CoverError("truncated_image", _one_line(error)) from error
+            raise _unusable(error) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise CoverError("too_many_pixels", f"{width} x {height}, limit {MAX_PIXELS:,}")
@@ -156,9 +165,21 @@ def _load_rgb(image: ImageFile, at_least: int | None = None) -> Image.Image:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))  # JPEG only; no effect on others
             image.load()
-            return _to_rgb(_upright(image))
+            return _to_rgb(_upright(image), image)
         except Exception as error:  # as above: SyntaxError, OSError, struct.error, ...
-            raise CoverError("truncated_image", _one_line(error)) from error
+            raise _unusable(error) from error
+
+
+def _unusable(error: Exception) -> CoverError:
+    text = one_line(error)
+    memory = isinstance(error, MemoryError) or "out of memory" in text.lower()
+    return CoverError("too_much_memory" if memory else "truncated_image", text)
+
+
+def one_line(error: Exception) -> str:
+    """What it is and says, in one line of bounded length."""
+    text = str(error).splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -170,18 +191,87 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow clips 16-bit grey at 255 instead of scaling it.
-        grey = np.asarray(image, dtype=np.float64) / 257.0
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+def _to_rgb(image: Image.Image, file: ImageFile) -> Image.Image:
+    """RGB as a person sees it: in sRGB, over white. `file`: what the image was read from."""
+    alpha = _alpha(image) if image.has_transparency_data else None
+    rgb = _to_srgb(_colours(image, file), file.info.get("icc_profile"))
+    if alpha is None:
+        return rgb
+    rgb.putalpha(alpha)
+    white = Image.new("RGBA", rgb.size, "white")
+    return Image.alpha_composite(white, rgb).convert("RGB")
 
 
-def _one_line(error: Exception) -> str:
-    text = str(error).splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+def _alpha(image: Image.Image) -> Image.Image:
+    if image.mode in _DEEP:  # the one level that is transparent
+        opaque = np.asarray(image) != image.info["transparency"]
+        return Image.fromarray(opaque.astype(np.uint8) * np.uint8(255))
+    return image.convert("RGBA").getchannel("A")
+
+
+def _colours(image: Image.Image, file: ImageFile) -> Image.Image:
+    """Without alpha and in 8 bits: L, RGB, CMYK or LAB, to which profiles apply."""
+    if image.mode in _DEEP:
+        return _to_8_bits(image, file)
+    if image.mode in ("1", "LA"):
+        return image.convert("L")
+    return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image, file: ImageFile) -> Image.Image:
+    """Deep grey, scaled: Pillow would clip it at 255. Floats are black at 0 and white at 1."""
+    samples = np.asarray(image)
+    bits, signed, inverted = 16, False, False
+    if isinstance(file, TiffImageFile):
+        tags = file.tag_v2
+        bits = tags[ExifTags.Base.BitsPerSample][0]
+        signed = tags.get(ExifTags.Base.SampleFormat, (1,))[0] == 2
+        inverted = tags[ExifTags.Base.PhotometricInterpretation] == 0
+    if samples.dtype == np.int32 and not signed:
+        samples = samples.view(np.uint32)
+    white = 1 if image.mode == "F" else 2 ** (bits - signed) - 1
+    grey = samples.astype(np.float32)
+    grey *= 255
+    grey /= white
+    np.nan_to_num(grey, copy=False)
+    np.clip(grey, 0, 255, out=grey)
+    return Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """In RGB, through the profile of its colours where it has one that can be used."""
+    if profile or image.mode == "LAB":
+        transform = _transform(profile or b"", image.mode)
+        if transform is not None:
+            return transform.apply(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@lru_cache(maxsize=32)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile to sRGB; None where it is broken, not for this mode, or sRGB itself."""
+    try:
+        transform = ImageCms.ImageCmsTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else _built_in("LAB"),
+            _built_in("sRGB"),
+            mode,
+            "RGB",
+            # as programs show pictures: white is paper, and black the darkest ink
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (OSError, ImageCms.PyCMSError):
+        return None
+    if mode in ("L", "RGB"):
+        steps = np.arange(0, 256, 17, dtype=np.uint8)
+        grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(64, 64, 3)
+        tried = Image.fromarray(grid).convert(mode)
+        moved = np.asarray(transform.apply(tried)).astype(int) - np.asarray(tried.convert("RGB"))
+        if np.abs(moved).max() <= _SAME:
+            return None
+    return transform
+
+
+@cache
+def _built_in(name: Literal["LAB", "sRGB"]) -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile(name))

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from covergenre import ingest, shards
 from covergenre.bundle import load_model, read_bundle
-from covergenre.covers import CoverError, Preprocessing, decode
+from covergenre.covers import CoverError, Preprocessing
+from covergenre.decoding import decode
 from covergenre.ingest import Cover, Duplicate, Source
 from covergenre.runtime import Workers, data_context, own_errors, use_cores
 

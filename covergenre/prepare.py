@@ -18,7 +18,17 @@ import PIL
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from covergenre import __version__, covers, ingest, places, report, runtime, schema, shards, storage
+from covergenre import (
+    __version__,
+    decoding,
+    ingest,
+    places,
+    report,
+    runtime,
+    schema,
+    shards,
+    storage,
+)
 from covergenre.catalog import Catalog, read_catalog
 from covergenre.config import PrepareConfig
 from covergenre.covers import CoverError
@@ -244,7 +254,7 @@ def _pack_shard(
     for row, outcome in loaded:
         if isinstance(outcome, Cover):
             try:
-                image = covers.pack(outcome.data, max_side)
+                image = decoding.pack(outcome.data, max_side)
             except CoverError as error:
                 rejected.append(rejection(row, error))
                 continue

@@ -28,7 +28,8 @@ LAYERS = (
     # one idea each, with errors of their own
     {"covers", "genres", "registry", "runtime", "sample", "splits", "storage", "submit"},
     # files, settings and networks
-    {"catalog_files", "checkpoints", "config", "doctor", "fetch", "genre_map", "models", "shards"},
+    {"catalog_files", "checkpoints", "config", "decoding", "doctor", "fetch", "genre_map"}
+    | {"models", "shards"},
     {"bundle", "dataset", "ingest", "model_card", "mumu", "places", "summary", "weights"},
     {"catalog", "predict"},
     # the stages; training is what train's workers do

@@ -1,0 +1,261 @@
+"""Decoding in a process of its own: a cover that breaks the decoder breaks nothing else.
+
+`decode` and `pack` are those of `covers`, done by a child that this process starts once and keeps.
+A cover that kills it, wants too much memory or does not come to an end is set aside with that
+reason; the child is replaced, and work goes on.
+"""
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covergenre import covers
+from covergenre.covers import CoverError, Preprocessing
+from covergenre.errors import CovergenreError
+
+DECODE_SECONDS = 30.0
+"""A cover that takes longer is set aside; the largest that is opened takes a few."""
+
+MEMORY_BYTES = 3 * 2**30
+"""Address space of the child, of which 0.3 GiB are Python's (Linux only)."""
+
+_ATTEMPTS = 2
+"""Before a cover is blamed: the child may have been killed, or the machine have stood still."""
+_START_SECONDS = 120.0
+_ALARM_SECONDS = 5.0
+"""After the parent's deadline: the child ends itself where no parent is left to do it."""
+
+# What a child is started with. Nothing else: the environment may hold credentials, and a decoder
+# that a hostile cover took over should find none.
+_ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+_SIZES = struct.Struct("!II")  # of a message's JSON, and of the bytes that go with it
+
+
+def decode(data: bytes, spec: Preprocessing) -> NDArray[np.uint8]:
+    """Pixels of an encoded cover, uint8 [side, side, 3]. Raises CoverError."""
+    return _own_decoder().decode(data, spec)
+
+
+def pack(data: bytes, max_side: int | None) -> bytes:
+    """Prove that a cover decodes, and give the bytes to store; see covers.pack."""
+    return _own_decoder().pack(data, max_side)
+
+
+class Decoder:
+    """A child process that decodes, started when first needed. Threads may share it."""
+
+    def __init__(self, *, seconds: float = DECODE_SECONDS, memory: int = MEMORY_BYTES) -> None:
+        """seconds: for each cover. memory: bytes of address space that the child may have."""
+        self._seconds = seconds
+        self._memory = memory
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+
+    def decode(self, data: bytes, spec: Preprocessing) -> NDArray[np.uint8]:
+        """Pixels of an encoded cover, uint8 [side, side, 3]. Raises CoverError."""
+        _, pixels = self._ask({"spec": spec.to_json()}, data)
+        return np.frombuffer(pixels, np.uint8).reshape(spec.side, spec.side, 3)
+
+    def pack(self, data: bytes, max_side: int | None) -> bytes:
+        """Prove that a cover decodes, and give the bytes to store; see covers.pack."""
+        answer, packed = self._ask({"max_side": max_side}, data)
+        return data if answer["kept"] else bytes(packed)
+
+    def close(self) -> None:
+        """End the child; the next cover would start another."""
+        with self._lock:
+            if self._child is not None:
+                self._child.end()
+            self._child = None
+
+    def _ask(self, question: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytearray]:
+        covers.check_size(data)
+        failure = CoverError("decoder_crashed")
+        with self._lock:
+            for _ in range(_ATTEMPTS):
+                child, self._child = self._child or _Child(self._memory), None
+                try:
+                    answer, body = child.ask(question, data, self._seconds)
+                    # Kept only now: a child whose answer was not waited for would give it to
+                    # the next cover.
+                    self._child = child
+                    break
+                except TimeoutError:
+                    failure = _too_slow(self._seconds)
+                except (EOFError, ConnectionError):
+                    failure = _died(child.end(), self._seconds)
+                finally:
+                    if self._child is None:
+                        child.end()
+            else:
+                raise failure
+        if "reason" in answer:
+            raise CoverError(answer["reason"], answer["detail"])
+        return answer, body
+
+
+_decoders: dict[int, Decoder] = {}
+
+
+def _own_decoder() -> Decoder:
+    """Of this process: after a fork, the parent's child is not the child's to ask."""
+    return _decoders.get(os.getpid()) or _decoders.setdefault(os.getpid(), Decoder())
+
+
+def _too_slow(seconds: float) -> CoverError:
+    return CoverError("decode_timeout", f"not decoded within {seconds:g} s")
+
+
+def _died(code: int, seconds: float) -> CoverError:
+    if code == -signal.SIGALRM:
+        return _too_slow(seconds)
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return CoverError("decoder_crashed", f"the decoder ended: {how}")
+
+
+class _Child:
+    """The process, and the socket that is its standard input."""
+
+    def __init__(self, memory: int) -> None:
+        # The parent's way to the packages, but for what depends on the current directory.
+        path = [entry for entry in sys.path if os.path.isabs(entry)]
+        path.append(str(Path(__file__).resolve().parents[1]))
+        code = (
+            f"import sys; sys.path[:] = {path!r}; from covergenre import decoding;"
+            f" decoding.serve({memory})"
+        )
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        self._socket, its = socket.socketpair()
+        with its:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-c", code],
+                stdin=its.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                cwd="/",
+                env=environment | _ONE_THREAD,
+            )
+        try:
+            _receive(self._socket, time.monotonic() + _START_SECONDS)
+        except (OSError, EOFError) as error:
+            raise CovergenreError(f"the decoder did not start: {self._last_words(error)}") from None
+        finally:
+            assert self._process.stderr is not None
+            self._process.stderr.close()
+
+    def _last_words(self, error: Exception) -> str:
+        code = self.end()
+        assert self._process.stderr is not None
+        lines = self._process.stderr.read().decode(errors="replace").splitlines()
+        return lines[-1] if lines else f"{error or 'it ended'}, exit code {code}"
+
+    def ask(
+        self, question: dict[str, Any], data: bytes, seconds: float
+    ) -> tuple[dict[str, Any], bytearray]:
+        """Raises TimeoutError; EOFError or ConnectionError where the child has ended."""
+        until = time.monotonic() + seconds
+        self._socket.settimeout(seconds)
+        _send(self._socket, question | {"seconds": seconds}, data)
+        return _receive(self._socket, until)
+
+    def end(self) -> int:
+        """End the process, whatever it does. Its exit code: of its own end, if that was first."""
+        self._process.kill()
+        self._socket.close()
+        code: int = self._process.wait()
+        return code
+
+
+def _send(connection: socket.socket, said: dict[str, Any], data: bytes = b"") -> None:
+    text = json.dumps(said).encode()
+    connection.sendall(_SIZES.pack(len(text), len(data)) + text + data)
+
+
+def _receive(
+    connection: socket.socket, until: float | None = None
+) -> tuple[dict[str, Any], bytearray]:
+    """A message. Raises EOFError, or TimeoutError where it is not whole `until` then."""
+    said, data = _SIZES.unpack(_exactly(connection, _SIZES.size, until))
+    return json.loads(_exactly(connection, said, until)), _exactly(connection, data, until)
+
+
+def _exactly(connection: socket.socket, size: int, until: float | None) -> bytearray:
+    data = bytearray(size)
+    left = memoryview(data)
+    while left:
+        if until is not None:
+            connection.settimeout(max(until - time.monotonic(), 0.001))
+        count = connection.recv_into(left)
+        if not count:
+            raise EOFError
+        left = left[count:]
+    return data
+
+
+# In the child
+
+
+def serve(memory: int) -> None:
+    """Answer what comes on standard input, a socket, until it is closed."""
+    from PIL import AvifImagePlugin, Image
+
+    connection = socket.socket(fileno=0)
+    _confine(memory)
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a thread a core takes memory, and cores of others
+    Image.init()  # imports the decoders
+    # From here on nobody reads what libraries say of damaged files.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    _send(connection, {})
+    while True:
+        try:
+            question, data = _receive(connection)
+        except (EOFError, ConnectionError):
+            return
+        signal.setitimer(signal.ITIMER_REAL, question["seconds"] + _ALARM_SECONDS)
+        answer, body = _answer(question, bytes(data))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            _send(connection, answer, body)
+        except ConnectionError:
+            return
+
+
+def _confine(memory: int) -> None:
+    import resource
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, in the midst of C code too
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":  # macOS has the limit, and does not keep it
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+
+def _answer(question: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+    try:
+        if "spec" in question:
+            return {}, covers.decode(data, _spec(json.dumps(question["spec"]))).tobytes()
+        packed = covers.pack(data, question["max_side"])
+        kept = packed is data
+        return {"kept": kept}, b"" if kept else packed
+    except CoverError as error:
+        return {"reason": error.reason, "detail": error.detail}, b""
+    except Exception as error:  # nothing known: as good as a crash, and the child is still well
+        return {"reason": "decoder_crashed", "detail": covers.one_line(error)}, b""
+
+
+@lru_cache(maxsize=4)
+def _spec(text: str) -> Preprocessing:
+    return Preprocessing.from_json(json.loads(text))
