@@ -7,11 +7,10 @@ folder, S3 shows an object only when its upload is complete.
 
 import contextlib
 import json
-import math
 import os
+import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -21,26 +20,9 @@ from urllib.parse import unquote, urlparse
 import pyarrow as pa
 from pyarrow import fs
 
+from covergenre import s3
 from covergenre.errors import StorageError
 
-# Older S3-compatible stores answer 411 to the checksummed streaming uploads of newer clients.
-# It has to be set before the first client is made, in every process that imports this module.
-for _name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
-    os.environ.setdefault(_name, "when_required")
-
-_ATTEMPTS = 8
-"""Of one request to S3, waiting longer after each."""
-_ATTEMPTS_TO_CONNECT = 3
-_CONNECT_SECONDS = 3.0
-_READ_SECONDS = 10.0
-_TROUBLE_SECONDS = 30.0
-_BAD_CREDENTIALS = (
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
-)
 _PIECE_BYTES = 8 * 2**20
 _TEMPORARY = ".covergenre-writing-"
 """How the name of a half-written local file begins; the dot keeps it out of listings by pattern."""
@@ -76,6 +58,24 @@ def name(uri: str) -> str:
     return uri.rstrip("/").rpartition("/")[2]
 
 
+def redacted(uri: str) -> str:
+    """`uri` as it may be shown and kept: without a user and password, or what a query holds."""
+    scheme, mark, rest = uri.partition("://")
+    rest = _USER.sub("***@", rest)
+    if scheme.lower() in ("http", "https"):  # a key of S3 may have a ? and a # of its own
+        rest, hash_mark, _ = rest.partition("#")
+        rest, question_mark, query = rest.partition("?")
+        if question_mark:
+            rest += "?" + "&".join(_VALUE.sub("***", part) for part in query.split("&"))
+        rest += hash_mark and "#***"
+    return f"{scheme}{mark}{rest}"
+
+
+_USER = re.compile(r"\A(?:[^/?#]*@|[^/?#:[]*:(?!\d*(?:[/?#]|\Z)).*@)", re.DOTALL)
+"""Before the host. A password with a slash in it makes no valid address, and is none to show."""
+_VALUE = re.compile(r"(?<==).*|^[^=]+$", re.DOTALL)
+
+
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The Arrow filesystem of `uri` and the path in it. Raises StorageError for other schemes."""
     if not is_uri(uri) or uri.startswith("file://"):
@@ -83,121 +83,18 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     if uri.startswith("s3://"):
         path = uri.removeprefix("s3://").rstrip("/")
         bucket = path.partition("/")[0]
-        if trouble := _trouble(bucket):
-            raise StorageError(f"s3://{bucket}: {trouble}")
-        return _s3(_bucket_region(bucket)), path
+        try:
+            s3.check(bucket)
+        except OSError as error:
+            raise StorageError(f"{redacted(f's3://{bucket}')}: {error}") from error
+        return s3.filesystem(), path
     scheme = uri.partition("://")[0]
-    raise StorageError(f"{uri}: no storage for {scheme}://; use a local path or s3://")
+    raise StorageError(f"{redacted(uri)}: no storage for {scheme}://; use a local path or s3://")
 
 
 @lru_cache(maxsize=1)
 def _local() -> fs.LocalFileSystem:
     return fs.LocalFileSystem()
-
-
-class _S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]
-    """Made anew by the factory below wherever it is unpickled: in a process that has imported this
-    module, with the credentials of that machine, and without secrets in the pickle."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _s3, (self.region,)
-
-
-@lru_cache
-def _s3(region: str | None) -> fs.S3FileSystem:
-    settings: dict[str, Any] = {}
-    endpoint = urlparse(_client().meta.endpoint_url)
-    if not (endpoint.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn")):
-        # pyarrow does not reliably take the endpoint from the environment itself.
-        settings |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
-    if region:
-        settings["region"] = region
-    retries = fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)
-    return _S3FileSystem(retry_strategy=retries, connect_timeout=_CONNECT_SECONDS, **settings)
-
-
-@lru_cache(maxsize=1)
-def _client() -> Any:
-    """boto3's client: for what Arrow's filesystem does not do, and to say what is wrong."""
-    import boto3
-    from botocore.config import Config
-
-    settings = Config(
-        connect_timeout=_CONNECT_SECONDS,
-        read_timeout=_READ_SECONDS,
-        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS_TO_CONNECT},
-    )
-    return boto3.session.Session().client("s3", region_name=_region(), config=settings)
-
-
-_found: dict[str, tuple[float, str | None, str | None]] = {}
-"""Bucket -> (when it was asked, what is wrong, its region)."""
-
-
-def _trouble(bucket: str) -> str | None:
-    """What keeps this process from the bucket, naming the setting to look at; None if nothing.
-
-    Asked once a bucket, and again where something was wrong some time ago.
-    """
-    asked, trouble, _ = _found.get(bucket, (-math.inf, "", None))
-    if trouble is None or (trouble and time.monotonic() - asked < _TROUBLE_SECONDS):
-        return trouble
-    trouble, region = _ask(bucket)
-    _found[bucket] = (time.monotonic(), trouble, region)
-    return trouble
-
-
-def forget() -> None:
-    """Make clients anew and ask buckets again: the settings of AWS have changed."""
-    _found.clear()
-    _client.cache_clear()
-    _s3.cache_clear()
-
-
-def _bucket_region(bucket: str) -> str | None:
-    return _found[bucket][2]
-
-
-def _ask(bucket: str) -> tuple[str | None, str | None]:
-    """(what is wrong, the bucket's region where the store tells it)"""
-    from botocore import exceptions
-
-    try:
-        answer = _client().list_objects_v2(Bucket=bucket, MaxKeys=1)
-    except exceptions.ProfileNotFound as error:
-        return f"{error}; look at AWS_PROFILE", None
-    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
-        return (
-            "no AWS credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,"
-            " or give the machine an instance profile"
-        ), None
-    except exceptions.ParamValidationError:
-        return "no valid name of a bucket", None
-    except (exceptions.HTTPClientError, exceptions.EndpointConnectionError):
-        return (
-            f"{_client().meta.endpoint_url} does not answer; look at AWS_ENDPOINT_URL, at the"
-            " region (AWS_REGION), and at the network"
-        ), None
-    except exceptions.ClientError as error:
-        answer, code = error.response, error.response["Error"]["Code"]
-        if code == "NoSuchBucket":
-            where = _client().meta.endpoint_url
-            return f"no such bucket at {where}; look at its name, and at AWS_ENDPOINT_URL", None
-        if code in _BAD_CREDENTIALS:
-            return (
-                f"the store refuses the credentials ({code}); look at AWS_ACCESS_KEY_ID and"
-                " AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            ), None
-        # Whatever else: reading and writing may be allowed where listing is not.
-    except (exceptions.BotoCoreError, ValueError) as error:  # ValueError: an endpoint without http
-        return f"{error}; look at the AWS settings", None
-    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    return None, headers.get("x-amz-bucket-region") or _region()
-
-
-def _region() -> str | None:
-    # boto3 knows the second alone, Arrow both.
-    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
 
 
 @contextlib.contextmanager
@@ -206,12 +103,10 @@ def named(uri: str, verb: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise StorageError(f"{uri}: no such file or folder") from error
+        raise StorageError(f"{redacted(uri)}: no such file or folder") from error
     except (OSError, pa.ArrowException, UnicodeError) as error:
         reason, *_ = str(getattr(error, "strerror", None) or error or repr(error)).splitlines()
-        if "ACCESS_DENIED" in reason:  # as Arrow says it of S3
-            reason = "access denied; look at what the credentials in use are allowed to do"
-        raise StorageError(f"{uri}: cannot {verb}: {reason}") from error
+        raise StorageError(f"{redacted(uri)}: cannot {verb}: {reason}") from error
 
 
 def exists(uri: str) -> bool:
@@ -257,6 +152,10 @@ def open_input(uri: str) -> pa.NativeFile:
 
 def read_bytes(uri: str) -> bytes:
     """All bytes of the file `uri`."""
+    system, path = filesystem(uri)
+    if not isinstance(system, fs.LocalFileSystem):
+        with named(uri, "read"):
+            return s3.read(path)
     with open_input(uri) as file, named(uri, "read"):
         return bytes(file.read())
 
@@ -266,7 +165,7 @@ def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
     except ValueError as error:
-        raise StorageError(f"{uri}: not valid JSON: {error}") from error
+        raise StorageError(f"{redacted(uri)}: not valid JSON: {error}") from error
 
 
 def list_files(uri: str) -> list[str]:
@@ -304,8 +203,7 @@ def put(uri: str, data: bytes | pa.Buffer) -> None:
         if isinstance(system, fs.LocalFileSystem):
             _put_local(Path(path), data, overwrite=True)
         else:
-            with system.open_output_stream(path) as stream:
-                stream.write(data)
+            s3.write(path, [data])
 
 
 def put_file(uri: str, file: Path) -> None:
@@ -315,14 +213,19 @@ def put_file(uri: str, file: Path) -> None:
         if isinstance(system, fs.LocalFileSystem):
             _put_local(Path(path), source, overwrite=True)
         else:
-            with system.open_output_stream(path) as stream:
-                shutil.copyfileobj(source, stream, _PIECE_BYTES)
+            s3.write(path, iter(lambda: source.read(_PIECE_BYTES), b""))
 
 
 def get_file(uri: str, file: Path) -> None:
     """Copy `uri` to the local `file`, a piece at a time."""
-    with open_input(uri) as source, named(uri, "read"), file.open("wb") as sink:
-        shutil.copyfileobj(source, sink, _PIECE_BYTES)
+    with open_input(uri) as source, named(str(file), "write"), file.open("wb") as sink:
+        while piece := _read_piece(uri, source):
+            sink.write(piece)
+
+
+def _read_piece(uri: str, source: pa.NativeFile) -> bytes:
+    with named(uri, "read"):
+        return bytes(source.read(_PIECE_BYTES))
 
 
 def put_json(uri: str, value: Any) -> None:
@@ -336,7 +239,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
     with named(uri, "write"):
         if isinstance(system, fs.LocalFileSystem):
             return _put_local(Path(path), data, overwrite=False)
-        return _put_s3_if_absent(path, data)
+        return s3.write_if_absent(path, data)
 
 
 def _put_local(path: Path, data: bytes | pa.Buffer | BinaryIO, *, overwrite: bool) -> bool:
@@ -371,21 +274,6 @@ def _umask() -> int:
     return value
 
 
-def _put_s3_if_absent(path: str, data: bytes) -> bool:
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    bucket, _, key = path.partition("/")
-    try:
-        _client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-    except ClientError as error:
-        if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
-            return False
-        raise OSError(str(error)) from error
-    except BotoCoreError as error:
-        raise OSError(str(error)) from error
-    return True
-
-
 def delete_file(uri: str) -> None:
     """Delete the file `uri`; nothing happens where there is none."""
     system, path = filesystem(uri)
@@ -396,8 +284,5 @@ def delete_file(uri: str) -> None:
 def delete_folder(uri: str) -> None:
     """Delete the folder `uri` and all below it; nothing happens where there is none."""
     system, path = filesystem(uri)
-    if isinstance(system, fs.S3FileSystem) and "/" not in path:
-        # Arrow would empty the bucket before it says that it deletes no bucket.
-        raise StorageError(f"{uri}: cannot delete: it is a whole bucket")
     with named(uri, "delete"), contextlib.suppress(FileNotFoundError):
         system.delete_dir(path)

@@ -22,7 +22,7 @@ def s3() -> Iterator[str]:
     """A bucket of a real S3 server: moto's, or with COVERGENRE_TEST_S3 the one AWS_* names."""
     import boto3
 
-    from covergenre import storage
+    from covergenre.s3 import forget
 
     bucket = f"covergenre-{uuid.uuid4().hex[:12]}"
     with contextlib.ExitStack() as stack:
@@ -44,9 +44,9 @@ def s3() -> Iterator[str]:
             patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         client = boto3.session.Session().client("s3")
         client.create_bucket(Bucket=bucket)
-        storage.forget()
+        forget()
         yield f"s3://{bucket}"
-        storage.forget()
+        forget()
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
             for found in page.get("Contents", ()):
                 client.delete_object(Bucket=bucket, Key=found["Key"])

@@ -24,7 +24,7 @@ LAYERS = (
         "metrics",
         "order",
     }
-    | {"progress", "report"},
+    | {"progress", "report", "s3"},
     # one idea each, with errors of their own
     {"covers", "genres", "registry", "runtime", "sample", "splits", "storage", "submit"},
     # files, settings and networks

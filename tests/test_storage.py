@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs
 
+from covergenre import s3 as store
 from covergenre import storage
 from covergenre.errors import StorageError
 
@@ -279,12 +280,12 @@ def test_a_bucket_is_never_deleted(s3: str) -> None:
 @pytest.fixture
 def fresh(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Settings of AWS to change; nothing is remembered of those before, or of these after."""
-    storage.forget()
+    store.forget()
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
     yield monkeypatch
-    storage.forget()
+    store.forget()
 
 
 @pytest.mark.parametrize("variable", ["AWS_REGION", "AWS_DEFAULT_REGION"])
@@ -363,7 +364,7 @@ def test_what_was_wrong_a_while_ago_is_asked_again(s3: str, fresh: pytest.Monkey
     fails(lambda: storage.exists(f"{s3}/x"), s3)
     fresh.delenv("AWS_PROFILE")
     fails(lambda: storage.exists(f"{s3}/x"), s3)
-    fresh.setattr(storage, "_TROUBLE_SECONDS", 0.0)
+    fresh.setattr(store, "_TROUBLE_SECONDS", 0.0)
     assert not storage.exists(f"{s3}/x")
 
 

@@ -41,6 +41,7 @@ osd_objectstore = memstore
 memstore_device_bytes = 4294967296
 mon_max_pg_per_osd = 1000
 rgw_frontends = beast endpoint=$ADDRESS:9000
+rgw_crypt_require_ssl = false
 CONF
   c="--conf $D/ceph.conf"
   {

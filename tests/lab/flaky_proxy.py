@@ -1,0 +1,205 @@
+"""A proxy in front of an S3 store that fails one request in five, each time in another way.
+
+    python flaky_proxy.py http://127.0.0.1:9000 [--one-in 5] [--seed 0]
+
+prints its own address, and at its end (Ctrl-C) what it did to which requests. Of each kind of request
+every 40 have the same faults, in an order that the seed gives:
+
+    slow_down     503 SlowDown
+    reset         the connection is reset before the store hears of the request
+    lost          the store carries it out; then the connection is reset
+    stall         silence, until the client gives up; the store hears nothing
+    lost_stall    the store carries it out; then silence
+    short         the answer's body is cut in half (a body there is; else `lost`)
+"""
+
+import argparse
+import http.client
+import random
+import select
+import socket
+import struct
+import threading
+from collections import Counter, defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+FAULTS = ("slow_down", "slow_down", "reset", "lost", "stall", "lost_stall", "short", "short")
+_ERROR = "<?xml version='1.0'?><Error><Code>{0}</Code><Message>{0}</Message></Error>"
+_OF_A_CONNECTION = {"connection", "expect", "keep-alive", "transfer-encoding"}
+
+
+class FlakyProxy:
+    """Runs while it is entered; `url` is its address, on this machine alone."""
+
+    def __init__(self, upstream: str, *, one_in: int = 5, seed: int = 0) -> None:
+        self.upstream = urlsplit(upstream).netloc
+        self.one_in = one_in
+        """0: no fault at all."""
+        self.refused: dict[str, str] = {}
+        """Access key -> the error code that whoever comes with it gets."""
+        self.counts: Counter[tuple[str, str]] = Counter()
+        """(kind of request, fault, or "" where it went through) -> how many."""
+        self.over = threading.Event()
+        self._random = random.Random(seed)
+        self._decks: dict[str, list[str]] = defaultdict(list)
+        self._lock = threading.Lock()
+        self._server = _Server(self)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+
+    @property
+    def url(self) -> str:
+        return "http://{}:{}".format(*self._server.server_address)
+
+    def __enter__(self) -> "FlakyProxy":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def faults(self) -> Counter[str]:
+        """Fault -> how many, of all kinds of requests."""
+        found: Counter[str] = Counter()
+        for (_, fault), number in self.counts.items():
+            if fault:
+                found[fault] += number
+        return found
+
+    def draw(self, kind: str) -> str:
+        """The fault of the next request of this kind, or ""."""
+        with self._lock:
+            deck = self._decks[kind]
+            if not deck and self.one_in:
+                deck += [*FAULTS, *[""] * (len(FAULTS) * (self.one_in - 1))]
+                self._random.shuffle(deck)
+            return deck.pop() if self.one_in else ""
+
+    def count(self, kind: str, fault: str) -> None:
+        with self._lock:
+            self.counts[kind, fault] += 1
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, proxy: FlakyProxy) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.proxy = proxy
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that gave up
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def _any(self) -> None:
+        proxy = self.server.proxy
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        kind = _kind(self.command, self.path)
+        key = self.headers.get("Authorization", "").partition("Credential=")[2].partition("/")[0]
+        if code := proxy.refused.get(key):
+            proxy.count(kind, "refused")
+            return self._refuse(400, code)
+        fault = proxy.draw(kind)
+        if fault == "slow_down":
+            proxy.count(kind, fault)
+            return self._refuse(503, "SlowDown")
+        if fault in ("reset", "stall"):
+            proxy.count(kind, fault)
+            return self._reset() if fault == "reset" else self._stall()
+        answer, data = self._forward(body)
+        if fault == "short" and not data:
+            fault = "lost"
+        proxy.count(kind, fault)
+        if fault == "lost":
+            return self._reset()
+        if fault == "lost_stall":
+            return self._stall()
+        self.send_response_only(answer.status, answer.reason)
+        for name, value in answer.getheaders():
+            if name.lower() not in _OF_A_CONNECTION | {"content-length"}:
+                self.send_header(name, value)
+        length = answer.getheader("Content-Length") if self.command == "HEAD" else len(data)
+        if length is not None and answer.status != 204:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if fault == "short" else data)
+        self.close_connection = fault == "short"
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any  # noqa: N815
+
+    def _forward(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        upstream = http.client.HTTPConnection(self.server.proxy.upstream, timeout=60)
+        try:
+            upstream.putrequest(
+                self.command, self.path, skip_host=True, skip_accept_encoding=True
+            )
+            for name, value in self.headers.items():  # with the Host that was signed
+                if name.lower() not in _OF_A_CONNECTION:
+                    upstream.putheader(name, value)
+            upstream.endheaders(body)
+            answer = upstream.getresponse()
+            return answer, answer.read()
+        finally:
+            upstream.close()
+
+    def _refuse(self, status: int, code: str) -> None:
+        data = _ERROR.format(code).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _reset(self) -> None:
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        socket.close(self.connection.detach())
+
+    def _stall(self) -> None:
+        self.close_connection = True
+        while not self.server.proxy.over.is_set():
+            if select.select([self.connection], [], [], 0.05)[0]:  # the client has gone
+                return
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def _kind(method: str, target: str) -> str:
+    """What S3 calls the request, nearly."""
+    query = parse_qs(urlsplit(target).query, keep_blank_values=True)
+    if "list-type" in query:
+        return "LIST"
+    if "uploads" in query:
+        return "CREATE"
+    if "uploadId" in query:
+        return {"PUT": "PART", "POST": "COMPLETE", "DELETE": "ABORT"}.get(method, method)
+    return method
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("upstream")
+    parser.add_argument("--one-in", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with FlakyProxy(args.upstream, one_in=args.one_in, seed=args.seed) as proxy:
+        print(proxy.url, flush=True)
+        try:
+            proxy.over.wait()
+        except KeyboardInterrupt:
+            for (kind, fault), number in sorted(proxy.counts.items()):
+                print(f"{kind:10} {fault or 'through':12} {number}")
+
+
+if __name__ == "__main__":
+    main()
