@@ -15,13 +15,14 @@ A MODEL is immutable: other thresholds or weights are another MODEL.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from covergenre import __version__, storage
 from covergenre.covers import Preprocessing
-from covergenre.errors import ModelError, StorageError
+from covergenre.errors import DatasetError, ModelError, StorageError
 from covergenre.genres import Genres
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ FORMAT_VERSION = 1
 _LOADED = ("model.safetensors", "genres.json", "preprocessing.json", "decision.json", "config.json")
 _BESIDE = ("history.jsonl", "steps.jsonl", "metrics.json", "loss.png", "README.md")
 BUNDLE_FILES = frozenset({"bundle.json", *_LOADED, *_BESIDE})
+_PICKLES = (
+    *(".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"),
+)
+"""Ends of the names of files that may hold a pickle; nothing of a MODEL is called so."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,11 @@ def is_bundle(uri: str) -> bool:
 
 
 def read_bundle(uri: str) -> Bundle:
-    """What the MODEL folder at `uri` is. Raises ModelError where it is none, or was changed."""
+    """What the MODEL folder at `uri` is. Raises ModelError where it is none, or was changed.
+
+    Only files that are named above are opened. A folder that holds a pickle beside them is refused:
+    somebody might load it, and it would run whatever it says.
+    """
     uri = storage.absolute(uri)
     if not storage.exists(uri):
         raise ModelError(f"{uri}: no such MODEL folder")
@@ -114,29 +123,106 @@ def read_bundle(uri: str) -> Bundle:
         raise ModelError(
             f"{uri}: not a MODEL folder (no bundle.json); make one with `covergenre train`"
         )
-    path = storage.join(uri, "bundle.json")
-    value = storage.read_json(path)
-    try:
-        if value["format_version"] != FORMAT_VERSION:
+    for name in storage.list_sizes(uri):
+        if name.lower().endswith(_PICKLES):
             raise ModelError(
-                f"{path}: format version {value['format_version']}, this covergenre reads"
-                f" {FORMAT_VERSION}"
+                f"{storage.join(uri, name)}: may be a pickle, which can run code; remove it from"
+                " the MODEL if you trust the rest"
             )
-        files = {str(k): str(v) for k, v in value["files"].items()}
-        read = {n: json.loads(_checked(uri, n, files)) for n in _LOADED if n.endswith(".json")}
-        return Bundle(
-            uri=uri,
-            model=read["config.json"]["model"],
-            genres=Genres(tuple(read["genres.json"])),
-            preprocessing=Preprocessing.from_json(read["preprocessing.json"]),
-            precision=read["config.json"]["precision"],
-            thresholds=read["decision.json"]["thresholds"],
-            weights_id=value["weights_id"],
-            decision_id=value["decision_id"],
-            files=files,
+    path = storage.join(uri, "bundle.json")
+    value = _parsed(path, storage.read_bytes(path))
+    version = value.get("format_version") if isinstance(value, dict) else None
+    _expect(type(version) is int, path, "format_version")
+    if version != FORMAT_VERSION:
+        raise ModelError(
+            f"{path}: format version {version}, this covergenre reads {FORMAT_VERSION}"
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: not a bundle of covergenre: {error}") from error
+    files = value.get("files")
+    good = isinstance(files, dict) and all(isinstance(hashed, str) for hashed in files.values())
+    _expect(good, path, "files")
+    for name in _LOADED:
+        _expect(name in files, path, f"files: {name}")
+    read: dict[str, Any] = {}
+    for name in _LOADED:
+        if name.endswith(".json"):
+            where = storage.join(uri, name)
+            read[name] = _parsed(where, _checked(uri, name, files))
+            kind = list if name == "genres.json" else dict
+            _expect(isinstance(read[name], kind), where, f"a JSON {kind.__name__}")
+    config, where = read["config.json"], storage.join(uri, "config.json")
+    model, precision = config.get("model"), config.get("precision")
+    _expect(isinstance(model, str), where, "model")
+    _expect(precision in ("fp32", "bf16"), where, "precision")
+    genres = _genres(storage.join(uri, "genres.json"), read["genres.json"])
+    weights_id = _weights_id(files, model, precision)
+    _expect(value.get("weights_id") == weights_id, path, "weights_id")
+    _expect(value.get("decision_id") == files["decision.json"][:16], path, "decision_id")
+    return Bundle(
+        uri=uri,
+        model=model,
+        genres=genres,
+        preprocessing=_preprocessing(
+            storage.join(uri, "preprocessing.json"), read["preprocessing.json"]
+        ),
+        precision=precision,
+        thresholds=_thresholds(
+            storage.join(uri, "decision.json"), read["decision.json"].get("thresholds"), genres
+        ),
+        weights_id=weights_id,
+        decision_id=value["decision_id"],
+        files=files,
+    )
+
+
+def _parsed(path: str, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
+
+
+def _expect(good: bool, path: str, what: str) -> None:
+    if not good:
+        raise ModelError(
+            f"{path}: not a bundle of covergenre: {what} is missing, or not as train writes it"
+        )
+
+
+def _genres(path: str, names: list[Any]) -> Genres:
+    _expect(bool(names) and all(isinstance(name, str) for name in names), path, "a list of names")
+    try:
+        return Genres(tuple(names))
+    except DatasetError as error:
+        raise ModelError(f"{path}: genres must be sorted, unique and not empty") from error
+
+
+def _preprocessing(path: str, values: dict[str, Any]) -> Preprocessing:
+    defaults = Preprocessing().to_json()
+    for name, default in defaults.items():
+        found = values.get(name)
+        if isinstance(default, tuple):
+            good = isinstance(found, list) and len(found) == len(default)
+            good = good and all(_is_number(number) for number in values[name])
+        else:
+            good = type(found) is type(default)
+        _expect(good, path, name)
+    _expect(values["side"] > 0, path, "side")
+    _expect(all(number > 0 for number in values["std"]), path, "std")
+    try:
+        return Preprocessing.from_json(values)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _thresholds(path: str, values: Any, genres: Genres) -> dict[str, float]:
+    good = isinstance(values, dict) and sorted(values) == list(genres.names)
+    good = good and all(_is_number(number) for number in values.values())
+    _expect(good, path, "a threshold of each genre")
+    return dict(values)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _checked(uri: str, name: str, files: Mapping[str, str]) -> bytes:
@@ -167,10 +253,26 @@ def load_model(bundle: Bundle) -> "CoverModel":
         model = build_model(bundle.model, len(bundle.genres))
     data = _checked(bundle.uri, "model.safetensors", bundle.files)
     try:
-        model.load_state_dict(load(data), assign=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise ModelError(
-            f"{storage.join(bundle.uri, 'model.safetensors')}: not the weights of {bundle.model}"
-            f" with {len(bundle.genres)} genres, as this covergenre builds it"
-        ) from error
+        tensors = load(data)
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+        raise _misfit(bundle, f"no safetensors of torch: {error}") from error
+    wanted = model.state_dict()
+    for name, tensor in wanted.items():
+        if name not in tensors:
+            raise _misfit(bundle, f"{name} is missing")
+        found = tensors[name]
+        if found.shape != tensor.shape:
+            raise _misfit(bundle, f"{name} is {list(found.shape)}, not {list(tensor.shape)}")
+        if found.dtype != tensor.dtype:
+            raise _misfit(bundle, f"{name} is {found.dtype}, not {tensor.dtype}")
+    if unknown := sorted(tensors.keys() - wanted.keys()):
+        raise _misfit(bundle, f"{unknown[0]!r} is not one of its tensors")
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def _misfit(bundle: Bundle, what: str) -> ModelError:
+    return ModelError(
+        f"{storage.join(bundle.uri, 'model.safetensors')}: not the weights of {bundle.model} with"
+        f" {len(bundle.genres)} genres, as this covergenre builds it: {what}"
+    )

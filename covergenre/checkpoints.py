@@ -110,9 +110,9 @@ def fetch(folder: str, name: str, into: Path) -> Checkpoint | None:
     return Checkpoint(name, _step_of(name), file)
 
 
-def prune(folder: str, best: str | None) -> None:
-    """Delete all but the newest checkpoints and the weights `best`."""
-    keep = {*_names(folder)[-_KEPT:], best}
+def prune(folder: str, best: set[str | None]) -> None:
+    """Delete all but the newest checkpoints and the weights that they name as the `best`."""
+    keep = {*_names(folder)[-_KEPT:], *best}
     for name in storage.list_sizes(folder):
         if name not in keep:
             storage.delete_file(storage.join(folder, name))

@@ -137,7 +137,8 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
 def _already(out: str, run: dict[str, Any]) -> Trained:
     """The finished MODEL at `out`, if this same command made it. Raises StorageError if not."""
     bundle = read_bundle(out)
-    if storage.read_json(storage.join(out, "config.json"))["train"].get("run") != run:
+    made_by = storage.read_json(storage.join(out, "config.json")).get("train")
+    if not isinstance(made_by, dict) or made_by.get("run") != run:
         raise StorageError(
             f"{out}: holds a MODEL made with other settings or from another dataset;"
             " choose another --out"
@@ -252,7 +253,7 @@ def _fit(
                 job = _smaller_parts(job, error)
                 continue
             except TrainingDivergedError:
-                if not step:
+                if not checkpoints.latest_step(folder):
                     storage.delete_folder(state)  # nothing here is worth keeping
                 raise
             except CovergenreError:
@@ -269,13 +270,30 @@ def _fit(
             if isinstance(why, Exception):
                 shown.say(f"workers were lost ({_why(why)}): going on from step {now:,}")
             job = dataclasses.replace(job, workers=_place_again(config, shown.say))
-    best = checkpoints.fetch(folder, last["best_weights"], temporary)
-    if best is None:
-        raise StorageError(
-            f"{storage.join(folder, last['best_weights'])}: damaged or gone; remove {state} and"
-            " train again"
-        )
-    return last, best.file.read_bytes()
+    return last, _best_weights(folder, last, temporary)
+
+
+def _best_weights(folder: str, last: dict[str, Any], temporary: Path) -> bytes:
+    """Weights of the best epoch. Where their file is damaged, of the last epoch, which then counts
+    as the best in `last`: its weights are in the last checkpoint too."""
+    from safetensors.torch import save
+
+    found = checkpoints.fetch(folder, last["best_weights"], temporary)
+    if found is not None:
+        return found.file.read_bytes()
+    uri = storage.join(folder, last["best_weights"])
+    best = [record["epoch"] for record in last["history"] if record["best"]][-1]
+    end = last["history"][-1]
+    newest = checkpoints.newest(folder, temporary, say)
+    if newest is None or newest.step != last["steps_done"]:
+        raise StorageError(f"{uri}: damaged or gone, and so is the last checkpoint; train again")
+    end["best"] = True
+    say(
+        f"{uri}: damaged or gone (sha256); the MODEL has the weights of epoch {end['epoch']}, from"
+        f" the last checkpoint{'' if best == end['epoch'] else f', and not of {best}, the best'}"
+    )
+    tensors = newest.tensors().items()
+    return save({n.removeprefix("model."): t for n, t in tensors if n.startswith("model.")})
 
 
 def _finished(folder: str, steps: int, temporary: Path) -> dict[str, Any] | None:

@@ -366,6 +366,7 @@ class _Worker:
         if self.rank != 0:
             return
         folder = self._job.checkpoints
+        named = {self._best_weights}  # by the checkpoint before this
         if best:
             self._best_weights = checkpoints.save(folder, "best", self._steps_done, weights)
         tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
@@ -381,7 +382,7 @@ class _Worker:
             "step_losses": self._step_losses,
         }
         checkpoints.save(folder, "step", self._steps_done, tensors, state)
-        checkpoints.prune(folder, self._best_weights)
+        checkpoints.prune(folder, named | {self._best_weights})
 
     def _resume(self) -> None:
         """Take up the newest good checkpoint, the same one on every rank; none: begin."""

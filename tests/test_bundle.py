@@ -1,9 +1,13 @@
 """The MODEL folder: what is written is what is loaded, and nothing else passes for it."""
 
+import hashlib
+import io
 import json
+import math
+import pickle
 import shutil
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from torch import nn
 from covergenre import models, storage
 from covergenre.bundle import Bundle, is_bundle, load_model, read_bundle, write_bundle
 from covergenre.covers import Preprocessing
-from covergenre.errors import CovergenreError, ModelError, StorageError
+from covergenre.errors import CovergenreError, ModelError
 from covergenre.genres import Genres
 from covergenre.models import CoverModel, build_model
 
@@ -37,10 +41,11 @@ def write(out: Path, **others: Any) -> Bundle:
         "preprocessing": Preprocessing(side=32),
         "precision": "fp32",
         "config": {"epochs": 3},
-        "thresholds": dict.fromkeys(GENRES.names, 0.5),
         "others": {"history.jsonl": b"{}\n", "README.md": b"# card\n"},
     }
-    return write_bundle(str(out), **(values | others))
+    values |= others
+    thresholds = dict.fromkeys(values["genres"].names, 0.5)
+    return write_bundle(str(out), **({"thresholds": thresholds} | values))
 
 
 def outputs(model: CoverModel) -> torch.Tensor:
@@ -240,8 +245,9 @@ def test_other_json_is_no_bundle(text: str, tmp_path: Path) -> None:
 
 
 def test_a_bundle_that_is_no_json(tmp_path: Path) -> None:
-    (tmp_path / "bundle.json").write_text("{")
-    assert "not valid JSON" in refused(tmp_path, StorageError)
+    for data in (b"{", b"", b"[" * 100_000, b"\xff{}"):
+        (tmp_path / "bundle.json").write_bytes(data)
+        assert "not valid JSON" in refused(tmp_path)
 
 
 def test_a_model_of_another_version_is_told(tmp_path: Path) -> None:
@@ -275,3 +281,222 @@ def test_steps_of_another_version_are_told(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match="preprocessing: version 2 needs another version"):
         write(tmp_path / "m", preprocessing=Later())
+
+
+# What comes from outside
+
+
+def forge(place: Path, name: str, data: bytes) -> None:
+    """Put another file into a MODEL, as somebody would who can compute a hash."""
+    (place / name).write_bytes(data)
+    path = place / "bundle.json"
+    value = json.loads(path.read_text())
+    files = value["files"]
+    files[name] = hashlib.sha256(data).hexdigest()
+    parts = ["tiny", "fp32"]
+    parts += [files[n] for n in ("model.safetensors", "genres.json", "preprocessing.json")]
+    value["weights_id"] = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    value["decision_id"] = files["decision.json"][:16]
+    path.write_text(json.dumps(value))
+
+
+def test_a_forged_file_that_is_as_it_should_be_is_accepted(tmp_path: Path) -> None:
+    write(tmp_path / "m")
+    before = read_bundle(str(tmp_path / "m"))
+    for name in before.files:
+        forge(tmp_path / "m", name, (tmp_path / "m" / name).read_bytes())
+    assert read_bundle(str(tmp_path / "m")) == before
+    forge(tmp_path / "m", "model.safetensors", weights(seed=1))
+    load_model(read_bundle(str(tmp_path / "m")))
+
+
+class Foreign:
+    """Unpickling this would write the file `trace`."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.trace,))
+
+
+def torch_bytes(value: object, **options: Any) -> bytes:
+    out = io.BytesIO()
+    torch.save(value, out, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["weights.pth", "old/WEIGHTS.PT", "x.pkl", "pytorch_model.bin", "scaler.joblib", "a.npy"],
+)
+def test_a_pickle_beside_the_weights_is_refused(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "m")
+    file = tmp_path / "m" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(pickle.dumps(Foreign(tmp_path / "was run")))
+    assert refused(tmp_path / "m").startswith(f"/{name}: may be a pickle, which can run code")
+    assert not (tmp_path / "was run").exists()
+    file.unlink()
+    load_model(read_bundle(str(tmp_path / "m")))
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [torch_bytes, partial(torch_bytes, _use_new_zipfile_serialization=False), pickle.dumps],
+    ids=["torch", "torch-before-1.6", "pickle"],
+)
+def test_a_pickle_called_weights_is_refused(
+    encode: Callable[[object], bytes], tmp_path: Path
+) -> None:
+    write(tmp_path / "m")
+    data = encode({"head.2.bias": torch.ones(3), "x": Foreign(tmp_path / "was run")})
+    forge(tmp_path / "m", "model.safetensors", data)
+    assert refused(tmp_path / "m").startswith("/model.safetensors: not the weights of tiny with 3")
+    assert not (tmp_path / "was run").exists()
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return dict(build_model("tiny", 3, seed=0).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"head.2.bias": None}, "head.2.bias is missing"),
+        ({"head.2.bias": torch.ones(4)}, "head.2.bias is [4], not [3]"),
+        ({"head.0.weight": torch.ones(128, 64)}, "head.0.weight is [128, 64], not [64, 128]"),
+        (
+            {"head.2.bias": torch.ones(3, dtype=torch.float16)},
+            "head.2.bias is torch.float16, not torch.float32",
+        ),
+        (
+            {"head.2.bias": torch.ones(3, dtype=torch.int32)},
+            "head.2.bias is torch.int32, not torch.float32",
+        ),
+        ({"b\nc": torch.ones(3)}, r"'b\nc' is not one of its tensors"),
+    ],
+    ids=["missing", "genres", "shape", "half", "integer", "unknown"],
+)
+def test_a_tensor_that_does_not_fit_is_named(
+    change: dict[str, torch.Tensor | None], text: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "m")
+    given = {name: t for name, t in (tensors() | change).items() if t is not None}
+    forge(tmp_path / "m", "model.safetensors", save(given))
+    assert refused(tmp_path / "m").endswith(f"as this covergenre builds it: {text}")
+
+
+def test_another_number_of_genres_names_the_tensor(tmp_path: Path) -> None:
+    write(tmp_path / "m")
+    forge(tmp_path / "m", "model.safetensors", weights(num_genres=5))
+    assert refused(tmp_path / "m").endswith("head.2.weight is [5, 64], not [3, 64]")
+
+
+def header(value: object, data: int = 16, length: int | None = None) -> bytes:
+    text = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return (length or len(text)).to_bytes(8, "little") + text + bytes(data)
+
+
+def entry(start: int, stop: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+HEADERS = {
+    "length": header({"a": entry(0, 16, [4])}, length=2**63),
+    "length beyond the file": header({"a": entry(0, 16, [4])}, length=90_000_000),
+    "overlap": header({"a": entry(0, 16, [4]), "b": entry(0, 16, [4])}),
+    "hole": header({"a": entry(8, 16, [2])}),
+    "beyond the file": header({"a": entry(0, 32, [8])}),
+    "overflow": header({"a": entry(0, 16, [2**62, 2**62])}),
+    "negative": header({"a": entry(0, 16, [-2, -2])}),
+    "unknown type": header({"a": entry(0, 16, [4], "PICKLE")}),
+    "type that torch lacks": header({"a": entry(0, 16, [32], "F4")}),
+    "no JSON": header(b'{"a":'),
+    "no text": header(b'{"\xff":1}'),
+    "deep": header(b'{"a":' + b"[" * 100_000),
+    "list": header([]),
+}
+
+
+@pytest.mark.parametrize("data", HEADERS.values(), ids=HEADERS.keys())
+def test_a_crafted_header_is_one_line(data: bytes, tmp_path: Path) -> None:
+    write(tmp_path / "m")
+    forge(tmp_path / "m", "model.safetensors", data)
+    assert refused(tmp_path / "m").startswith("/model.safetensors: not the weights of tiny with 3")
+
+
+def edits(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every place in a JSON value, with what is to be put there; `...`: nothing."""
+    others: list[Any] = [None, [], {}, "x", 7]
+    if at:
+        others = [..., None, [], {}, "x", True, -1, math.nan]
+    for new in others:
+        yield at, new
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from edits(value[key], (*at, key))
+
+
+def edited(value: Any, at: tuple[Any, ...], new: Any) -> Any:
+    if not at:
+        return new
+    value = value.copy()
+    if new is ... and len(at) == 1:
+        del value[at[0]]
+    else:
+        value[at[0]] = edited(value[at[0]], at[1:], new)
+    return value
+
+
+def is_as_good(name: str, at: tuple[Any, ...], new: Any) -> bool:
+    """Whether the edit makes another MODEL, or touches what is not read."""
+    if name == "bundle.json":
+        unread = at[:1] == ("files",) and at[1:] in (("history.jsonl",), ("README.md",))
+        return at == ("covergenre",) or (unread and new in (..., "x"))
+    a_number = new == -1 and len(at) == 2
+    return at[:1] == ("train",) or (a_number and at[0] in ("mean", "thresholds"))
+
+
+@pytest.mark.parametrize("name", [*JSON_FILES, "bundle.json"])
+def test_json_of_other_types_is_one_line(name: str, tmp_path: Path) -> None:
+    """Each key left out, each value another: never a traceback, and nothing odd is accepted."""
+    place = tmp_path / "m"
+    write(place)
+    original = {file.name: file.read_bytes() for file in place.iterdir()}
+    genuine = json.loads(original[name])
+    for at, new in edits(genuine):
+        for file, data in original.items():
+            (place / file).write_bytes(data)
+        data = json.dumps(edited(genuine, at, new)).encode()
+        if name == "bundle.json":
+            (place / name).write_bytes(data)
+        else:
+            forge(place, name, data)
+        if is_as_good(name, at, new):
+            read_bundle(str(place))
+        else:
+            assert len(refused(place)) < 400, (at, new)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "a/../../secret"])
+def test_names_in_a_bundle_reach_nothing_outside(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text("{}")
+    write(tmp_path / "m")
+    path = tmp_path / "m" / "bundle.json"
+    value = json.loads(path.read_text())
+    value["files"][name] = hashlib.sha256(b"{}").hexdigest()
+    path.write_text(json.dumps(value))
+    opened: list[str] = []
+    open_input = storage.open_input
+
+    def spied(uri: str) -> Any:
+        opened.append(uri)
+        return open_input(uri)
+
+    monkeypatch.setattr(storage, "open_input", spied)
+    load_model(read_bundle(str(tmp_path / "m")))
+    assert len(opened) == 6
+    assert all(storage.parent(uri) == str(tmp_path / "m") for uri in opened)
