@@ -7,7 +7,8 @@ count; an error is raised only where the catalog cannot be read as one.
 import hashlib
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,7 @@ from covergenre.catalog_files import (
     read_parquet,
 )
 from covergenre.config import CatalogSettings, flag
+from covergenre.content import hash_rows
 from covergenre.errors import CatalogError, ConfigError, did_you_mean
 from covergenre.genre_lists import GENRES, JOINT, join_lists, make_lists
 from covergenre.schema import CATALOG
@@ -53,33 +55,107 @@ class Catalog:
     """sha256 of the table's content and of the names and sizes of `files`."""
 
 
+@dataclass
+class Scan:
+    """A catalog, read a part at a time; what is said of it is known when all parts were read."""
+
+    image_column: str
+    parts: Iterator[pa.Table]
+    """schema.CATALOG without first_row, in catalog order. Can be gone through once."""
+    files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    source_rows: int = 0
+
+
 def read_catalog(uri: str, options: CatalogSettings) -> Catalog:
-    """Read the file, the folder or the pattern (`*`, `?`, `[]`, `**`) `uri`.
+    """Read the file, the folder or the pattern (`*`, `?`, `[]`, `**`) `uri`, all of it.
 
     Raises CatalogError naming file and line or column where it is no catalog, and StorageError
     where there is nothing to read.
     """
+    scan = scan_catalog(uri, options)
+    table = pa.concat_tables(scan.parts)
+    table = table.append_column(CATALOG.field("first_row"), _first_rows(table.column("album_id")))
+    return Catalog(
+        table,
+        tuple(scan.files),
+        scan.source_rows,
+        tuple(scan.notes),
+        scan.image_column,
+        _fingerprint(table, scan.files),
+    )
+
+
+def scan_catalog(
+    uri: str, options: CatalogSettings, columns: Collection[str] = tuple(CATALOG.names)
+) -> Scan:
+    """The same a part at a time, and without first_row, for catalogs that fit no memory.
+
+    columns: those that are needed; others may be null.
+    """
     kind, files = find_files(uri, "csv" if options.format == "mumu" else options.format)
+    scan = Scan(options.image_column, iter(()))
     if options.format == "mumu" or (kind == "csv" and _is_mumu(files[0], options)):
-        return _read_mumu(uri, files, options)
-    parts: list[pa.Table] = []
-    images: list[str] = []
+        parts = _mumu_parts(scan, files, options)
+    else:
+        parts = _file_parts(scan, uri, kind, files, options, columns)
+    scan.parts = _numbered(uri, parts)
+    return scan
+
+
+def catalog_stamps(uri: str, options: CatalogSettings) -> list[list[Any]]:
+    """[path, bytes, time of change in ns] of each file of a catalog: the same, the same content."""
+    _, files = find_files(uri, "csv" if options.format == "mumu" else options.format)
+    return [[file, *storage.stamp(file)] for file in files]
+
+
+def _file_parts(
+    scan: Scan,
+    uri: str,
+    kind: str,
+    files: list[str],
+    options: CatalogSettings,
+    columns: Collection[str],
+) -> Iterator[pa.Table]:
     seen: set[str] = set()
     null_images = 0
     for file in files:
-        source = _read_file(file, kind, options)
-        seen |= source.columns
+        source = _open_file(file, kind, options, columns)
+        image_file = None
         if _has_images(source, options):
-            parts.append(_part(source, options, image_file=len(images)))
-            images.append(file)
+            image_file = len(scan.files)
+            scan.files.append(file)
             null_images += source.null_images
-        else:
-            parts.append(_part(source, options))
+        start = 0
+        for table in source.parts:
+            yield _part(source, table, options, image_file, start)
+            start += table.num_rows
+        scan.source_rows += start
+        _check_columns(source, options)  # of JSON Lines they are known now
+        seen |= source.columns
     notes = _check_optional(files[0] if len(files) == 1 else uri, seen, options)
+    scan.notes += notes if "genres" in columns else []
     if null_images:
-        notes.append(f"{null_images:,} rows have no bytes in the column {options.image_column!r}")
-    table = pa.concat_tables(parts)
-    return _catalog(uri, table, images, table.num_rows, notes, options)
+        scan.notes.append(
+            f"{null_images:,} rows have no bytes in the column {options.image_column!r}"
+        )
+
+
+def _numbered(uri: str, parts: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Parts with all columns of CATALOG but first_row."""
+    fields = pa.schema([column for column in CATALOG if column.name != "first_row"])
+    rows = 0
+    for part in parts:
+        count = part.num_rows
+        columns = {
+            **{column.name: pa.nulls(count, column.type) for column in fields},
+            **dict(zip(part.column_names, part.columns, strict=True)),
+            "row": pa.array(np.arange(rows, rows + count)),
+        }
+        rows += count
+        yield pa.table(columns, fields)
+    if not rows:
+        raise CatalogError(f"catalog {uri} has no rows")
 
 
 def _is_mumu(file: str, options: CatalogSettings) -> bool:
@@ -90,39 +166,16 @@ def _is_mumu(file: str, options: CatalogSettings) -> bool:
     )
 
 
-def _read_mumu(uri: str, files: list[str], options: CatalogSettings) -> Catalog:
+def _mumu_parts(scan: Scan, files: list[str], options: CatalogSettings) -> Iterator[pa.Table]:
     for name in CatalogSettings.model_fields:
         if name.endswith("_column") and _is_set(options, name):
             raise ConfigError(
                 f"MuMu's label files have columns of their own; leave out {flag(name)}"
             )
     separator = options.genres_separator or mumu.SEPARATOR
-    albums, songs = mumu.read_songs(files, separator, options.covers)
-    notes = [f"{songs:,} songs make {albums.num_rows:,} albums"]
-    return _catalog(uri, albums, [], songs, notes, options)
-
-
-def _catalog(
-    uri: str,
-    part: pa.Table,
-    images: list[str],
-    source_rows: int,
-    notes: list[str],
-    options: CatalogSettings,
-) -> Catalog:
-    if not part.num_rows:
-        raise CatalogError(f"catalog {uri} has no rows")
-    columns = {
-        **{field.name: pa.nulls(part.num_rows, field.type) for field in CATALOG},
-        **dict(zip(part.column_names, part.columns, strict=True)),
-        "row": pa.array(np.arange(part.num_rows)),
-        "first_row": _first_rows(part.column("album_id")),
-    }
-    table = pa.table(columns, CATALOG)
-    fingerprint = _fingerprint(table, images)
-    return Catalog(
-        table, tuple(images), source_rows, tuple(notes), options.image_column, fingerprint
-    )
+    albums, scan.source_rows = mumu.read_songs(files, separator, options.covers)
+    scan.notes.append(f"{scan.source_rows:,} songs make {albums.num_rows:,} albums")
+    yield albums
 
 
 def _is_set(options: CatalogSettings, name: str) -> bool:
@@ -135,9 +188,12 @@ def _no_column(place: str, columns: Collection[str], options: CatalogSettings, o
     return f"no column {name!r} in {place}{did_you_mean(name, columns)} ({flag(option)})"
 
 
-def _read_file(file: str, kind: str, options: CatalogSettings) -> SourceFile:
-    """The columns of one file; those that every file must have are there."""
-    wanted = [getattr(options, f"{name}_column") for name in ("id", "cover", *_OPTIONAL)]
+def _open_file(
+    file: str, kind: str, options: CatalogSettings, columns: Collection[str]
+) -> SourceFile:
+    """One file, with the columns that every file must have as far as is known."""
+    names = ["id", "cover", *(name for name in _OPTIONAL if name in columns)]
+    wanted = [getattr(options, f"{name}_column") for name in names]
     if kind == "parquet":
         source = read_parquet(file, wanted, options.image_column)
     elif _is_set(options, "image_column"):
@@ -148,6 +204,11 @@ def _read_file(file: str, kind: str, options: CatalogSettings) -> SourceFile:
         )
     else:
         source = read_delimited(file, kind, wanted)
+    _check_columns(source, options)
+    return source
+
+
+def _check_columns(source: SourceFile, options: CatalogSettings) -> None:
     needed = ["id_column"]
     if source.image_type is None or _is_set(options, "cover_column"):
         needed.append("cover_column")
@@ -156,8 +217,7 @@ def _read_file(file: str, kind: str, options: CatalogSettings) -> SourceFile:
     for option in needed:
         # A file without any column is an empty one, and that is no mistake of the options.
         if source.columns and getattr(options, option) not in source.columns:
-            raise CatalogError(_no_column(file, source.columns, options, option))
-    return source
+            raise CatalogError(_no_column(source.uri, source.columns, options, option))
 
 
 def _has_images(source: SourceFile, options: CatalogSettings) -> bool:
@@ -165,10 +225,10 @@ def _has_images(source: SourceFile, options: CatalogSettings) -> bool:
     type_ = source.image_type
     if type_ is None:
         return False
-    has_cover = options.cover_column in source.table.column_names
+    has_cover = options.cover_column in source.columns
     if holds_bytes(type_):
         # A column of nulls alone holds no image: take the other way to the covers if there is one.
-        return not (has_cover and source.null_images == source.table.num_rows)
+        return not (has_cover and source.null_images == source.rows)
     if has_cover and not _is_set(options, "image_column"):
         return False
     raise CatalogError(
@@ -177,67 +237,81 @@ def _has_images(source: SourceFile, options: CatalogSettings) -> bool:
     )
 
 
-def _part(source: SourceFile, options: CatalogSettings, image_file: int | None = None) -> pa.Table:
-    """CATALOG's columns for one file, without `row` and `first_row`."""
-    count = source.table.num_rows
+def _part(
+    source: SourceFile,
+    table: pa.Table,
+    options: CatalogSettings,
+    image_file: int | None,
+    start: int,
+) -> pa.Table:
+    """CATALOG's columns for some rows of a file, `start` and those that follow."""
+    count = table.num_rows
     folder = storage.absolute(options.covers or storage.parent(source.uri))
-    # Beside image bytes, a path is where the cover of a row without bytes is.
-    cover = _resolve(_text(source, options.cover_column), folder)
+
+    def text(name: str) -> pa.ChunkedArray:
+        return _text(source.uri, table, getattr(options, f"{name}_column"))
+
     in_file = image_file is not None
-    source_row = pa.array(np.arange(count)) if in_file else pa.nulls(count, pa.int64())
+    numbers = pa.array(np.arange(start, start + count))
     return pa.table(
         {
-            "album_id": _text(source, options.id_column),
-            "cover": cover,
+            "album_id": text("id"),
+            # Beside image bytes, a path is where the cover of a row without bytes is.
+            "cover": _resolve(text("cover"), folder),
             "source": pa.repeat(pa.scalar(image_file, pa.int32()), count),
-            "source_row": source_row,
-            "genres": _genres(source, options),
-            "title": _text(source, options.title_column),
-            "artist": _text(source, options.artist_column),
-            "split": _text(source, options.split_column),
-            "group": _text(source, options.group_column),
+            "source_row": numbers if in_file else pa.nulls(count, pa.int64()),
+            "genres": _genres(source.uri, table, options),
+            "title": text("title"),
+            "artist": text("artist"),
+            "split": text("split"),
+            "group": text("group"),
         }
     )
 
 
-def _text(source: SourceFile, name: str) -> pa.ChunkedArray:
+def _text(uri: str, table: pa.Table, name: str) -> pa.ChunkedArray:
     """The column as text, empty text as null; all null where the file has no such column."""
-    if name not in source.table.column_names:
-        return pa.chunked_array([pa.nulls(source.table.num_rows, pa.string())])
-    column = source.table.column(name)
+    if name not in table.column_names:
+        return pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
+    column = table.column(name)
     type_ = column.type
     try:
         if pa.types.is_dictionary(type_):
             column = column.cast(type_.value_type)
         if pa.types.is_floating(type_):
-            # pandas makes floats of whole numbers as soon as one is missing.
-            column = pc.if_else(pc.is_nan(column), None, column)
-            if pc.all(pc.equal(column, pc.floor(column))).as_py() is not False:
-                column = column.cast(pa.int64())
+            column = _float_text(column)
         column = column.cast(pa.string())
     except pa.ArrowException as error:
         raise CatalogError(
-            f"column {name!r} in {source.uri} has the type {type_}, which is no text"
+            f"column {name!r} in {uri} has the type {type_}, which is no text"
         ) from error
     is_empty = pc.equal(column, "")
     return pc.if_else(is_empty, None, column) if pc.any(is_empty).as_py() else column
 
 
-def _genres(source: SourceFile, options: CatalogSettings) -> pa.ChunkedArray:
+def _float_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whole numbers without a point: pandas makes floats of them as soon as one is missing."""
+    column = pc.if_else(pc.is_nan(column), None, column)
+    is_whole = pc.and_(pc.equal(column, pc.floor(column)), pc.less(pc.abs(column), 2.0**63))
+    whole = pc.if_else(is_whole, column, 0.0).cast(pa.int64()).cast(pa.string())
+    return pc.if_else(is_whole, whole, column.cast(pa.string()))
+
+
+def _genres(uri: str, table: pa.Table, options: CatalogSettings) -> pa.ChunkedArray:
     """The column as lists of distinct names, from lists or from text."""
     name = options.genres_column
     separator = options.genres_separator or _SEPARATOR
-    if name in source.table.column_names:
-        column = source.table.column(name)
+    if name in table.column_names:
+        column = table.column(name)
         type_ = column.type
         if pa.types.is_list(type_) or pa.types.is_large_list(type_):
             if not _is_text(type_.value_type):
                 raise CatalogError(
-                    f"column {name!r} in {source.uri} has the type {type_}; a list of names is "
+                    f"column {name!r} in {uri} has the type {type_}; a list of names is "
                     "needed (--genres-column)"
                 )
             return make_lists(join_lists(column.cast(GENRES)), lambda text: text.split(JOINT))
-    return make_lists(_text(source, name), lambda text: text.split(separator))
+    return make_lists(_text(uri, table, name), lambda text: text.split(separator))
 
 
 def _is_text(type_: pa.DataType) -> bool:
@@ -287,24 +361,14 @@ def _first_rows(album_id: pa.ChunkedArray) -> pa.Array:
 
 def _fingerprint(table: pa.Table, files: list[str]) -> str:
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(json.dumps([file, storage.size(file)]).encode())
-    for name in table.drop_columns(["row", "first_row"]).column_names:  # those follow from the rest
-        for start in range(0, table.num_rows, _HASHED_ROWS):
-            block = table.column(name).slice(start, _HASHED_ROWS).combine_chunks()
-            for content in _content(block):
-                digest.update(content)
+    hash_files(digest, files)
+    rows = table.drop_columns(["row", "first_row"])  # those follow from the rest
+    for start in range(0, table.num_rows, _HASHED_ROWS):
+        hash_rows(digest, rows.slice(start, _HASHED_ROWS))
     return digest.hexdigest()
 
 
-def _content(column: pa.Array) -> Iterator[bytes | pa.Buffer]:
-    """The values alone: neither chunks and offsets nor what lies under a null."""
-    if pa.types.is_list(column.type):
-        yield pc.fill_null(pc.list_value_length(column), -1).to_numpy().tobytes()
-        column = pc.list_flatten(column)
-    if pa.types.is_string(column.type):
-        yield pc.fill_null(pc.binary_length(column), -1).to_numpy().tobytes()
-        texts = pc.fill_null(column, "")
-        yield pc.binary_join(pa.ListArray.from_arrays([0, len(texts)], texts), "")[0].as_buffer()
-    else:
-        yield pc.fill_null(column, -1).to_numpy().tobytes()
+def hash_files(digest: Any, files: list[str]) -> None:
+    """Add what the files of covers are known by to a hash of hashlib."""
+    for file in files:
+        digest.update(json.dumps([file, storage.size(file)]).encode())

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from covergenre import storage
+from covergenre import parquet, storage
 from covergenre.errors import CatalogError
 
 EXTENSIONS = {
@@ -32,19 +32,25 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 # A row of a CSV file may be as long as a block.
 _CSV_BLOCK_BYTES = 4 << 20
-_JSONL_CHUNK_ROWS = 50_000
+_CHUNK_ROWS = 50_000
 _ROW_GROUP_BYTES = 4 << 30  # 100,000 covers
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """What was read of one file."""
+    """One file, and how to read it a part at a time."""
 
     uri: str
-    columns: frozenset[str]  # every column of the file
-    table: pa.Table  # the wanted ones, without image bytes
-    image_type: pa.DataType | None = None  # of the image column, if there is one
-    null_images: int = 0  # as far as the file's own statistics tell
+    columns: set[str]
+    """Every column of the file; of JSON Lines those that were met, so all of them at the end."""
+    parts: Iterator[pa.Table]
+    """The wanted columns, without image bytes. Can be gone through once."""
+    image_type: pa.DataType | None = None
+    """Of the image column, if there is one."""
+    null_images: int = 0
+    """As far as the file's own statistics tell."""
+    rows: int | None = None
+    """Where the file itself says it."""
 
 
 def find_files(uri: str, format_: str) -> tuple[str, list[str]]:
@@ -157,8 +163,13 @@ def read_delimited(uri: str, kind: str, wanted: Collection[str]) -> SourceFile:
     for name in names:
         if header.count(name) > 1:
             raise CatalogError(f"{uri}: {header.count(name)} columns are named {name!r}")
-    if not header:
-        return SourceFile(uri, frozenset(), pa.table({}))
+    parts = _delimited_parts(uri, kind, header, names) if header else iter(())
+    return SourceFile(uri, set(header), parts)
+
+
+def _delimited_parts(
+    uri: str, kind: str, header: list[str], names: list[str]
+) -> Iterator[pa.Table]:
     options = {
         "read_options": pa.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES),
         "parse_options": pa.csv.ParseOptions(delimiter=DELIMITERS[kind], newlines_in_values=True),
@@ -170,20 +181,22 @@ def read_delimited(uri: str, kind: str, wanted: Collection[str]) -> SourceFile:
             strings_can_be_null=True,
         ),
     }
+    rows = 0
     with _opened(uri, kind) as stream:
         counter = _LineCounter(stream)
         try:
-            table = pa.csv.read_csv(counter, **options)
+            for batch in pa.csv.open_csv(counter, **options):
+                rows += batch.num_rows
+                yield pa.Table.from_batches([batch]).select(names)
         except pa.ArrowInvalid:
             _check_delimited(uri, kind)  # says the line, which Arrow does not know
             raise
     # A quote that is opened and not closed makes Arrow swallow the lines up to the next one, in
     # silence. Only a value of several lines can hide that, and such a file is looked at closely.
-    if counter.lines > table.num_rows + 1:
+    if counter.lines > rows + 1:
         records = _check_delimited(uri, kind)
-        if records != table.num_rows:
-            raise CatalogError(f"{uri}: {records:,} rows are there, {table.num_rows:,} were read")
-    return SourceFile(uri, frozenset(header), table.select(names))
+        if records != rows:
+            raise CatalogError(f"{uri}: {records:,} rows are there, {rows:,} were read")
 
 
 class _LineCounter:
@@ -240,23 +253,29 @@ def read_jsonl(uri: str, wanted: Collection[str], lists: str, separator: str) ->
     line numbers, and crashes the process on a line `null` (26.0).
     """
     columns: set[str] = set()
+    return SourceFile(uri, columns, _jsonl_parts(uri, wanted, lists, separator, columns))
+
+
+def _jsonl_parts(
+    uri: str, wanted: Collection[str], lists: str, separator: str, columns: set[str]
+) -> Iterator[pa.Table]:
     schema = pa.schema(
         [(name, pa.list_(pa.string()) if name == lists else pa.string()) for name in wanted]
     )
     cells: dict[str, list[Any]] = {name: [] for name in wanted}
-    batches: list[pa.RecordBatch] = []
 
-    def flush() -> None:
-        batches.append(pa.record_batch(cells, schema))
+    def part() -> pa.Table:
+        table = pa.table(cells, schema)
         for values in cells.values():
             values.clear()
+        return table
 
     with _opened(uri, "jsonl") as stream:
         for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
             if line.isspace():
                 continue
             record = _json_object(uri, number, line)
-            columns |= record.keys()
+            columns.update(record)
             for name, values in cells.items():
                 value = record.get(name)
                 if name == lists:
@@ -268,11 +287,9 @@ def read_jsonl(uri: str, wanted: Collection[str], lists: str, separator: str) ->
                 elif value is not None and not isinstance(value, str):
                     value = _number_text(uri, number, name, value)
                 values.append(value)
-            if number % _JSONL_CHUNK_ROWS == 0:
-                flush()
-        flush()
-    table = pa.Table.from_batches(batches, schema)
-    return SourceFile(uri, frozenset(columns), table.select([n for n in wanted if n in columns]))
+            if number % _CHUNK_ROWS == 0:
+                yield part()
+        yield part()
 
 
 def _json_object(uri: str, number: int, line: bytes) -> dict[str, Any]:
@@ -305,20 +322,27 @@ def _number_text(uri: str, number: int, name: str, value: object) -> str | None:
 
 def read_parquet(uri: str, wanted: Collection[str], image: str) -> SourceFile:
     """Columns of a Parquet file as they are. The bytes of its `image` column are not read."""
-    with _opened(uri, "parquet") as stream, pq.ParquetFile(stream) as file:
-        schema = file.schema_arrow
-        image_type = schema.field(image).type if image in schema.names else None
-        skipped = image if image_type is not None and holds_bytes(image_type) else None
-        if skipped:
-            _check_row_groups(uri, file.metadata)
-        names = [name for name in schema.names if name in wanted and name != skipped]
-        return SourceFile(
-            uri,
-            frozenset(schema.names),
-            file.read(columns=names),
-            image_type,
-            _null_images(file.metadata, image),
-        )
+    with _opened(uri, "parquet") as stream, parquet.opened(uri, stream) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+    image_type = schema.field(image).type if image in schema.names else None
+    skipped = image if image_type is not None and holds_bytes(image_type) else None
+    if skipped:
+        _check_row_groups(uri, metadata)
+    names = [name for name in schema.names if name in wanted and name != skipped]
+    return SourceFile(
+        uri,
+        set(schema.names),
+        _parquet_parts(uri, names),
+        image_type,
+        _null_images(metadata, image),
+        metadata.num_rows,
+    )
+
+
+def _parquet_parts(uri: str, names: list[str]) -> Iterator[pa.Table]:
+    with _opened(uri, "parquet") as stream, parquet.opened(uri, stream) as file:
+        for batch in file.iter_batches(_CHUNK_ROWS, columns=names):
+            yield pa.Table.from_batches([batch])
 
 
 def _check_row_groups(uri: str, metadata: pq.FileMetaData) -> None:

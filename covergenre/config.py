@@ -50,9 +50,18 @@ class StageConfig(BaseModel):
 
         What goes in is known by its content, not by where it lies: see places.claim.
         """
-        arguments = {name for name, f in type(self).model_fields.items() if f.json_schema_extra}
-        values = self.model_dump(mode="json", exclude=_HOW_FIELDS | _PLACES | arguments)
+        values = self.model_dump(mode="json", include=self.deciding())
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def deciding(self) -> set[str]:
+        """Names of the settings that can change the result."""
+        fields = type(self).model_fields
+        arguments = {name for name, field in fields.items() if field.json_schema_extra}
+        return set(fields) - _HOW_FIELDS - _PLACES - arguments
+
+    def saved(self) -> dict[str, Any]:
+        """All settings, as they are kept beside a result."""
+        return self.model_dump(mode="json")
 
 
 def argument(help_text: str) -> Any:

@@ -13,11 +13,13 @@ from covergenre import ingest, places, predict, report, runtime, schema, shards,
 from covergenre.bundle import Bundle, check_weights, read_bundle
 from covergenre.config import EvaluateConfig
 from covergenre.errors import DatasetError, LedgerError
+from covergenre.leases import lease
 from covergenre.metrics import Metrics, multilabel_metrics, nan_to_none
+from covergenre.plan import write_plan
 from covergenre.progress import Progress
 from covergenre.shards import Manifest, read_manifest
 
-_PLAN = "_state/plan.parquet"
+_PLAN = "_state/plan"
 _SHEET_COVERS = 24
 _PICTURES = ("genres.png", "curves.png", "covers.png")
 
@@ -67,23 +69,28 @@ def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
         remark = ": already measured by this same command"
         return Evaluated(out, config.split, storage.read_json(metrics_file), remark)
 
+    with lease(out):
+        return _evaluate(out, config, bundle, manifest, verbose)
+
+
+def _evaluate(
+    out: str, config: EvaluateConfig, bundle: Bundle, manifest: Manifest, verbose: bool
+) -> Evaluated:
     runtime.start_ray(verbose=verbose)
     reached = {"--out": out, "MODEL": bundle.uri, "DATASET": manifest.uri}
     places.check_shared(reached, config.shared_filesystem)
     workers = runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
-    plan, source = ingest.plan_dataset(manifest, [config.split])
-    plan_uri = storage.join(out, _PLAN)
-    storage.put(plan_uri, shards.to_parquet(plan))
-    rows = plan.num_rows
+    parts, source = ingest.dataset_parts(manifest, [config.split])
+    table = pa.concat_tables(parts)
+    plan = write_plan(storage.join(out, _PLAN), [table], lambda: source, {})
+    rows = plan.rows
     scores = np.empty((rows, len(bundle.genres)), np.float32)
     times_scored = np.zeros(rows, np.int64)
     with runtime.waiting_said(workers), Progress("evaluate", rows, "covers") as progress:
         for part in predict.score_plan(
-            plan_uri,
-            [(0, 0, rows)],
-            source,
-            bundle.uri,
-            bundle.preprocessing,
+            plan,
+            np.array([[0, 0, rows]]),
+            bundle,
             batch_size=config.batch_size,
             workers=workers,
         ):
@@ -98,19 +105,19 @@ def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
         wrong = int((times_scored != 1).sum())
         raise LedgerError(f"{wrong} of {rows} albums were not scored exactly once")
 
-    albums = plan["genres"].to_pylist()
+    albums = table["genres"].to_pylist()
     truth = bundle.genres.multi_hot(albums)
     metrics = _with_ids(multilabel_metrics(truth, scores, bundle.genres.names), bundle, manifest)
-    _write(out, bundle, plan, truth, scores, metrics)
+    _write(out, bundle, table, truth, scores, metrics)
     # Spread over the split: a catalog is often sorted by genre.
     shown = np.unique(np.linspace(0, rows - 1, _SHEET_COVERS, dtype=np.int64))
     sheet = report.contact_sheet(
-        predict.pixels_of(plan.take(shown), source, bundle.preprocessing),
+        predict.pixels_of(table.take(shown), source, bundle.preprocessing),
         [albums[row] for row in shown],
         [dict(zip(bundle.genres.names, scores[row].tolist(), strict=True)) for row in shown],
     )
     storage.put(storage.join(out, "covers.png"), sheet)
-    storage.put_json(metrics_file, nan_to_none(metrics))
+    storage.put_json(storage.join(out, "metrics.json"), nan_to_none(metrics))
     return Evaluated(out, config.split, nan_to_none(metrics))
 
 
@@ -132,15 +139,15 @@ def _with_ids(metrics: Metrics, bundle: Bundle, manifest: Manifest) -> Metrics:
 
 
 def _write(
-    out: str, bundle: Bundle, plan: pa.Table, truth: Any, scores: Any, metrics: Metrics
+    out: str, bundle: Bundle, albums: pa.Table, truth: Any, scores: Any, metrics: Metrics
 ) -> None:
     names = bundle.genres.names
     columns = [pa.array(scores[:, j]) for j in range(len(names))]
     table = pa.table(
         [
-            plan["album_id"],
-            plan["row"],
-            plan["genres"],
+            albums["album_id"],
+            albums["row"],
+            albums["genres"],
             pa.StructArray.from_arrays(columns, names=list(names)),
         ],
         schema=schema.predictions(list(names)),

@@ -17,15 +17,17 @@ from covergenre import fetch, schema, shards, storage
 from covergenre.covers import MAX_BYTES, CoverError, sha256
 from covergenre.errors import StorageError
 
-# A plan is a catalog whose repeated rows know where their album's first cover is.
-PLAN = pa.schema(
+# What a row that repeats an earlier one has to know of that one: which it is, and its cover.
+FIRST = pa.schema(
     [
-        *schema.CATALOG,
+        schema.CATALOG.field("first_row"),
         pa.field("first_cover", pa.string()),
         pa.field("first_source", pa.int32()),
         pa.field("first_source_row", pa.int64()),
     ]
 )
+# A catalog whose rows have that, all in memory.
+PLAN = pa.schema([*schema.CATALOG, *list(FIRST)[1:]])
 
 
 @dataclass(frozen=True)
@@ -73,30 +75,32 @@ def plan(catalog: pa.Table) -> pa.Table:
     return catalog.cast(PLAN)
 
 
-def plan_dataset(manifest: shards.Manifest, splits: Sequence[str]) -> tuple[pa.Table, Source]:
-    """A prepared dataset's `splits` as a plan: rows are numbered in the order of its shards."""
+def dataset_parts(
+    manifest: shards.Manifest, splits: Sequence[str]
+) -> tuple[Iterator[pa.Table], Source]:
+    """A prepared dataset's `splits` as parts of PLAN, in the order of its shards."""
     uris = [uri for split in splits for uri in manifest.shard_uris(split)]
+    return _shard_parts(uris), Source(tuple(uris), prepared=True)
+
+
+def _shard_parts(uris: list[str]) -> Iterator[pa.Table]:
     columns = ["album_id", "genres", "title", "artist", "split", "group"]
-    parts: list[pa.Table] = []
+    rows = 0
     for source, uri in enumerate(uris):
         part = shards.read_table(uri, columns)
-        rows = pa.array(range(part.num_rows), pa.int64())
-        part = part.append_column("source_row", rows)
-        parts.append(part.append_column("source", pa.array([source] * len(rows), pa.int32())))
-    table = pa.concat_tables(parts)
-    table = table.append_column("row", pa.array(range(table.num_rows), pa.int64()))
-    for field in PLAN:
-        if field.name not in table.column_names:
-            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-    return table.select(PLAN.names).cast(PLAN), Source(tuple(uris), prepared=True)
+        count = part.num_rows
+        part = part.append_column("row", pa.array(range(rows, rows + count), pa.int64()))
+        part = part.append_column("source_row", pa.array(range(count), pa.int64()))
+        part = part.append_column("source", pa.array([source] * count, pa.int32()))
+        for field in (PLAN.field("cover"), *FIRST):
+            part = part.append_column(field, pa.nulls(count, field.type))
+        rows += count
+        yield part.select(PLAN.names).cast(PLAN)
 
 
-def local_cover(plan_rows: pa.Table, source: Source) -> str | None:
-    """A cover, or a file of covers, that lies on this machine's disk; None where none does."""
-    for file in source.files:
-        if not storage.is_uri(file):
-            return file
-    covers = plan_rows["cover"].filter(pc.is_null(plan_rows["source"])).drop_null()
+def local_cover(rows: pa.Table) -> str | None:
+    """A cover of `rows` that lies on this machine's disk; None where none does."""
+    covers = rows["cover"].filter(pc.is_null(rows["source"])).drop_null()
     local = covers.filter(pc.invert(pc.match_substring(covers, "://")))
     return local[0].as_py() if len(local) else None
 
@@ -109,8 +113,9 @@ def first_rows(plan_rows: pa.Table) -> pa.Array:
 def load(
     plan_rows: pa.Table, source: Source, slice_rows: int
 ) -> Iterator[tuple[pa.Table, list[Outcome]]]:
-    """`plan_rows` (schema PLAN) in slices, each with its rows' outcomes. Decodes no cover.
+    """`plan_rows` in slices, each with its rows' outcomes. Decodes no cover.
 
+    plan_rows: columns PLAN, or those of them that tell a row and its cover, as plan.py keeps them.
     A slice's covers are read when it is asked for, so no more than one slice of them is held.
     """
     own = _embedded(_sources(plan_rows), source)

@@ -39,7 +39,8 @@ def read_songs(files: list[str], separator: str, covers: str | None) -> tuple[pa
                 hint = did_you_mean(name, source.columns)
                 raise CatalogError(f"no column {name!r} in {file}{hint} (--format)")
         folder = storage.absolute(covers or storage.parent(file))
-        for song in source.table.select(_NEEDED).to_pylist():
+        rows = (song for part in source.parts for song in part.select(_NEEDED).to_pylist())
+        for song in rows:
             amazon_id, artist, text = (song[name] for name in _NEEDED)
             key = amazon_id or songs
             if key not in genres:

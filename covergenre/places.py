@@ -1,15 +1,39 @@
 """Places: a stage writes only where nothing is, or where the same command was before, and on a
-cluster only where every machine can."""
+cluster only where every machine can.
+
+    PLACE/_state/run.json     whose run this is, for good
+    PLACE/_state/at-work/N    the run that is at work there now, if any: see leases.py
+"""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from covergenre import __version__, runtime, storage
-from covergenre.config import StageConfig
+from covergenre.config import StageConfig, flag
 from covergenre.errors import ConfigError, StorageError
 
-_RUN = "_state/run.json"
+STATE = "_state"
+_RUN = f"{STATE}/run.json"
+
+
+def is_claimed(place: str) -> bool:
+    """Whether `place` is some run's."""
+    return storage.exists(storage.join(place, _RUN))
+
+
+def check_free(place: str) -> None:
+    """Raises StorageError where `place` is no run's and yet holds something."""
+    if storage.exists(place) and not storage.is_folder(place):
+        raise StorageError(f"{place}: is a file; choose a folder with --out")
+    if is_claimed(place):
+        return
+    # What a run left there before it had a claim is nobody's.
+    held = [name for name in storage.list_sizes(place) if not name.startswith(f"{STATE}/")]
+    if held:
+        raise StorageError(
+            f"{place}: is not empty (holds {held[0]}); choose another --out, or empty it"
+        )
 
 
 def claim(place: str, stage: str, config: StageConfig, inputs: dict[str, Any]) -> None:
@@ -18,27 +42,23 @@ def claim(place: str, stage: str, config: StageConfig, inputs: dict[str, Any]) -
     `inputs` identifies what goes in (the hash of a catalog, the id of a model): with other inputs
     the same settings are another run.
     """
-    if storage.exists(place) and not storage.is_folder(place):
-        raise StorageError(f"{place}: is a file; choose a folder with --out")
+    check_free(place)
     claim_file = storage.join(place, _RUN)
-    run = {"stage": stage, "fingerprint": config.fingerprint(), "inputs": inputs}
+    run = {
+        "stage": stage,
+        "fingerprint": config.fingerprint(),
+        "inputs": inputs,
+        "settings": config.saved(),
+        "covergenre": __version__,
+    }
     if storage.exists(claim_file):
         found = storage.read_json(claim_file)
         if not isinstance(found, dict):
             raise StorageError(f"{claim_file}: was not written by covergenre; choose another --out")
-        if {key: found.get(key) for key in run} == run:
-            return
-        raise StorageError(
-            f"{place}: holds {_difference(found, run)}; choose another --out, or remove it"
-        )
-    held = storage.list_sizes(place)
-    if held:
-        first = next(iter(held))
-        raise StorageError(
-            f"{place}: is not empty (holds {first}); choose another --out, or empty it"
-        )
-    record = run | {"settings": config.model_dump(mode="json"), "covergenre": __version__}
-    text = json.dumps(record, indent=2) + "\n"
+        if difference := _difference(found, run, config):
+            raise StorageError(f"{place}: holds {difference}; choose another --out, or remove it")
+        return
+    text = json.dumps(run, indent=2) + "\n"
     if not storage.put_if_absent(claim_file, text.encode()):
         raise StorageError(f"{place}: another run took this place just now; choose another --out")
 
@@ -59,9 +79,20 @@ def check_shared(reached: Mapping[str, str | None], shared_filesystem: bool) -> 
             )
 
 
-def _difference(found: dict[str, Any], run: dict[str, Any]) -> str:
-    if found.get("stage") != run["stage"]:
+def _difference(found: dict[str, Any], run: dict[str, Any], config: StageConfig) -> str:
+    """In what the run that is there differs from this one; empty where it is the same."""
+    stage = run["stage"]
+    if found.get("stage") != stage:
         return f"a run of {found.get('stage')}"
     if found.get("fingerprint") != run["fingerprint"]:
-        return f"a {run['stage']} run with other settings"
-    return f"a {run['stage']} run on other inputs, or they have changed since"
+        was, settings = found.get("settings"), run["settings"]
+        was = was if isinstance(was, dict) else {}
+        names = sorted(n for n in config.deciding() if was.get(n) != settings[n])
+        changes = ", ".join(f"{flag(n)} {was.get(n)}, not {settings[n]}" for n in names[:3])
+        return f"a {stage} run with other settings" + (f" ({changes})" if changes else "")
+    if found.get("inputs") != run["inputs"]:
+        was = found.get("inputs")
+        was = was if isinstance(was, dict) else {}
+        names = [name for name, value in run["inputs"].items() if was.get(name) != value]
+        return f"a {stage} run on other inputs ({', '.join(names)}), or they have changed since"
+    return ""

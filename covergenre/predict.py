@@ -1,5 +1,8 @@
 """Inference: batches of pixels -> scores. Training's dev evaluation, evaluate and score use it."""
 
+import json
+import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -9,11 +12,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from covergenre import ingest, shards
-from covergenre.bundle import load_model, read_bundle
+from covergenre import errors, ingest, shards
+from covergenre.bundle import Bundle, load_model, read_bundle
 from covergenre.covers import CoverError, Preprocessing
 from covergenre.decoding import decode
+from covergenre.errors import CovergenreError, DeviceMemoryError
 from covergenre.ingest import Cover, Duplicate, Source
+from covergenre.plan import Plan
+from covergenre.progress import say
 from covergenre.runtime import Workers, data_context, own_errors, use_cores
 
 if TYPE_CHECKING:
@@ -24,6 +30,9 @@ if TYPE_CHECKING:
 _CHUNK_ROWS = shards.ROW_GROUP_ROWS
 """Rows that one loading task reads, as many as lie together in a dataset. Where the covers are in
 somebody's Parquet files a task reads a whole unit: their row groups may be larger."""
+_MOST_BLOCKS = 2000
+_RETRIES = 2
+"""Of a task whose worker died. Ray's own default is for ever."""
 
 # What became of each row of a batch; travels with the pixels and stays beside the scores.
 OUTCOMES = pa.schema(
@@ -116,60 +125,126 @@ class Scored:
 
 
 def score_plan(
-    plan_uri: str,
-    units: list[tuple[int, int, int]],
-    source: Source,
-    model_uri: str,
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int,
-    workers: Workers,
+    plan: Plan, units: NDArray[np.int64], bundle: Bundle, *, batch_size: int, workers: Workers
 ) -> Iterator[Scored]:
-    """Score rows of a plan (Parquet of ingest.PLAN) on the cluster, in any order, each row once.
+    """Score rows of a plan on the cluster, in any order, each row once.
 
-    units: (unit, first row, row after its last). A unit is loaded in chunks and computed in
-    batches that depend on nothing but its rows, so a unit done twice has the same scores.
+    units: [n, 3] of (unit, first row, row after its last). A unit is loaded in chunks and computed
+    in batches that depend on nothing but its rows, so a unit done twice has the same scores.
+
+    A worker that dies is made up for. Rows whose workers die again and again are given to others
+    in smaller and smaller parts, and a row that alone is the death of several is set aside.
     """
+    whole_units = bool(plan.source.files) and not plan.source.prepared
+    for rows_a_task in (0 if whole_units else _CHUNK_ROWS, batch_size, 1):
+        chunks = _chunks(units, rows_a_task)
+        missing = _Missing(chunks)
+        for part in _run(plan, chunks, bundle, batch_size, workers):
+            missing.remove(part)
+            yield part
+        units = missing.rows()
+        if not len(units):
+            return
+        if missing.none_came:
+            raise CovergenreError(
+                "workers die, whatever rows they are given; --verbose shows more of it, and the"
+                " same command goes on from here"
+            )
+        count = int((units[:, 2] - units[:, 1]).sum())
+        say(f"workers died over {count:,} rows: finding out over which")
+    for unit, start, stop in units.tolist():
+        yield _set_aside(plan, bundle, unit, start, stop)
+
+
+def _chunks(units: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
+    """(unit, start, stop) in parts of `rows` rows; whole, where that is 0."""
+    if not rows:
+        return units
+    counts = -(-(units[:, 2] - units[:, 1]) // rows)
+    of = np.repeat(np.arange(len(units)), counts)
+    place = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = units[of, 1] + place * rows
+    return np.stack([units[of, 0], start, np.minimum(start + rows, units[of, 2])], axis=1)
+
+
+class _Missing:
+    """Which rows have yet to come."""
+
+    def __init__(self, chunks: NDArray[np.int64]) -> None:
+        self._chunks = chunks
+        self._came: dict[int, list[tuple[int, int]]] = {}
+        self.none_came = True
+
+    def remove(self, part: Scored) -> None:
+        rows = part.outcomes["row"]
+        self._came.setdefault(part.unit, []).append((rows[0].as_py(), rows[-1].as_py() + 1))
+        self.none_came = False
+
+    def rows(self) -> NDArray[np.int64]:
+        """(unit, start, stop) of what is left. No range crosses a chunk, nor so do its batches."""
+        left = []
+        for unit, start, stop in self._chunks.tolist():
+            at = start
+            for begin, end in sorted(self._came.get(unit, ())):
+                if start <= begin < stop:
+                    if begin > at:
+                        left.append((unit, at, begin))
+                    at = end
+            if at < stop:
+                left.append((unit, at, stop))
+        return np.array(left, np.int64).reshape(-1, 3)
+
+
+def _set_aside(plan: Plan, bundle: Bundle, unit: int, start: int, stop: int) -> Scored:
+    rows = plan.read(start, stop)
+    died = CoverError("worker_died", "each worker that was given this row alone died")
+    outcomes, _ = _decode_all(rows, [died] * rows.num_rows, bundle.preprocessing)
+    return Scored(unit, outcomes, np.empty((0, len(bundle.genres)), np.float32))
+
+
+def _run(
+    plan: Plan, chunks: NDArray[np.int64], bundle: Bundle, batch_size: int, workers: Workers
+) -> Iterator[Scored]:
+    """Score chunks of rows; those whose workers die do not come."""
     import ray.data
     from ray.data import ActorPoolStrategy
+    from ray.util.annotations import RayDeprecationWarning
 
-    data_context()
-    whole_units = bool(source.files) and not source.prepared
-    chunks = [
-        {"unit": unit, "start": at, "stop": min(at + size, stop)}
-        for unit, start, stop in units
-        for size in [stop - start if whole_units else _CHUNK_ROWS]
-        for at in range(start, stop, size)
+    data_context(lost_blocks_end_it=False)
+    # A block a chunk, so that chunks load in parallel; fewer, for a catalog of millions.
+    blocks = [
+        pa.table(list(part.T), names=["unit", "start", "stop"])
+        for part in np.array_split(chunks, min(len(chunks), _MOST_BLOCKS))
     ]
-    scored = (
-        # A block a chunk, so that chunks load in parallel; capped, for a catalog of millions.
-        ray.data.from_items(chunks, override_num_blocks=min(len(chunks), 10_000))
-        .map_batches(
-            partial(
-                _load_chunks,
-                plan_uri=plan_uri,
-                source=source,
-                spec=preprocessing,
-                batch_size=batch_size,
-            ),
-            batch_size=None,
-            batch_format="pyarrow",
+    with warnings.catch_warnings():
+        # Ray 2.60 has no other way to say how often, and wants this one gone by 2.64.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        scored = (
+            ray.data.from_arrow(blocks)
+            .map_batches(
+                partial(_load_chunks, plan=plan, spec=bundle.preprocessing, batch_size=batch_size),
+                batch_size=None,
+                batch_format="pyarrow",
+                max_retries=_RETRIES,
+            )
+            .map_batches(
+                _Predict,
+                fn_constructor_args=(bundle.uri, workers),
+                compute=ActorPoolStrategy(size=workers.count),
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=workers.resources["CPU"],
+                num_gpus=workers.resources.get("GPU", 0),
+                max_task_retries=_RETRIES,
+            )
         )
-        .map_batches(
-            _Predict,
-            fn_constructor_args=(model_uri, workers),
-            compute=ActorPoolStrategy(size=workers.count),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=workers.resources["CPU"],
-            num_gpus=workers.resources.get("GPU", 0),
-        )
-    )
-    blocks: Iterable[Any] = scored.iter_batches(
+    came: Iterable[Any] = scored.iter_batches(
         batch_size=None, batch_format="pyarrow", prefetch_batches=0
     )
     with own_errors():
-        for batch in (batch for block in blocks for batch in block.to_pylist()):
+        for batch in (batch for block in came for batch in block.to_pylist()):
+            if batch["error"] is not None:
+                _raise(batch["error"])
             outcomes = pa.ipc.open_stream(batch["outcomes"]).read_all()
             shape = (-1, batch["genres"])
             yield Scored(
@@ -183,19 +258,53 @@ _LOADED = pa.schema(
         pa.field("unit", pa.int64()),
         pa.field("outcomes", pa.large_binary()),  # OUTCOMES, as an Arrow stream
         pa.field("pixels", pa.large_binary()),  # uint8 [batch, side, side, 3]
+        pa.field("error", pa.string()),  # set: what ended the task, see _told
+    ]
+)
+# And what a predictor hands to the driver.
+_PREDICTED = pa.schema(
+    [
+        pa.field("unit", pa.int64()),
+        pa.field("outcomes", pa.large_binary()),
+        pa.field("scores", pa.large_binary()),  # float32 [rows with a cover, genres]
+        pa.field("genres", pa.int64()),
+        pa.field("error", pa.string()),
     ]
 )
 
 
+def _told(error: Exception, fields: pa.Schema) -> pa.Table:
+    """An error as a row: to be told from the death of a worker, which brings nothing."""
+    told = {
+        "kind": type(error).__name__,
+        "text": str(error),
+        "trace": "".join(traceback.format_exception(error)),
+    }
+    return pa.Table.from_pylist([{"error": json.dumps(told)}], schema=fields)
+
+
+def _raise(told: str) -> None:
+    error = json.loads(told)
+    kind = getattr(errors, error["kind"], None)
+    if kind is not None:
+        raise kind(error["text"])
+    raise RuntimeError(f"in a worker:\n{error['trace']}")
+
+
 def _load_chunks(
-    chunks: pa.Table, plan_uri: str, source: Source, spec: Preprocessing, batch_size: int
+    chunks: pa.Table, plan: Plan, spec: Preprocessing, batch_size: int
 ) -> Iterator[pa.Table]:
-    for chunk in chunks.to_pylist():
-        rows = shards.read_rows(plan_uri, chunk["start"], chunk["stop"])
-        for part, found in ingest.load(rows, source, batch_size):
-            outcomes, pixels = _decode_all(part, found, spec)
-            values = [[chunk["unit"]], [_to_stream(outcomes)], [pixels.tobytes()]]
-            yield pa.table(values, schema=_LOADED)
+    try:
+        for chunk in chunks.to_pylist():
+            rows = plan.read(chunk["start"], chunk["stop"])
+            for part, found in ingest.load(rows, plan.source, batch_size):
+                outcomes, pixels = _decode_all(part, found, spec)
+                values = [[chunk["unit"]], [_to_stream(outcomes)], [pixels.tobytes()], [None]]
+                yield pa.table(values, schema=_LOADED)
+    except MemoryError:  # of these rows, it may be: others are tried without them
+        raise
+    except Exception as error:
+        yield _told(error, _LOADED)
 
 
 def _decode_all(
@@ -252,17 +361,26 @@ class _Predict:
         self._genres = len(bundle.genres)
 
     def __call__(self, batches: pa.Table) -> Iterator[pa.Table]:
-        for unit, outcomes, pixels in zip(*batches.select(_LOADED.names), strict=True):
-            images = np.frombuffer(pixels.as_buffer(), np.uint8)
-            images = images.reshape(-1, self._side, self._side, 3)
-            scores = np.empty((0, self._genres), np.float32)
-            if len(images):
-                scores = self._predictor(images)
-            yield pa.table(
-                {
-                    "unit": [unit.as_py()],
-                    "outcomes": pa.array([outcomes.as_py()], pa.large_binary()),
-                    "scores": pa.array([scores.tobytes()], pa.large_binary()),
-                    "genres": [self._genres],
-                }
+        import torch
+
+        try:
+            yield from map(self._score, batches.to_batches(1))
+        except torch.OutOfMemoryError:
+            too_large = DeviceMemoryError(
+                "a batch does not fit the GPU's memory; lower --batch-size"
             )
+            yield _told(too_large, _PREDICTED)
+        except Exception as error:
+            yield _told(error, _PREDICTED)
+
+    def _score(self, batch: pa.RecordBatch) -> pa.Table:
+        unit, outcomes, pixels, error = (batch[name][0] for name in _LOADED.names)
+        if error.is_valid:
+            return pa.table([[None], [None], [None], [None], [error.as_py()]], schema=_PREDICTED)
+        images = np.frombuffer(pixels.as_buffer(), np.uint8)
+        images = images.reshape(-1, self._side, self._side, 3)
+        scores = np.empty((0, self._genres), np.float32)
+        if len(images):
+            scores = self._predictor(images)
+        values = [unit.as_py(), outcomes.as_py(), scores.tobytes(), self._genres, None]
+        return pa.table([[value] for value in values], schema=_PREDICTED)

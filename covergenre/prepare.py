@@ -111,7 +111,9 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
         allow_private=config.allow_private_addresses,
     )
     runtime.start_ray(verbose=verbose)
-    reached = {"--out": out, "the cover": ingest.local_cover(plan, source)}
+    local = [file for file in source.files if not storage.is_uri(file)]
+    local += [cover] if (cover := ingest.local_cover(plan)) else []
+    reached = {"--out": out, "the cover": next(iter(local), None)}
     places.check_shared(reached, config.shared_filesystem)
     jobs, aside = _cut(reasons, assigned, config.shard_rows)
     storage.put(storage.join(out, _PLAN), shards.to_parquet(_with_splits(plan, assigned)))

@@ -34,6 +34,8 @@ def start_ray(*, verbose: bool = False) -> None:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     # Ask for tomorrow's behaviour today, so that Ray need not warn about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A task that is ended because memory runs out is tried again for ever, unless told otherwise.
+    os.environ.setdefault("RAY_task_oom_retries", "3")
     if not verbose:
         # log_to_driver=False does not stop the raylet's own remarks; this does.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
@@ -86,12 +88,27 @@ def own_errors() -> Iterator[None]:
         raise
 
 
+def dashboard() -> str | None:
+    """The dashboard that RAY_ADDRESS names: this process is outside of its cluster, and submits.
+
+    None where it names none. Raises ConfigError for ray://: a driver whose connection breaks is
+    lost with its job, and a submitted job is not.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"RAY_ADDRESS {address}: Ray's client is not supported; name the cluster's dashboard"
+            " instead, as RAY_ADDRESS=http://HEAD:8265, and the command is submitted as a job"
+        )
+    return address if address.startswith(("http://", "https://")) else None
+
+
 def _check_address(address: str) -> None:
     """Raises ConfigError where `address` is no cluster's: Ray would wait for minutes, or warn."""
-    if "://" in address:
+    if dashboard():
         raise ConfigError(
-            f"RAY_ADDRESS {address}: this is for a machine of the cluster; from outside, submit a"
-            " job: ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/..."
+            f"RAY_ADDRESS {address}: is a dashboard's, and this runs on a machine of the cluster;"
+            " use `covergenre submit`, or unset RAY_ADDRESS to run on this machine alone"
         )
     host, _, port = address.rpartition(":")
     try:
@@ -138,8 +155,10 @@ def quieten(verbose: bool = False) -> None:
     context.enable_operator_progress_bars = verbose
     context.print_on_execution_start = verbose
     if not verbose:
-        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        for name in ("ray", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # What is an error to Ray Data is an exception to us, or is made good.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def gpus() -> int:
@@ -242,6 +261,9 @@ def waiting_said(workers: Workers) -> Iterator[None]:
             say(f"waiting for machines: {need:g} {kind}s are needed, {have:g} are there")
         return bool(have >= need)
 
+    if all_there():  # said at once: a job that waits shall not look like one that hangs
+        yield
+        return
     with watching(all_there):
         yield
 
@@ -274,8 +296,11 @@ def use_cores(workers: Workers) -> None:
     torch.set_num_threads(max(1, _cores() // workers.per_node))
 
 
-def data_context(*, ordered: bool = False) -> None:
-    """Settings of every Ray Data pipeline of ours, in the process that runs it."""
+def data_context(*, ordered: bool = False, lost_blocks_end_it: bool = True) -> None:
+    """Settings of every Ray Data pipeline of ours, in the process that runs it.
+
+    lost_blocks_end_it: False where the caller looks for what did not come, after the end.
+    """
     import ray.data
     from ray.data import ExecutionResources
 
@@ -285,6 +310,7 @@ def data_context(*, ordered: bool = False) -> None:
     # A row is a whole batch: blocks this small keep one batch, or few, in each.
     context.target_max_block_size = 2**20
     context.execution_options.preserve_order = ordered
+    context.max_errored_blocks = 0 if lost_blocks_end_it else -1
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=PIPELINE_BYTES
     )

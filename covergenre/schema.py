@@ -21,6 +21,7 @@ REASONS = {
     "too_much_memory": "the image takes more memory than is safe to decode",
     "decode_timeout": "the image takes longer to decode than a cover may",
     "decoder_crashed": "the image crashes the decoder",
+    "worker_died": "each worker that was given this row died, alone with it too",
     "conflicting_cover": "an earlier row has this album_id with another cover",
     "unlabelled": "the album has no genre (prepare only)",
     "no_selected_genre": "none of the album's genres was selected (prepare only)",

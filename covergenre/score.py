@@ -8,32 +8,38 @@ those names and does the other units; the ledger is a sum over their footers.
     LABELS/labels/part-*.parquet      schema.labels
     LABELS/rejected/part-*.parquet    schema.REJECTED
     LABELS/ledger.json  LABELS/_SUCCESS
-    LABELS/_state/                    the plan, duplicates, and whose run this is
+    LABELS/_state/                    the plan, duplicates, whose run this is, who is at work
 """
 
+import dataclasses
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from covergenre import ingest, places, predict, runtime, schema, shards, storage
+from covergenre import ingest, parquet, places, predict, runtime, schema, shards, storage
 from covergenre.bundle import Bundle, check_weights, read_bundle
-from covergenre.catalog import read_catalog
+from covergenre.catalog import catalog_stamps, scan_catalog
 from covergenre.config import ScoreConfig
 from covergenre.errors import LedgerError
 from covergenre.genres import over_threshold
 from covergenre.ingest import Source
+from covergenre.leases import Lease, lease
+from covergenre.plan import ROWS, Plan, identify, read_plan, write_plan
 from covergenre.predict import Scored
 from covergenre.progress import Progress, say
 
-_PLAN = "_state/plan.parquet"
+_PLAN = "_state/plan"
 _FOOTER = b"covergenre"
+_FOOTERS_AT_A_TIME = 32
 
 
 @dataclass(frozen=True)
@@ -63,80 +69,164 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
     out = storage.absolute(config.out)
     bundle = read_bundle(config.model)
     check_weights(bundle)
-    plan, source, identity = _plan(config)
+    rows = _open(config)
+    places.check_free(out)
+    if places.is_claimed(out):  # refuse another run before anything of this one is touched
+        _claim(out, config, bundle, _identity(rows, read_plan(storage.join(out, _PLAN))))
+    if storage.exists(storage.join(out, "_SUCCESS")):
+        remark = ": already labelled by this same command"
+        return Labelled(out, storage.read_json(storage.join(out, "ledger.json")), remark)
+    with lease(out) as held:
+        plan = _plan(out, config, bundle, rows)
+        runtime.start_ray(verbose=verbose)
+        reached = {"--out": out, "MODEL": bundle.uri, "the cover": plan.local_cover}
+        places.check_shared(reached, config.shared_filesystem)
+        ledger = _score(out, config, bundle, plan, held)
+    accounted = ledger["scored"] + ledger["rejected"] + ledger["duplicates"]
+    if accounted != plan.rows:
+        raise LedgerError(
+            f"{out}: {plan.rows:,} rows went in and {accounted:,} came out; see ledger.json"
+        )
+    storage.put(storage.join(out, "_SUCCESS"), b"")
+    return Labelled(out, ledger)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of the catalog, not yet read."""
+
+    key: dict[str, Any]
+    """The same key, the same rows."""
+    read: Callable[[], tuple[Iterator[pa.Table], Callable[[], Source]]]
+    """Gives parts of schema.CATALOG and, after these, where image bytes are."""
+    identity: str | None = None
+    """Of their content, where it is known without reading."""
+
+
+def _open(config: ScoreConfig) -> _Rows:
+    place = storage.absolute(config.catalog)
+    if shards.is_dataset(place):
+        manifest = shards.read_manifest(place)
+
+        def shards_of() -> tuple[Iterator[pa.Table], Callable[[], Source]]:
+            parts, source = ingest.dataset_parts(manifest, schema.SPLITS)
+            return parts, lambda: source
+
+        identity = manifest.dataset_id
+        return _Rows({"dataset_id": identity}, shards_of, identity)
+
+    def scan() -> tuple[Iterator[pa.Table], Callable[[], Source]]:
+        scan = scan_catalog(place, config, ROWS.names)
+        return scan.parts, lambda: Source(tuple(scan.files), scan.image_column)
+
+    stamps = catalog_stamps(place, config)
+    return _Rows({"settings": config.fingerprint(), "files": stamps}, scan)
+
+
+def _identity(rows: _Rows, plan: Plan | None) -> str:
+    if rows.identity is not None:
+        return rows.identity
+    if plan is not None and plan.key == rows.key:
+        return plan.identity
+    say("score: reading the catalog, to see whether it is the same as before")
+    return identify(*rows.read())
+
+
+def _claim(out: str, config: ScoreConfig, bundle: Bundle, identity: str) -> None:
     inputs = {
         "catalog": identity,
         "weights_id": bundle.weights_id,
         "decision_id": bundle.decision_id,
     }
     places.claim(out, "score", config, inputs)
-    ledger_file = storage.join(out, "ledger.json")
-    if storage.exists(storage.join(out, "_SUCCESS")):
-        remark = ": already labelled by this same command"
-        return Labelled(out, storage.read_json(ledger_file), remark)
-
-    runtime.start_ray(verbose=verbose)
-    reached = {"--out": out, "MODEL": bundle.uri, "the cover": ingest.local_cover(plan, source)}
-    places.check_shared(reached, config.shared_filesystem)
-    workers = runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
-    rows = plan.num_rows
-    plan_uri = storage.join(out, _PLAN)
-    if not storage.exists(plan_uri):
-        storage.put(plan_uri, shards.to_parquet(plan))
-    units = [
-        (unit, start, min(start + config.unit_rows, rows))
-        for unit, start in enumerate(range(0, rows, config.unit_rows))
-    ]
-    committed = set(storage.list_sizes(storage.join(out, "labels")))
-    pending = [u for u in units if _part(u[0]) not in committed]
-    if len(pending) < len(units):
-        say(f"score: {len(units) - len(pending):,} of {len(units):,} units were done before")
-    rate = None
-    if pending:
-        todo = sum(stop - start for _, start, stop in pending)
-        with runtime.waiting_said(workers), Progress("score", todo, "covers") as progress:
-            batches = predict.score_plan(
-                plan_uri,
-                pending,
-                source,
-                bundle.uri,
-                bundle.preprocessing,
-                batch_size=config.batch_size,
-                workers=workers,
-            )
-            sizes = {unit: stop - start for unit, start, stop in pending}
-            for unit, parts in _whole_units(batches, sizes, progress):
-                _commit(out, unit, parts, bundle)
-            rate = round(progress.rate, 1)
-    ledger = _ledger(out, rows, len(units), bundle)
-    ledger |= {"covers_per_second": rate, "workers": workers.count}
-    storage.put_json(ledger_file, ledger)
-    accounted = ledger["scored"] + ledger["rejected"] + ledger["duplicates"]
-    if accounted != rows:
-        raise LedgerError(
-            f"{out}: {rows:,} rows went in and {accounted:,} came out; see ledger.json"
-        )
-    storage.put(storage.join(out, "_SUCCESS"), b"")
-    return Labelled(out, ledger)
 
 
-def _plan(config: ScoreConfig) -> tuple[pa.Table, Source, str]:
-    """(plan, where image bytes are, identity of the content)"""
-    place = storage.absolute(config.catalog)
-    if shards.is_dataset(place):
-        manifest = shards.read_manifest(place)
-        table, source = ingest.plan_dataset(manifest, schema.SPLITS)
-        return table, source, manifest.dataset_id
-    catalog = read_catalog(place, config)
-    for note in catalog.notes:
-        say(note)
-    source = Source(
-        catalog.files,
-        catalog.image_column,
-        fetches=config.fetches,
-        allow_private=config.allow_private_addresses,
+def _plan(out: str, config: ScoreConfig, bundle: Bundle, rows: _Rows) -> Plan:
+    """The plan of this run: as it was left there, or made now. The place is this run's then."""
+    uri = storage.join(out, _PLAN)
+    plan = read_plan(uri)
+    if plan is None or not (places.is_claimed(out) or plan.key == rows.key):
+        parts, source = rows.read()
+        with Progress("catalog", None, "rows") as progress:
+            plan = write_plan(uri, _counted(parts, progress), source, rows.key)
+    _claim(out, config, bundle, rows.identity or plan.identity)
+    source_now = dataclasses.replace(
+        plan.source, fetches=config.fetches, allow_private=config.allow_private_addresses
     )
-    return ingest.plan(catalog.table), source, catalog.fingerprint
+    return dataclasses.replace(plan, source=source_now)
+
+
+def _counted(parts: Iterable[pa.Table], progress: Progress) -> Iterator[pa.Table]:
+    for part in parts:
+        yield part
+        progress.advance(part.num_rows)
+
+
+def _score(
+    out: str, config: ScoreConfig, bundle: Bundle, plan: Plan, held: Lease
+) -> dict[str, Any]:
+    """Do the units that are not done yet; the ledger of all."""
+    workers = runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
+    every = np.arange(-(-plan.rows // config.unit_rows))
+    done = _committed(out)
+    pending = np.setdiff1d(every, done, assume_unique=True)
+    starts = pending * config.unit_rows
+    units = np.stack([pending, starts, np.minimum(starts + config.unit_rows, plan.rows)], axis=1)
+    total: Counter[str] = Counter()
+    rate = None
+    if len(done):
+        say(f"score: {len(done):,} of {len(every):,} units were done before")
+        _count_footers(out, done, total)
+    if len(pending):
+        rows = int((units[:, 2] - units[:, 1]).sum())
+        with runtime.waiting_said(workers), Progress("score", rows, "covers") as progress:
+            batches = predict.score_plan(
+                plan, units, bundle, batch_size=config.batch_size, workers=workers
+            )
+            for unit, parts in _whole_units(batches, units, progress):
+                held.check()
+                total.update(_commit(out, unit, parts, bundle))
+            rate = round(progress.rate, 1)
+    reasons = {name.partition(":")[2]: n for name, n in total.items() if ":" in name}
+    ledger = {
+        "rows": plan.rows,
+        "scored": total["scored"],
+        "rejected": total["rejected"],
+        "duplicates": total["duplicates"],
+        "reasons": dict(sorted(reasons.items())),
+        "units": len(every),
+        "units_written": len(_committed(out)),
+        "weights_id": bundle.weights_id,
+        "decision_id": bundle.decision_id,
+        "genres": list(bundle.genres.names),
+        "covers_per_second": rate,
+        "workers": workers.count,
+    }
+    storage.put_json(storage.join(out, "ledger.json"), ledger)
+    if ledger["units_written"] != len(every):
+        raise LedgerError(f"{out}: {len(every):,} units, {ledger['units_written']:,} are there")
+    return ledger
+
+
+def _committed(out: str) -> NDArray[np.int64]:
+    """Numbers of the units whose last object is there."""
+    names = storage.list_sizes(storage.join(out, "labels"))
+    found = (re.fullmatch(r"part-([0-9]{8,})\.parquet", name) for name in names)
+    return np.array(sorted(int(match[1]) for match in found if match), np.int64)
+
+
+def _count_footers(out: str, units: NDArray[np.int64], total: Counter[str]) -> None:
+    """Add what those units hold; nothing is counted that was not written."""
+
+    def counts(unit: int) -> dict[str, int]:
+        uri = storage.join(out, "labels", _part(unit))
+        with storage.open_input(uri) as file, storage.named(uri, "read as Parquet"):
+            found: dict[str, int] = json.loads(parquet.opened(uri, file).metadata.metadata[_FOOTER])
+        return found
+
+    with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
+        for found in pool.map(counts, units.tolist()):
+            total.update(found)
 
 
 def _part(unit: int) -> str:
@@ -144,9 +234,10 @@ def _part(unit: int) -> str:
 
 
 def _whole_units(
-    batches: Iterator[Scored], sizes: dict[int, int], progress: Progress
+    batches: Iterable[Scored], units: NDArray[np.int64], progress: Progress
 ) -> Iterator[tuple[int, list[Scored]]]:
     """Gather batches, which come in any order, until all rows of a unit are there."""
+    sizes = {unit: stop - start for unit, start, stop in units.tolist()}
     parts: dict[int, list[Scored]] = {}
     have: Counter[int] = Counter()
     for batch in batches:
@@ -160,8 +251,8 @@ def _whole_units(
         raise LedgerError(f"{len(parts)} units came back incomplete; run the same command again")
 
 
-def _commit(out: str, unit: int, parts: list[Scored], bundle: Bundle) -> None:
-    """Write a unit: what is not labelled first, the labels last."""
+def _commit(out: str, unit: int, parts: list[Scored], bundle: Bundle) -> dict[str, int]:
+    """Write a unit: what is not labelled first, the labels last. Gives its counts."""
     outcomes = pa.concat_tables([part.outcomes for part in parts])
     scores = np.concatenate([part.scores for part in parts])
     rejected = outcomes.filter(pc.is_valid(outcomes["reason"]))
@@ -175,16 +266,17 @@ def _commit(out: str, unit: int, parts: list[Scored], bundle: Bundle) -> None:
         data = shards.to_parquet(table.select(fields.names).cast(fields))
         storage.put(storage.join(out, folder, _part(unit)), data)
     counts = {
-        "rows": outcomes.num_rows,
         "scored": scored.num_rows,
         "rejected": rejected.num_rows,
         "duplicates": duplicates.num_rows,
-        "reasons": dict(sorted(Counter(rejected["reason"].to_pylist()).items())),
     }
+    reasons = Counter(rejected["reason"].to_pylist())
+    counts |= {f"reason:{reason}": count for reason, count in sorted(reasons.items())}
     data = shards.to_parquet(
         _labels(scored, scores, bundle), {_FOOTER.decode(): json.dumps(counts)}
     )
     storage.put(storage.join(out, "labels", _part(unit)), data)
+    return counts
 
 
 def _labels(scored: pa.Table, scores: Any, bundle: Bundle) -> pa.Table:
@@ -205,29 +297,3 @@ def _labels(scored: pa.Table, scores: Any, bundle: Bundle) -> pa.Table:
         ],
         schema=schema.labels(names),
     )
-
-
-def _ledger(out: str, rows: int, units: int, bundle: Bundle) -> dict[str, Any]:
-    """The sum over the footers of all units; nothing is counted that was not written."""
-    total: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    folder = storage.join(out, "labels")
-    written = storage.list_sizes(folder)
-    names = [_part(unit) for unit in range(units) if _part(unit) in written]
-    for name in names:
-        with storage.open_input(storage.join(folder, name)) as file:
-            counts = json.loads(pq.read_metadata(file).metadata[_FOOTER])
-        reasons.update(counts.pop("reasons"))
-        total.update(counts)
-    return {
-        "rows": rows,
-        "scored": total["scored"],
-        "rejected": total["rejected"],
-        "duplicates": total["duplicates"],
-        "reasons": dict(sorted(reasons.items())),
-        "units": units,
-        "units_written": len(names),
-        "weights_id": bundle.weights_id,
-        "decision_id": bundle.decision_id,
-        "genres": list(bundle.genres.names),
-    }

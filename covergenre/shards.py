@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from covergenre import schema, storage
+from covergenre import parquet, schema, storage
 from covergenre.errors import DatasetError
 from covergenre.genres import Genres
 
@@ -28,7 +28,7 @@ ROW_GROUP_BYTES = 48 * 2**20
 _LARGE_GROUP_BYTES = 64 * 2**20
 _BUFFER_BYTES = 8 * 2**20
 _STREAMED_ROWS = 64
-_TABLE_GROUP_ROWS = 8192
+TABLE_GROUP_ROWS = 8192
 """Of a table without covers: a plan, labels. A task reads a part of a plan, not all of it."""
 
 
@@ -143,8 +143,8 @@ def to_parquet(table: pa.Table, metadata: dict[str, str] | None = None) -> pa.Bu
 
 def _row_groups(table: pa.Table) -> Iterable[tuple[int, int]]:
     if "image" not in table.column_names:
-        for start in range(0, table.num_rows, _TABLE_GROUP_ROWS):
-            yield start, min(start + _TABLE_GROUP_ROWS, table.num_rows)
+        for start in range(0, table.num_rows, TABLE_GROUP_ROWS):
+            yield start, min(start + TABLE_GROUP_ROWS, table.num_rows)
         return
     sizes = pa.compute.binary_length(table["image"]).to_pylist()
     start, held = 0, 0
@@ -167,7 +167,7 @@ def write_shard(root: str, path: str, table: pa.Table) -> Shard:
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """All rows of the Parquet file `uri`."""
     with storage.open_input(uri) as file, storage.named(uri, "read as Parquet"):
-        return pq.read_table(file, columns=columns)
+        return parquet.opened(uri, file).read(columns=columns)
 
 
 @lru_cache(maxsize=16)
@@ -175,17 +175,18 @@ def _open(uri: str, stamp: tuple[int, int], buffered: bool) -> pq.ParquetFile:
     # A worker reads many parts of one file: its footer is read once, until the file is another.
     # Buffered, a column of a row group passes by; else all of it is fetched at once.
     settings = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False} if buffered else {}
-    return pq.ParquetFile(storage.open_input(uri), **settings)
+    return parquet.opened(uri, storage.open_input(uri), **settings)
 
 
-def _opened(uri: str, buffered: bool = False) -> pq.ParquetFile:
+def open_parquet(uri: str, buffered: bool = False) -> pq.ParquetFile:
+    """The Parquet file `uri`, kept open for those who read other parts of it later."""
     return _open(uri, storage.stamp(uri), buffered=buffered)
 
 
 def read_rows(uri: str, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
     """Rows `start` to `stop` of the Parquet file `uri`, reading only the row groups they are in."""
     with storage.named(uri, "read as Parquet"):
-        file = _opened(uri)
+        file = open_parquet(uri)
         first_row = 0
         groups: list[int] = []
         skipped = 0
@@ -207,13 +208,13 @@ def stream_rows(uri: str, rows: Sequence[int], columns: Sequence[str]) -> Iterat
     """
     wanted = np.asarray(rows, np.int64)
     with storage.named(uri, "read as Parquet"):
-        metadata = _opened(uri).metadata
+        metadata = open_parquet(uri).metadata
         ends = np.cumsum([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)])
         for group in np.unique(np.searchsorted(ends, wanted, "right")):
             group_rows = metadata.row_group(int(group))
             start = int(ends[group]) - group_rows.num_rows
             here = wanted[(wanted >= start) & (wanted < ends[group])]
-            file = _opened(uri, buffered=group_rows.total_byte_size > _LARGE_GROUP_BYTES)
+            file = open_parquet(uri, buffered=group_rows.total_byte_size > _LARGE_GROUP_BYTES)
             for batch in file.iter_batches(
                 _STREAMED_ROWS, row_groups=[int(group)], columns=list(columns), use_threads=False
             ):

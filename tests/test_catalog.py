@@ -282,7 +282,7 @@ def test_jsonl(write: Write, tmp_path: Path) -> None:
 
 
 def test_jsonl_in_chunks(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog_files, "_JSONL_CHUNK_ROWS", 4)
+    monkeypatch.setattr(catalog_files, "_CHUNK_ROWS", 4)
     path = write("x.jsonl", "".join(f'{{"album_id": {i}, "cover": "c"}}\n' for i in range(11)))
     assert column(read(path), "album_id") == [str(i) for i in range(11)]
 

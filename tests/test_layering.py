@@ -18,6 +18,7 @@ LAYERS = (
         "errors",
         "schema",
         "augment",
+        "content",
         "drawing",
         "pacing",
         "genre_lists",
@@ -26,14 +27,17 @@ LAYERS = (
     }
     | {"progress", "report", "s3"},
     # one idea each, with errors of their own
-    {"covers", "genres", "registry", "runtime", "sample", "splits", "storage", "submit"},
+    {"covers", "genres", "registry", "runtime", "sample", "splits", "storage", "submit"}
+    | {"parquet"},
     # files, settings and networks
     {"catalog_files", "checkpoints", "config", "decoding", "doctor", "fetch", "genre_map"}
-    | {"models", "shards"},
+    | {"models", "shards"}
+    | {"leases"},
     {"bundle", "dataset", "ingest", "model_card", "mumu", "places", "summary", "weights"},
-    {"catalog", "predict"},
+    {"catalog", "plan"},
+    {"predict", "prepare"},
     # the stages; training is what train's workers do
-    {"evaluate", "prepare", "score", "training"},
+    {"evaluate", "score", "training"},
     {"train"},
     # all of it together
     {"demo"},

@@ -116,7 +116,7 @@ def test_a_table_without_covers_has_row_groups_too(
     rows: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A task that needs 256 rows of a plan must not read a million."""
-    monkeypatch.setattr(shards, "_TABLE_GROUP_ROWS", 4)
+    monkeypatch.setattr(shards, "TABLE_GROUP_ROWS", 4)
     table = pa.table({"row": pa.array(range(rows), pa.int64())})
     data = shards.to_parquet(table)
     assert groups(data) == expected

@@ -1,0 +1,27 @@
+"""Hashes of tables by their content: chunks, offsets and what lies under a null do not count."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def hash_rows(digest: Any, rows: pa.Table) -> None:
+    """Add the content of `rows` to a hash of hashlib."""
+    for column in rows.columns:
+        for content in _content(column.combine_chunks()):
+            digest.update(content)
+
+
+def _content(column: pa.Array) -> Iterator[bytes | pa.Buffer]:
+    """The values alone: neither chunks and offsets nor what lies under a null."""
+    if pa.types.is_list(column.type):
+        yield pc.fill_null(pc.list_value_length(column), -1).to_numpy().tobytes()
+        column = pc.list_flatten(column)
+    if pa.types.is_string(column.type):
+        yield pc.fill_null(pc.binary_length(column), -1).to_numpy().tobytes()
+        texts = pc.fill_null(column, "")
+        yield pc.binary_join(pa.ListArray.from_arrays([0, len(texts)], texts), "")[0].as_buffer()
+    else:
+        yield pc.fill_null(column, -1).to_numpy().tobytes()
