@@ -171,9 +171,8 @@ def _load_rgb(image: ImageFile, at_least: int | None = None) -> Image.Image:
 
 
 def _unusable(error: Exception) -> CoverError:
-    text = one_line(error)
-    memory = isinstance(error, MemoryError) or "out of memory" in text.lower()
-    return CoverError("too_much_memory" if memory else "truncated_image", text)
+    reason = "too_much_memory" if isinstance(error, MemoryError) else "truncated_image"
+    return CoverError(reason, one_line(error))
 
 
 def one_line(error: Exception) -> str:

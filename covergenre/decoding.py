@@ -5,6 +5,8 @@ A cover that kills it, wants too much memory or does not come to an end is set a
 reason; the child is replaced, and work goes on.
 """
 
+import ctypes
+import errno
 import json
 import os
 import signal
@@ -26,16 +28,19 @@ from covergenre.covers import CoverError, Preprocessing
 from covergenre.errors import CovergenreError
 
 DECODE_SECONDS = 30.0
-"""A cover that takes longer is set aside; the largest that is opened takes a few."""
+"""CPU time after which a cover is set aside; the largest that are opened take 1 to 4.
+Not time by the clock: on a machine that is busy, a good cover takes many times as long."""
 
 MEMORY_BYTES = 3 * 2**30
-"""Address space of the child, of which 0.3 GiB are Python's (Linux only)."""
+"""Address space of the child, of which 0.1 GiB are Python's (Linux only)."""
 
+_CLOCK = 4
+"""Times as long by the clock, and a child that stands still is given up."""
 _ATTEMPTS = 2
 """Before a cover is blamed: the child may have been killed, or the machine have stood still."""
 _START_SECONDS = 120.0
 _ALARM_SECONDS = 5.0
-"""After the parent's deadline: the child ends itself where no parent is left to do it."""
+"""After the parent's patience: the child ends itself where no parent is left to do it."""
 
 # What a child is started with. Nothing else: the environment may hold credentials, and a decoder
 # that a hostile cover took over should find none.
@@ -58,7 +63,7 @@ class Decoder:
     """A child process that decodes, started when first needed. Threads may share it."""
 
     def __init__(self, *, seconds: float = DECODE_SECONDS, memory: int = MEMORY_BYTES) -> None:
-        """seconds: for each cover. memory: bytes of address space that the child may have."""
+        """seconds: CPU time for each cover. memory: address space of the child, in bytes."""
         self._seconds = seconds
         self._memory = memory
         self._lock = threading.Lock()
@@ -93,10 +98,12 @@ class Decoder:
                     # the next cover.
                     self._child = child
                     break
-                except TimeoutError:
-                    failure = _too_slow(self._seconds)
-                except (EOFError, ConnectionError):
-                    failure = _died(child.end(), self._seconds)
+                except (TimeoutError, EOFError, ConnectionError) as error:
+                    code = child.end()
+                    late = isinstance(error, TimeoutError) or code == -signal.SIGALRM
+                    failure = _stood_still(self._seconds) if late else _died(code, self._seconds)
+                    if code == -signal.SIGPROF:  # spent: the next child would spend as much
+                        raise failure from None
                 finally:
                     if self._child is None:
                         child.end()
@@ -115,14 +122,15 @@ def _own_decoder() -> Decoder:
     return _decoders.get(os.getpid()) or _decoders.setdefault(os.getpid(), Decoder())
 
 
-def _too_slow(seconds: float) -> CoverError:
-    return CoverError("decode_timeout", f"not decoded within {seconds:g} s")
+def _stood_still(seconds: float) -> CoverError:
+    return CoverError("decode_timeout", f"the decoder stood still for {_CLOCK * seconds:g} s")
 
 
 def _died(code: int, seconds: float) -> CoverError:
-    if code == -signal.SIGALRM:
-        return _too_slow(seconds)
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    """Why, of the exit code of a child that ended of itself or by a signal."""
+    if code == -signal.SIGPROF:
+        return CoverError("decode_timeout", f"not decoded in {seconds:g} s of CPU time")
+    how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
     return CoverError("decoder_crashed", f"the decoder ended: {how}")
 
 
@@ -166,8 +174,8 @@ class _Child:
         self, question: dict[str, Any], data: bytes, seconds: float
     ) -> tuple[dict[str, Any], bytearray]:
         """Raises TimeoutError; EOFError or ConnectionError where the child has ended."""
-        until = time.monotonic() + seconds
-        self._socket.settimeout(seconds)
+        until = time.monotonic() + _CLOCK * seconds
+        self._socket.settimeout(_CLOCK * seconds)
         _send(self._socket, question | {"seconds": seconds}, data)
         return _receive(self._socket, until)
 
@@ -219,14 +227,19 @@ def serve(memory: int) -> None:
     # From here on nobody reads what libraries say of damaged files.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     _send(connection, {})
+    errno_of_c = _errno_of_c()
     while True:
         try:
             question, data = _receive(connection)
         except (EOFError, ConnectionError):
             return
-        signal.setitimer(signal.ITIMER_REAL, question["seconds"] + _ALARM_SECONDS)
-        answer, body = _answer(question, bytes(data))
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_timers(question["seconds"])
+        errno_of_c.value = 0
+        answer, body = _answer(question, data)
+        # Most libraries take a refused allocation for a damaged file. The C library tells.
+        if answer.get("reason") == "truncated_image" and errno_of_c.value == errno.ENOMEM:
+            answer["reason"] = "too_much_memory"
+        _set_timers(0)
         try:
             _send(connection, answer, body)
         except ConnectionError:
@@ -237,14 +250,31 @@ def _confine(memory: int) -> None:
     import resource
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, in the midst of C code too
+    for alarm in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(alarm, signal.SIG_DFL)  # ends the process, in the midst of C code too
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":  # macOS has the limit, and does not keep it
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
-def _answer(question: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+def _set_timers(seconds: float) -> None:
+    """Of CPU time, and of the clock. 0: off."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds and _CLOCK * seconds + _ALARM_SECONDS)
+
+
+def _errno_of_c() -> ctypes.c_int:
+    """The C library's own errno: a failing allocation sets it, and a good one lets it be."""
+    libc = ctypes.CDLL(None)
+    place = libc.__error if sys.platform == "darwin" else libc.__errno_location
+    place.restype = ctypes.POINTER(ctypes.c_int)
+    found: ctypes.c_int = place().contents
+    return found
+
+
+def _answer(question: dict[str, Any], received: bytearray) -> tuple[dict[str, Any], bytes]:
     try:
+        data = bytes(received)
         if "spec" in question:
             return {}, covers.decode(data, _spec(json.dumps(question["spec"]))).tobytes()
         packed = covers.pack(data, question["max_side"])
@@ -252,6 +282,8 @@ def _answer(question: dict[str, Any], data: bytes) -> tuple[dict[str, Any], byte
         return {"kept": kept}, b"" if kept else packed
     except CoverError as error:
         return {"reason": error.reason, "detail": error.detail}, b""
+    except MemoryError as error:
+        return {"reason": "too_much_memory", "detail": covers.one_line(error)}, b""
     except Exception as error:  # nothing known: as good as a crash, and the child is still well
         return {"reason": "decoder_crashed", "detail": covers.one_line(error)}, b""
 
