@@ -54,6 +54,8 @@ _FIRST_BYTES = 2**20
 _PIECE_BYTES = 8 * 2**20
 """Of an upload in parts, and of a long read. S3 takes 10,000 parts: 80 GB."""
 _PARTS_IN_FLIGHT = 4
+_PAGE_KEYS = 1000
+"""Of a listing; S3 gives no more at a time."""
 _MARK = "covergenre-write"
 """Metadata that tells one write from another: whether one was carried out whose answer was lost."""
 
@@ -193,11 +195,7 @@ def _look(bucket: str) -> str | None:
 
     def look() -> None:
         try:
-            _asked(
-                bucket,
-                lambda client: client.list_objects_v2(Bucket=bucket, MaxKeys=1),
-                looking=True,
-            )
+            next(_pages(bucket, "", recursive=True, keys=1, looking=True))
             answers.put(None)
         except StoreError as error:
             answers.put(str(error))
@@ -295,8 +293,6 @@ def _one_line(error: Exception) -> OSError:
     from botocore import exceptions, parsers
 
     match error:
-        case OSError():
-            return error
         case exceptions.ClientError():
             return _refusal(error)
         case exceptions.ProfileNotFound():
@@ -326,6 +322,8 @@ def _one_line(error: Exception) -> OSError:
             return StoreError(f"{error}; look at the AWS settings".replace("\n", " "))
         case ValueError() if "endpoint" in str(error):
             return StoreError("AWS_ENDPOINT_URL is no http(s) address; look at the AWS settings")
+        case OSError():  # ours; some of botocore's are one as well
+            return error
     raise error
 
 
@@ -536,12 +534,15 @@ def _head(client: Any, where: dict[str, str]) -> Any:
     from botocore.exceptions import ClientError
 
     try:
-        return client.head_object(**where)
+        found = client.head_object(**where)
     except ClientError as error:
         if _code(error) in ("400", "403"):
             # An answer to HEAD cannot say what is wrong; the one to GET does.
             client.get_object(**where, Range="bytes=0-0")["Body"].close()
         raise
+    if not {"ContentLength", "LastModified"} <= set(found):
+        raise _CutShortError(where["Key"])
+    return found
 
 
 def _is_marked(client: Any, where: dict[str, str], mark: str) -> bool:
@@ -692,19 +693,18 @@ def _info(path: str) -> fs.FileInfo:
             where = {"Bucket": bucket, "Key": key}
             found = _asked(bucket, lambda client: _head(client, where))
             return _file_info(path, found["ContentLength"], found["LastModified"])
-    page = _asked(
-        bucket,
-        lambda client: client.list_objects_v2(
-            Bucket=bucket, Prefix=f"{key}/" if key else "", MaxKeys=1
-        ),
-    )
+    page = next(_pages(bucket, f"{key}/" if key else "", recursive=True, keys=1))
     is_folder = page.get("Contents") or not key
     return fs.FileInfo(path, fs.FileType.Directory if is_folder else fs.FileType.NotFound)
 
 
-def _pages(bucket: str, prefix: str, recursive: bool) -> Iterator[dict[str, Any]]:
-    """A listing, up to 1,000 keys at a time."""
-    more = {"Prefix": prefix} | ({} if recursive else {"Delimiter": "/"})
+def _pages(
+    bucket: str, prefix: str, recursive: bool, *, keys: int = 0, looking: bool = False
+) -> Iterator[dict[str, Any]]:
+    """A listing, a part at a time."""
+    more: dict[str, Any] = {"Prefix": prefix, "MaxKeys": keys or _PAGE_KEYS}
+    if not recursive:
+        more["Delimiter"] = "/"
 
     def ask(client: Any) -> dict[str, Any]:
         page: dict[str, Any] = client.list_objects_v2(Bucket=bucket, **more)
@@ -713,7 +713,7 @@ def _pages(bucket: str, prefix: str, recursive: bool) -> Iterator[dict[str, Any]
         return page
 
     while True:
-        page = _asked(bucket, ask)
+        page = _asked(bucket, ask, looking=looking)
         yield page
         if not page["IsTruncated"]:
             return

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from flaky_proxy import FlakyProxy
 
 from covergenre.sample import write_sample
 
@@ -51,6 +52,24 @@ def s3() -> Iterator[str]:
             for found in page.get("Contents", ()):
                 client.delete_object(Bucket=bucket, Key=found["Key"])
         client.delete_bucket(Bucket=bucket)
+
+
+@pytest.fixture
+def flaky_s3(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, FlakyProxy]]:
+    """(a bucket, the proxy in front of its store that fails one request in five)
+
+    This process, and others that it starts, go through the proxy; Ray that runs already does not.
+    Here a stall is ended soon: what waits and how often is what is tested, not how long.
+    """
+    from covergenre import s3 as store
+
+    with FlakyProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        for name in ("_READ_SECONDS", "_LOOK_READ_SECONDS", "_FIRST_WAIT_SECONDS"):
+            monkeypatch.setattr(store, name, 0.5 if "READ" in name else 0.01)
+        store.forget()
+        yield s3, proxy
+    store.forget()
 
 
 @pytest.fixture(scope="session")

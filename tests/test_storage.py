@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import socket
+import socketserver
 import stat
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from pyarrow import fs
 
 from covergenre import s3 as store
 from covergenre import storage
@@ -284,19 +284,25 @@ def fresh(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPat
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setattr(store, "_LOOK_PATIENCE_SECONDS", 0.5)
     yield monkeypatch
     store.forget()
 
 
 @pytest.mark.parametrize("variable", ["AWS_REGION", "AWS_DEFAULT_REGION"])
-def test_both_clients_go_to_one_region(s3: str, fresh: pytest.MonkeyPatch, variable: str) -> None:
-    """boto3 does not look at AWS_REGION, Arrow does."""
+def test_both_names_of_the_region_count(s3: str, fresh: pytest.MonkeyPatch, variable: str) -> None:
+    """boto3 does not look at AWS_REGION; all other tools of AWS do."""
     fresh.delenv("AWS_DEFAULT_REGION", raising=False)
     fresh.delenv("AWS_REGION", raising=False)
     fresh.setenv(variable, "eu-west-3")
-    system, _ = storage.filesystem(f"{s3}/x")
-    assert isinstance(system, fs.S3FileSystem)
-    assert system.region == storage._client().meta.region_name == "eu-west-3"
+    assert store._client().meta.region_name == "eu-west-3"
+
+
+def test_no_region_is_needed_where_an_endpoint_is_named(s3: str, fresh: pytest.MonkeyPatch) -> None:
+    fresh.delenv("AWS_DEFAULT_REGION", raising=False)
+    fresh.delenv("AWS_REGION", raising=False)
+    storage.put(f"{s3}/no-region", b"x")
+    assert storage.read_bytes(f"{s3}/no-region") == b"x"
 
 
 def closed_port() -> int:
@@ -337,8 +343,67 @@ def test_what_keeps_one_from_s3_is_one_line(
         assert "\n" not in str(error.value)
 
 
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\n"
+
+
+@pytest.mark.parametrize("answer", [b"", HEAD, HEAD + b"\r\n<html></html>\n"])
+def test_a_server_that_is_no_store_is_told(
+    s3: str, fresh: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    """It accepts connections and is silent then, soon or late; or it is another kind of server."""
+    fresh.setattr(store, "_LOOK_READ_SECONDS", 0.1)
+    over = threading.Event()
+
+    class Silent(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            if answer:
+                self.connection.recv(65536)
+                self.connection.sendall(answer)
+            over.wait()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Silent) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            where = f"127.0.0.1:{server.server_address[1]}"
+            fresh.setenv("AWS_ENDPOINT_URL", f"http://user:word@{where}")
+            text = fails(lambda: storage.exists(f"{s3}/x"), s3)
+        finally:
+            over.set()
+            server.shutdown()
+            thread.join()
+    assert f": http://{where}" in text and "look at AWS_ENDPOINT_URL" in text
+    assert ("does not answer" in text) == (b"html" not in answer)
+
+
+def test_the_first_look_ends_within_fifteen_seconds() -> None:
+    assert (
+        store._LOOK_PATIENCE_SECONDS + store._LOOK_CONNECT_SECONDS + store._LOOK_READ_SECONDS < 15
+    )
+
+
+def test_a_name_server_that_never_answers_is_not_waited_for(
+    s3: str, fresh: pytest.MonkeyPatch
+) -> None:
+    """Looking up a name has no timeout that we could set."""
+    over = threading.Event()
+
+    def look_up(*_: object, **__: object) -> list[object]:
+        over.wait()
+        return []
+
+    fresh.setattr(socket, "getaddrinfo", look_up)
+    for name in ("_LOOK_PATIENCE_SECONDS", "_LOOK_CONNECT_SECONDS", "_LOOK_READ_SECONDS"):
+        fresh.setattr(store, name, 0.1)
+    try:
+        assert "does not answer" in fails(lambda: storage.exists(f"{s3}/x"), s3)
+    finally:
+        over.set()
+
+
 @pytest.mark.parametrize(
-    ("bucket", "said"), [("covergenre-no-such", "no such bucket at http"), ("_", "bucket")]
+    ("bucket", "said"),
+    [("covergenre-no-such", "no such bucket at http"), ("_", "no such bucket")],
 )
 def test_a_bucket_that_is_not_there_is_told(s3: str, bucket: str, said: str) -> None:
     uri = f"s3://{bucket}/x"
@@ -347,7 +412,7 @@ def test_a_bucket_that_is_not_there_is_told(s3: str, bucket: str, said: str) -> 
         lambda uri: storage.put(uri, b""),
         lambda uri: storage.put_if_absent(uri, b""),
     ):
-        with pytest.raises(StorageError, match=f"s3://{bucket}: .*{said}"):
+        with pytest.raises(StorageError, match=f"s3://{bucket}.*: {said}"):
             action(uri)
 
 
@@ -363,7 +428,8 @@ def test_what_was_wrong_a_while_ago_is_asked_again(s3: str, fresh: pytest.Monkey
     fresh.setenv("AWS_PROFILE", "typo")
     fails(lambda: storage.exists(f"{s3}/x"), s3)
     fresh.delenv("AWS_PROFILE")
-    fails(lambda: storage.exists(f"{s3}/x"), s3)
+    text = fails(lambda: storage.exists(f"{s3}/x"), s3)
+    assert "AWS_PROFILE" in text
     fresh.setattr(store, "_TROUBLE_SECONDS", 0.0)
     assert not storage.exists(f"{s3}/x")
 
@@ -377,7 +443,7 @@ def test_a_filesystem_is_made_anew_in_another_process(s3: str) -> None:
     )
     write = (
         "import pickle, sys; system = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
-        "assert 'covergenre.storage' in sys.modules\n"
+        "assert 'covergenre.s3' in sys.modules\n"
         "with system.open_output_stream(sys.argv[2]) as stream: stream.write(b'there')\n"
     )
     subprocess.run([sys.executable, "-c", write, pickled.hex(), path], check=True)

@@ -2,8 +2,8 @@
 
     python flaky_proxy.py http://127.0.0.1:9000 [--one-in 5] [--seed 0]
 
-prints its own address, and at its end (Ctrl-C) what it did to which requests. Of each kind of request
-every 40 have the same faults, in an order that the seed gives:
+prints its own address, and at its end (Ctrl-C) what it did to which requests. Of each kind of
+request every 40 have the same faults, in an order that the seed gives:
 
     slow_down     503 SlowDown
     reset         the connection is reset before the store hears of the request
@@ -39,6 +39,10 @@ class FlakyProxy:
         """0: no fault at all."""
         self.refused: dict[str, str] = {}
         """Access key -> the error code that whoever comes with it gets."""
+        self.next: dict[str, list[str]] = defaultdict(list)
+        """Kind of request -> faults ("" is none) of the next ones, before chance has its turn."""
+        self.keyed: Counter[tuple[str, bool]] = Counter()
+        """(kind of request, whether it brought a customer's key) -> how many."""
         self.counts: Counter[tuple[str, str]] = Counter()
         """(kind of request, fault, or "" where it went through) -> how many."""
         self.over = threading.Event()
@@ -73,15 +77,18 @@ class FlakyProxy:
     def draw(self, kind: str) -> str:
         """The fault of the next request of this kind, or ""."""
         with self._lock:
+            if self.next[kind]:
+                return self.next[kind].pop(0)
             deck = self._decks[kind]
             if not deck and self.one_in:
                 deck += [*FAULTS, *[""] * (len(FAULTS) * (self.one_in - 1))]
                 self._random.shuffle(deck)
             return deck.pop() if self.one_in else ""
 
-    def count(self, kind: str, fault: str) -> None:
+    def count(self, kind: str, fault: str, is_keyed: bool) -> None:
         with self._lock:
             self.counts[kind, fault] += 1
+            self.keyed[kind, is_keyed] += 1
 
 
 class _Server(ThreadingHTTPServer):
@@ -105,24 +112,25 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         kind = _kind(self.command, self.path)
         key = self.headers.get("Authorization", "").partition("Credential=")[2].partition("/")[0]
-        if code := proxy.refused.get(key):
-            proxy.count(kind, "refused")
-            return self._refuse(400, code)
-        fault = proxy.draw(kind)
-        if fault == "slow_down":
-            proxy.count(kind, fault)
-            return self._refuse(503, "SlowDown")
-        if fault in ("reset", "stall"):
-            proxy.count(kind, fault)
-            return self._reset() if fault == "reset" else self._stall()
-        answer, data = self._forward(body)
-        if fault == "short" and not data:
-            fault = "lost"
-        proxy.count(kind, fault)
-        if fault == "lost":
-            return self._reset()
-        if fault == "lost_stall":
-            return self._stall()
+        code = proxy.refused.get(key)
+        fault = "refused" if code else proxy.draw(kind)
+        answer, data = None, b""
+        if fault in ("", "lost", "lost_stall", "short"):
+            answer, data = self._forward(body)
+            if fault == "short" and not data:
+                fault = "lost"
+        keyed = "x-amz-server-side-encryption-customer-key" in self.headers
+        proxy.count(kind, fault, keyed)
+        if fault in ("stall", "lost_stall"):
+            self._stall()
+        elif fault in ("reset", "lost"):
+            self._reset()
+        elif answer is None:
+            self._refuse(400 if code else 503, code or "SlowDown")
+        else:
+            self._pass_on(answer, data, data[: len(data) // 2] if fault == "short" else data)
+
+    def _pass_on(self, answer: http.client.HTTPResponse, data: bytes, sent: bytes) -> None:
         self.send_response_only(answer.status, answer.reason)
         for name, value in answer.getheaders():
             if name.lower() not in _OF_A_CONNECTION | {"content-length"}:
@@ -131,17 +139,15 @@ class _Handler(BaseHTTPRequestHandler):
         if length is not None and answer.status != 204:
             self.send_header("Content-Length", str(length))
         self.end_headers()
-        self.wfile.write(data[: len(data) // 2] if fault == "short" else data)
-        self.close_connection = fault == "short"
+        self.wfile.write(sent)
+        self.close_connection = len(sent) < len(data)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any  # noqa: N815
 
     def _forward(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
         upstream = http.client.HTTPConnection(self.server.proxy.upstream, timeout=60)
         try:
-            upstream.putrequest(
-                self.command, self.path, skip_host=True, skip_accept_encoding=True
-            )
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():  # with the Host that was signed
                 if name.lower() not in _OF_A_CONNECTION:
                     upstream.putheader(name, value)
