@@ -21,6 +21,7 @@ _STAGES = {
     "score": ("ScoreConfig", "Label a catalog (or a dataset) with a model."),
 }
 
+_ARGUMENTS = "covergenre.arguments"
 _SUBMIT_OPTIONS = ("--address", "--wait", "--no-wait", "--working-dir")
 
 
@@ -105,10 +106,25 @@ def _stage_command(name: str) -> click.Command:
 
     def run(verbose: bool, **given: Any) -> None:
         settings = _settings(stage, given)
+        from covergenre.runtime import dashboard
+
+        if address := dashboard():
+            from covergenre.submit import submit
+
+            arguments = click.get_current_context().meta[_ARGUMENTS]
+            sys.exit(submit(name, arguments, address=address, wait=True, working_dir="."))
         run_stage = getattr(import_module(f"covergenre.{name}"), name)
         click.echo(run_stage(settings, verbose=verbose).account())
 
-    return click.Command(name, callback=run, params=params, help=about, short_help=about)
+    return _Stage(name, callback=run, params=params, help=about, short_help=about)
+
+
+class _Stage(click.Command):
+    """A stage; its arguments are kept as they were given, for a job on a cluster."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
 
 
 def _settings(stage: Any, given: dict[str, Any]) -> Any:

@@ -19,6 +19,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from covergenre.errors import ModelError
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is opened: raster formats that Pillow decodes itself. It would run Ghostscript on an EPS."""
+
 MAX_BYTES = 25_000_000
 """A larger file is set aside: a row group of the dataset has to hold it."""
 
@@ -26,8 +29,6 @@ MAX_PIXELS = 100_000_000
 """A cover with more pixels than this is set aside: it may be a decompression bomb."""
 
 _JPEG_QUALITY = 92  # visually lossless at cover size; 4:4:4 below keeps coloured lettering sharp
-# Raster formats that Pillow decodes itself: given the chance, it would run Ghostscript on an EPS.
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # EXIF orientation -> what sets the image upright
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -144,7 +145,7 @@ def _open(data: bytes) -> ImageFile:
         # Pillow warns about damaged metadata and many pixels: the checks here are what counts.
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise CoverError("too_many_pixels", one_line(error)) from error
         except UnidentifiedImageError as error:
@@ -259,7 +260,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
             flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
-    except (OSError, ImageCms.PyCMSError):
+    except (OSError, ValueError):
         return None
     if mode in ("L", "RGB"):
         steps = np.arange(0, 256, 17, dtype=np.uint8)

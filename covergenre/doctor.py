@@ -27,9 +27,7 @@ def doctor(address: str | None, storage_uri: str | None, workers: int | None) ->
     address: a dashboard's, to look from a job of that cluster; None: the one of RAY_ADDRESS, or
     from here, at this machine or the cluster that it is of.
     """
-    named = os.environ.get("RAY_ADDRESS", "")
-    address = address or (named if named.startswith(("http://", "https://")) else None)
-    if address:
+    if address := address or runtime.dashboard():
         from covergenre.submit import run_job
 
         arguments = ["python", "-m", "covergenre", "doctor"]

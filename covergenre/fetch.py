@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
+from urllib.parse import unquote
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, LocationValueError, MaxRetryError, SSLError
 
 from covergenre.covers import MAX_BYTES, CoverError
+from covergenre.storage import redacted
 
 _ATTEMPTS = 6
 _FIRST_WAIT_SECONDS = 0.5
@@ -74,7 +76,7 @@ def web_covers(in_flight: int, allow_private: bool) -> Callable[[str], bytes]:
                     break
                 time.sleep(wait)
         failed[host] = time.monotonic()
-        raise CoverError("fetch_failed", f"{url}: {why}")
+        raise CoverError("fetch_failed", f"{redacted(url)}: {why}")
 
     return fetch
 
@@ -83,16 +85,20 @@ def _attempt(pool: urllib3.PoolManager, url: str, deadline: float) -> bytes:
     retries = urllib3.Retry(total=_REDIRECTS, connect=0, read=0, status=0, other=0)
     try:
         response = pool.request(
-            "GET", url, preload_content=False, retries=retries, timeout=_TIMEOUT
+            *("GET", url),
+            headers=_headers(url),
+            preload_content=False,
+            retries=retries,
+            timeout=_TIMEOUT,
         )
     except _RefusedError as error:
-        raise CoverError("address_refused", f"{url}: {error}") from error
+        raise CoverError("address_refused", f"{redacted(url)}: {error}") from error
     except MaxRetryError as error:
         if isinstance(error.reason, SSLError):
-            raise CoverError("unreadable_file", f"{url}: {error.reason}") from error
+            raise CoverError("unreadable_file", f"{redacted(url)}: {error.reason}") from error
         raise _AgainError(str(error.reason)) from error
-    except (LocationValueError, UnicodeError) as error:
-        raise CoverError("unreadable_file", f"{url}: no valid address: {error}") from error
+    except (LocationValueError, UnicodeError) as error:  # whose text is the address itself
+        raise CoverError("unreadable_file", f"{redacted(url)}: no valid address") from error
     except HTTPError as error:
         raise _AgainError(str(error)) from error
     try:
@@ -106,11 +112,21 @@ def _attempt(pool: urllib3.PoolManager, url: str, deadline: float) -> bytes:
         response.release_conn()
 
 
+def _headers(url: str) -> dict[str, str]:
+    """urllib3 does not make use of a user and password in an address itself.
+
+    It does leave them out again where a redirect leads to another host.
+    """
+    auth = urllib3.util.parse_url(url).auth
+    basic = urllib3.make_headers(basic_auth=unquote(auth)) if auth else {}
+    return {"User-Agent": "covergenre", **basic}
+
+
 def _check_status(url: str, response: urllib3.BaseHTTPResponse) -> None:
     status = response.status
     if status == 200:
         return
-    detail = f"{url}: HTTP {status}"
+    detail = f"{redacted(url)}: HTTP {status}"
     if status in _WORTH_TRYING_AGAIN:
         after = response.headers.get("Retry-After", "")
         raise _AgainError(f"HTTP {status}", float(after) if after.isdecimal() else 0.0)
@@ -126,9 +142,9 @@ def _body(url: str, response: urllib3.BaseHTTPResponse, deadline: float) -> byte
     for chunk in response.stream(_CHUNK_BYTES, decode_content=True):
         data += chunk
         if len(data) > MAX_BYTES:
-            raise CoverError("file_too_large", f"{url}: over {MAX_BYTES:,} bytes")
+            raise CoverError("file_too_large", f"{redacted(url)}: over {MAX_BYTES:,} bytes")
         if time.monotonic() > deadline:
-            raise CoverError("fetch_failed", f"{url}: took over {_SECONDS_A_COVER:g} s")
+            raise CoverError("fetch_failed", f"{redacted(url)}: took over {_SECONDS_A_COVER:g} s")
     return bytes(data)
 
 
@@ -168,7 +184,7 @@ def _pool(in_flight: int, allow_private: bool) -> urllib3.PoolManager:
     class HttpsPool(urllib3.HTTPSConnectionPool):
         ConnectionCls = Https
 
-    pool = urllib3.PoolManager(maxsize=in_flight, block=True, headers={"User-Agent": "covergenre"})
+    pool = urllib3.PoolManager(maxsize=in_flight, block=True)
     pool.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
     return pool
 

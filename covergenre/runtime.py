@@ -261,10 +261,8 @@ def waiting_said(workers: Workers) -> Iterator[None]:
             say(f"waiting for machines: {need:g} {kind}s are needed, {have:g} are there")
         return bool(have >= need)
 
-    if all_there():  # said at once: a job that waits shall not look like one that hangs
-        yield
-        return
-    with watching(all_there):
+    # Said at once: a job that waits shall not look like one that hangs.
+    with contextlib.nullcontext() if all_there() else watching(all_there):
         yield
 
 

@@ -10,18 +10,21 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from covergenre.errors import ConfigError
+from covergenre.errors import ConfigError, CovergenreError
 from covergenre.progress import say
 
 _DASHBOARD = "http://127.0.0.1:8265"
 _LARGEST_UPLOAD_BYTES = 100 * 2**20
 """Ray's limit for a working directory."""
 _SHOWN = 3
+_AGAIN_SECONDS = 1.0
+_PATIENCE_SECONDS = 120.0
 _NEVER_SENT = (".git", ".venv", "__pycache__")
 
 
@@ -36,7 +39,8 @@ def submit(
     """
     if not Path(working_dir, "jobs", f"{stage}.py").is_file():
         raise ConfigError(
-            f"--working-dir {working_dir}: has no jobs/{stage}.py; give covergenre's folder"
+            f"--working-dir {working_dir}: has no jobs/{stage}.py; be in covergenre's folder, or"
+            f" name it: covergenre submit {stage} --working-dir FOLDER"
         )
     entrypoint = ["python", f"jobs/{stage}.py", *arguments]
     return run_job(entrypoint, address=address, wait=wait, working_dir=working_dir)
@@ -63,8 +67,7 @@ def run_job(entrypoint: Sequence[str], *, address: str | None, wait: bool, worki
     say(f"  stop: ray job stop {there}")
     if not wait:
         return 0
-    asyncio.run(_follow(client, job))
-    info = client.get_job_info(job)
+    info = _follow(client, job)
     if info.status == "SUCCEEDED":
         return 0
     if info.driver_exit_code is None:  # it never came to run
@@ -72,9 +75,40 @@ def run_job(entrypoint: Sequence[str], *, address: str | None, wait: bool, worki
     return info.driver_exit_code or 1
 
 
-async def _follow(client: Any, job: str) -> None:
-    async for text in client.tail_job_logs(job):
-        sys.stdout.write(text)
+def _follow(client: Any, job: str) -> Any:
+    """Print the job's log until it ends; gives what Ray then knows of it.
+
+    A connection that breaks, as ssh's do, is made anew: the job goes on without. Raises
+    CovergenreError where none can be made for _PATIENCE_SECONDS.
+    """
+    from aiohttp import ClientError
+
+    shown = [0]
+    seen_at = time.monotonic()
+    while True:
+        try:
+            asyncio.run(_tail(client, job, shown))
+            info = client.get_job_info(job)
+            if info.status.is_terminal():
+                return info
+            seen_at = time.monotonic()
+        except (OSError, RuntimeError, ClientError) as error:
+            if time.monotonic() - seen_at > _PATIENCE_SECONDS:
+                raise CovergenreError(
+                    f"job {job}: is out of sight ({str(error).splitlines()[0]}), and may well go"
+                    " on; see the commands above"
+                ) from error
+        time.sleep(_AGAIN_SECONDS)
+
+
+async def _tail(client: Any, job: str, shown: list[int]) -> None:
+    """Print the log from the character after the first shown[0] on, and count there."""
+    passed = 0
+    async for text in client.tail_job_logs(job):  # always from the beginning
+        new = text[max(0, shown[0] - passed) :]
+        passed += len(text)
+        shown[0] = max(shown[0], passed)
+        sys.stdout.write(new)
         sys.stdout.flush()
 
 

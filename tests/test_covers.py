@@ -1,20 +1,26 @@
 """Covers: every kind of image that Pillow can make, and every kind of broken one."""
 
+import ast
+import contextlib
 import io
 import json
+import os
 import pickle
 import random
+import re
 import struct
+import tracemalloc
 import warnings
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageCms
 
-from covergenre import covers
+from covergenre import covers, decoding
 from covergenre.covers import CoverError, Preprocessing, decode, pack, sha256
 from covergenre.errors import ModelError
 from covergenre.schema import REASONS
@@ -482,3 +488,446 @@ def test_a_missing_or_unknown_step_is_refused() -> None:
             Preprocessing.from_json(less)
     with pytest.raises(ModelError, match="preprocessing: expected"):
         Preprocessing.from_json(values | {"gamma": 2.2})
+
+
+# Colours, as a person sees them
+
+
+def icc(space: bytes, pcs: bytes, kind: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """A version 2 ICC profile of these tags."""
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, value in tags.items():
+        at = 128 + 4 + 12 * len(tags) + len(body)
+        table += name + struct.pack(">II", at, len(value))
+        body += value + bytes(-len(value) % 4)
+    white = struct.pack(">iii", 63190, 65536, 54061)  # D50
+    header = struct.pack(">I4sI4s4s4s", 0, b"lcms", 0x02400000, kind, space, pcs)
+    header += struct.pack(">6H", 2020, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + white
+    profile = bytearray(header + bytes(128 - len(header)) + table + body)
+    profile[:4] = struct.pack(">I", len(profile))
+    return bytes(profile)
+
+
+def text_tag(text: bytes) -> bytes:
+    return b"desc" + bytes(4) + struct.pack(">I", len(text) + 1) + text + bytes(1 + 4 + 4 + 2 + 68)
+
+
+def gamma_tag(gamma: float) -> bytes:
+    return b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256))
+
+
+def xyz_tag(*xyz: float) -> bytes:
+    return b"XYZ " + bytes(4) + struct.pack(">iii", *(round(v * 65536) for v in xyz))
+
+
+# Colorants of Adobe RGB (1998), adapted to D50, as its own profile has them
+ADOBE_RGB = icc(
+    b"RGB ",
+    b"XYZ ",
+    b"mntr",
+    {
+        b"desc": text_tag(b"Adobe RGB"),
+        b"wtpt": xyz_tag(0.95045, 1.0, 1.08905),
+        b"rXYZ": xyz_tag(0.60974, 0.31111, 0.01947),
+        b"gXYZ": xyz_tag(0.20528, 0.62567, 0.06087),
+        b"bXYZ": xyz_tag(0.14919, 0.06322, 0.74457),
+        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma_tag(2.19921875)),
+    },
+)
+GREY_GAMMA_1 = icc(
+    *(b"GRAY", b"XYZ ", b"mntr"),
+    {b"desc": text_tag(b"grey"), b"wtpt": xyz_tag(0.9642, 1, 0.8249), b"kTRC": gamma_tag(1.0)},
+)
+
+
+def press() -> bytes:
+    """CMYK of inks like a press's: cyan paper is (0, 147, 221), which no plain formula gives."""
+    lab = {"C": (55, -37, -50), "M": (48, 74, -3), "Y": (89, -5, 93)}
+    nodes = b""
+    for ink in range(16):  # the corners: every ink wholly there or not
+        used = [name for bit, name in zip((8, 4, 2), "CMY", strict=True) if ink & bit]
+        level, a, b = 100.0, 0.0, 0.0
+        for name in used:
+            level, a, b = level * lab[name][0] / 100, a + lab[name][1], b + lab[name][2]
+        if ink & 1:
+            level, a, b = 10.0, 0.0, 0.0
+        nodes += bytes(
+            int(np.clip(v, 0, 255)) for v in (level * 2.55, round(a) + 128, round(b) + 128)
+        )
+    identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity
+    table += bytes(range(256)) * 4 + nodes + bytes(range(256)) * 3
+    return icc(
+        *(b"CMYK", b"Lab ", b"prtr"),
+        {b"desc": text_tag(b"press"), b"wtpt": xyz_tag(0.9642, 1, 0.8249), b"A2B0": table},
+    )
+
+
+def of_adobe_rgb(colour: tuple[int, int, int]) -> Pixels:
+    """The sRGB of a colour of Adobe RGB, by the standards' formulas."""
+    linear = (np.array(colour) / 255) ** 2.19921875
+    to_xyz = [[0.57667, 0.18556, 0.18823], [0.29734, 0.62736, 0.07529], [0.02703, 0.07069, 0.99134]]
+    to_srgb = [[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]]
+    light = (np.array(to_srgb) @ np.array(to_xyz) @ linear).clip(0, 1)
+    curved = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    rounded: Pixels = np.round(curved * 255).astype(np.uint8)
+    return rounded
+
+
+def assert_is(pixels: Pixels, colour: Any, within: int) -> None:
+    assert np.abs(pixels.astype(int) - np.array(colour)).max() <= within, pixels[0, 0]
+
+
+@pytest.mark.parametrize(
+    "colour", [(200, 100, 50), (60, 160, 80), (128, 128, 128), (30, 60, 200), (255, 255, 255)]
+)
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF"])
+def test_a_wide_gamut_becomes_srgb(form: str, colour: tuple[int, int, int]) -> None:
+    options: dict[str, Any] = {"quality": 98} if form in ("JPEG", "WEBP", "AVIF") else {}
+    image = Image.new("RGB", (32, 32), colour)
+    data = encoded(image, form, icc_profile=ADOBE_RGB, **options)
+    expected = of_adobe_rgb(colour)
+    assert_is(decode(data, SMALL), expected, 2 if form in ("PNG", "TIFF") else 5)
+    assert_is(decode(pack(data, 16), SMALL), expected, 5)
+    if colour[0] != colour[1]:
+        assert difference(decode(encoded(image, form, **options), SMALL), expected) > 5
+
+
+def test_a_profile_applies_to_every_kind_of_colour() -> None:
+    expected = of_adobe_rgb((60, 160, 80))
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 0, 60, 160, 80])
+    assert_is(decode(encoded(palette, icc_profile=ADOBE_RGB), SMALL), expected, 2)
+    half = Image.new("RGBA", (16, 16), (60, 160, 80, 255))
+    half.paste((60, 160, 80, 0), (0, 0, 8, 16))
+    pixels = decode(encoded(half, icc_profile=ADOBE_RGB), SMALL)
+    assert_is(pixels[:, :8], 255, 0)
+    assert_is(pixels[:, 8:], expected, 2)
+    # linear light of 0.2140 is sRGB's 128
+    for mode, colour in (("L", 55), ("LA", (55, 255)), ("I;16", 55 * 257)):
+        deep = Image.new(mode, (16, 16), colour)
+        assert_is(decode(encoded(deep, icc_profile=GREY_GAMMA_1), SMALL), 128, 1)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_srgb_by_any_name_changes_nothing(form: str) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = decode(encoded(detailed(60, 40), form), SMALL)
+    same = encoded(detailed(60, 40), form, icc_profile=srgb)
+    with Image.open(io.BytesIO(same)) as saved:
+        assert saved.info["icc_profile"] == srgb
+    assert (decode(same, SMALL) == plain).all()
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        *(b"no profile", ADOBE_RGB[:200], ADOBE_RGB[:128] + bytes(400), GREY_GAMMA_1, press()),
+        bytes(len(ADOBE_RGB)),
+    ],
+    ids=["text", "cut", "no tags", "of grey", "of CMYK", "nul"],
+)
+def test_a_profile_that_cannot_be_used_is_ignored(profile: bytes) -> None:
+    for form in ("PNG", "JPEG", "TIFF", "WEBP"):
+        plain = decode(encoded(picture(), form), SMALL)
+        assert (decode(encoded(picture(), form, icc_profile=profile), SMALL) == plain).all()
+
+
+INKS = {  # (C, M, Y, K) of 255 -> what a person sees
+    (0, 0, 0, 0): (255, 255, 255),
+    (255, 0, 0, 0): (0, 255, 255),
+    (0, 255, 0, 0): (255, 0, 255),
+    (0, 0, 255, 0): (255, 255, 0),
+    (0, 255, 255, 0): (255, 0, 0),
+    (0, 0, 0, 255): (0, 0, 0),
+    (0, 0, 0, 128): (127, 127, 127),
+    (255, 128, 0, 64): (0, 95, 191),
+}
+
+
+def ycck(inks: tuple[int, int, int, int]) -> bytes:
+    """A JPEG as Photoshop writes CMYK: inks inverted, CMY in YCbCr, and an Adobe marker that says
+    so. Pillow writes the four channels; those of YCbCr are worked out here."""
+    y, cb, cr = Image.new("RGB", (1, 1), inks[:3]).convert("YCbCr").getpixel((0, 0))  # type: ignore
+    stored = Image.new("CMYK", (32, 32), (255 - y, 255 - cb, 255 - cr, inks[3]))
+    data = bytearray(encoded(stored, "JPEG", quality=98))
+    at = data.index(b"Adobe\0")
+    assert data[at + 11] == 0  # the transform: none
+    data[at + 11] = 2  # YCCK
+    return bytes(data)
+
+
+@pytest.mark.parametrize("inks", INKS)
+def test_cmyk_and_ycck_are_seen_as_printed(inks: tuple[int, int, int, int]) -> None:
+    """Also by another decoder, with its own idea of Adobe's inverted inks."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    plain = encoded(Image.new("CMYK", (32, 32), inks), "JPEG", quality=98)
+    assert b"Adobe" in plain
+    for data in (plain, ycck(inks)):
+        pixels = decode(data, SMALL)
+        assert_is(pixels, INKS[inks], 4)
+        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of all of torchvision.io
+            other = decode_jpeg(raw, mode=ImageReadMode.RGB)[:, 0, 0].numpy()
+        assert_is(pixels, other, 4)
+    tiff = encoded(Image.new("CMYK", (32, 32), inks), "TIFF")
+    assert_is(decode(tiff, SMALL), INKS[inks], 1)
+
+
+def test_the_profile_of_a_press_is_used() -> None:
+    for form, within in (("JPEG", 4), ("TIFF", 2)):
+        for inks, seen in (
+            ((255, 0, 0, 0), (0, 147, 221)),
+            ((0, 0, 0, 0), (255, 255, 255)),
+            ((0, 0, 0, 255), (0, 0, 0)),  # the darkest ink, by black point compensation
+        ):
+            data = encoded(Image.new("CMYK", (32, 32), inks), form, icc_profile=press())
+            assert_is(decode(data, SMALL), seen, within)
+
+
+def tiff(samples: NDArray[Any], bits: int, kind: int = 1, photometric: int = 1) -> bytes:
+    """Uncompressed grey of any depth; kind: TIFF's SampleFormat."""
+    height, width = samples.shape
+    data = samples.tobytes()
+    fields = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8}
+    fields |= {277: 1, 278: height, 279: len(data), 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, v) for tag, v in sorted(fields.items()))
+    directory = struct.pack("<H", len(fields)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "kind", "levels"),
+    [
+        ("<u2", 16, 1, {0: 0, 32_896: 128, 65_535: 255}),
+        ("<i2", 16, 2, {-9: 0, 0: 0, 16_384: 127, 32_767: 255}),
+        ("<u4", 32, 1, {0: 0, 2**31: 127, 2**32 - 1: 255}),
+        ("<i4", 32, 2, {-9: 0, 2**30: 127, 2**31 - 1: 255}),
+        ("<f4", 32, 3, {-1.0: 0, 0.0: 0, 0.5: 127, 1.0: 255, 7.0: 255, np.nan: 0, np.inf: 255}),
+    ],
+)
+def test_deep_grey_is_scaled(dtype: str, bits: int, kind: int, levels: dict[Any, int]) -> None:
+    for level, expected in levels.items():
+        data = tiff(np.full((4, 4), level, dtype), bits, kind)
+        assert_is(decode(data, SMALL), expected, 0)
+    if dtype in ("<u2", "<f4"):  # white is 0, it says
+        white = tiff(np.zeros((4, 4), dtype), bits, kind, photometric=0)
+        assert_is(decode(white, SMALL), 255, 0)
+
+
+def test_deep_grey_of_12_bits() -> None:
+    # two samples in three bytes
+    for level, expected in ((0, 0), (2056, 128), (4095, 255)):
+        packed = np.frombuffer(f"{level:03x}{level:03x}".encode() * 8, "S1")
+        row = np.frombuffer(bytes.fromhex(packed.tobytes().decode()), np.uint8)
+        data = bytearray(tiff(row.reshape(1, -1), 12))
+        at = data.index(struct.pack("<HHI", 256, 4, 1))
+        data[at + 8 : at + 12] = struct.pack("<I", 16)
+        assert_is(decode(bytes(data), SMALL), expected, 0)
+
+
+def test_deep_colours() -> None:
+    """16 bits a channel: PNG with and without alpha, and TIFF."""
+    wide = np.full((4, 4, 4), (51_400, 25_700, 12_850, 65_535), ">u2")
+    wide[:, 2:, 3] = 0
+    opaque = decode(png(wide[:, :, :3].tobytes(), 4, 4, depth=16, colour=2), SMALL)
+    assert_is(opaque, (200, 100, 50), 1)
+    pixels = decode(png(wide.tobytes(), 4, 4, depth=16, colour=6), SMALL)
+    assert_is(pixels[:, :6], (200, 100, 50), 1)
+    assert_is(pixels[:, 10:], 255, 0)
+    # grey, of which one level is transparent
+    grey = np.array([[51_400, 51_401]] * 2, ">u2")
+    data = png(grey.tobytes(), 2, 2, depth=16, colour=0, tRNS=struct.pack(">H", 51_400))
+    pixels = decode(data, Preprocessing(side=2))
+    assert_is(pixels, [[[255] * 3, [200] * 3]] * 2, 0)
+    # and red of which one is
+    data = png(
+        wide[:, :, :3].tobytes(), 4, 4, depth=16, colour=2, tRNS=struct.pack(">HHH", 1, 2, 3)
+    )
+    assert_is(decode(data, SMALL), (200, 100, 50), 1)
+
+
+def test_lab_is_seen_as_its_colours() -> None:
+    # as TIFF stores it: L of 255, a and b signed; sRGB's red is Lab 54.3, 80.8, 69.9 (D50)
+    for (level, a, b), seen in (
+        ((54.3, 80.8, 69.9), (255, 0, 0)),
+        ((100, 0, 0), (255, 255, 255)),
+        ((53.6, 0, 0), (128, 128, 128)),
+    ):
+        lab = Image.new("LAB", (16, 16), (round(level * 2.55), round(a) + 128, round(b) + 128))
+        assert_is(decode(encoded(lab, "TIFF"), SMALL), seen, 6)  # a step of a or b is 2 levels
+
+
+# Files from the wild
+
+
+def png(
+    rows: bytes,
+    width: int,
+    height: int,
+    *,
+    depth: int,
+    colour: int,
+    interlaced: bool = False,
+    **more: bytes,
+) -> bytes:
+    """A PNG of unfiltered rows, or of passes that carry their own filter bytes."""
+    step = len(rows) // height
+    if not interlaced:
+        rows = b"".join(b"\0" + rows[y * step : (y + 1) * step] for y in range(height))
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+    parts = {b"IHDR": header} | {k.encode(): v for k, v in more.items()}
+    parts |= {b"IDAT": zlib.compress(rows, 1), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts.items()
+    )
+
+
+def test_an_interlaced_png() -> None:
+    image = np.asarray(picture(37, 29))
+    passes = b""
+    for x, y, dx, dy in (
+        *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+        *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
+    ):
+        for row in image[y::dy, x::dx]:
+            passes += b"\0" + row.tobytes()
+    data = png(passes, 37, 29, depth=8, colour=2, interlaced=True)
+    with Image.open(io.BytesIO(data)) as saved:
+        assert saved.info["interlace"] == 1
+    assert difference(decode(data, SMALL), squashed(picture(37, 29))) == 0
+    assert reason(data[: len(data) // 2]) == "truncated_image"
+
+
+def test_an_interlaced_gif() -> None:
+    plain, laced = (encoded(picture(), "GIF", interlace=way) for way in (0, 1))
+    assert plain != laced
+    assert (decode(plain, SMALL) == decode(laced, SMALL)).all()
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "AVIF", "TIFF", "MPO"])
+def test_the_first_picture_of_any_format_counts(form: str) -> None:
+    second = picture().transpose(Image.Transpose.ROTATE_180)
+    data = encoded(picture(), form, save_all=True, append_images=[second, picture()])
+    with Image.open(io.BytesIO(data)) as saved:
+        assert getattr(saved, "n_frames", 1) == 3
+    assert difference(decode(data, SMALL), squashed(picture())) < 6
+    assert pack(data, 300) == data
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "limit"),
+    [
+        ("WEBP", {"quality": 90}, 1.5),
+        ("WEBP", {"lossless": True}, 0),
+        ("AVIF", {"quality": 90}, 1.5),
+        ("AVIF", {"quality": 90, "subsampling": "4:4:4"}, 1.5),
+        ("JPEG2000", {"irreversible": True}, 1.5),
+    ],
+)
+def test_newer_formats(form: str, options: dict[str, Any], limit: float) -> None:
+    data = encoded(picture(), form, **options)
+    assert difference(decode(data, SMALL), squashed(picture())) <= limit
+    if form != "JPEG2000":
+        clear = picture().convert("RGBA")
+        clear.putalpha(0)
+        assert (decode(encoded(clear, form, **options), SMALL) >= 254).all()
+
+
+def test_20_000_by_20_000_is_set_aside() -> None:
+    """A real file, 0.05 MB: black and white, 1 bit each."""
+    data = png(bytes(2500) * 20_000, 20_000, 20_000, depth=1, colour=0)
+    assert len(data) < 300_000
+    assert reason(data) == "too_many_pixels"
+
+
+def test_more_pixels_than_it_says_are_not_inflated() -> None:
+    """1 x 1, and 50 MB of rows behind it."""
+    data = png(b"\xc8" + bytes(50_000_000), 1, 1, depth=8, colour=0)
+    assert len(data) < 300_000
+    tracemalloc.start()
+    try:
+        decoded_or_reason(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10_000_000
+
+
+def decoded_or_reason(data: bytes) -> None:
+    try:
+        assert decode(data, SMALL).shape == (16, 16, 3)
+    except CoverError as error:
+        assert error.reason in REASONS
+
+
+PROGRAMS = {
+    "eps": encoded(picture(), "EPS"),
+    "dos eps": b"\xc5\xd0\xd3\xc6"
+    + struct.pack("<6I", 32, len(encoded(picture(), "EPS")), 0, 0, 0, 0)
+    + struct.pack("<I", 0xFFFF)
+    + encoded(picture(), "EPS"),
+    "pdf": encoded(picture(), "PDF"),
+}
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_no_program_is_started(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would give an EPS to Ghostscript. One that tells of itself is first on the PATH."""
+    started = tmp_path / "started"
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\necho ran >> {started}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    assert reason(PROGRAMS[kind]) == "not_an_image"
+    assert not started.exists()
+    if kind != "pdf":  # and Pillow alone does start it
+        with contextlib.suppress(OSError), Image.open(io.BytesIO(PROGRAMS[kind])) as image:
+            image.load()
+        assert started.exists()
+
+
+def test_what_is_opened_is_a_list() -> None:
+    """Of all that Pillow can write, the formats that are opened, and no other."""
+    Image.init()
+    opened = set()
+    for form in Image.SAVE:
+        with warnings.catch_warnings(), contextlib.suppress(OSError, ValueError, KeyError):
+            warnings.simplefilter("ignore", DeprecationWarning)
+            data = encoded(picture(64, 64), form)
+            try:
+                decode(data, SMALL)
+                opened.add(form)
+            except CoverError as error:
+                assert error.reason == "not_an_image", form
+    # DIB is a BMP without its header; MPO and the rest are among the nine
+    assert opened == {*covers.FORMATS, "MPO"}
+
+
+def test_the_docs_name_what_becomes_of_a_cover() -> None:
+    """docs/covers.md: every reason that decoding can give, every format, the limits."""
+    root = Path(covers.__file__).parents[1]
+    text = (root / "docs" / "covers.md").read_text()
+    given = set()
+    for module in ("covers", "decoding"):
+        tree = ast.parse((root / "covergenre" / f"{module}.py").read_text())
+        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        given |= {value for value in texts if isinstance(value, str) and value in REASONS}
+    assert given == {
+        *("empty_file", "file_too_large", "not_an_image", "truncated_image"),
+        *("too_many_pixels", "too_much_memory", "decode_timeout", "decoder_crashed"),
+    }
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {name for line in rows for name in re.findall(r"`(\w+)`", line)} & set(REASONS) == given
+    (formats,) = re.findall(r"Opened are (.+?)\.\s", text, re.S)
+    names = re.sub(r"\s*\(.+?\)", "", formats)
+    assert set(re.split(r",\s|\sand\s", names)) == set(covers.FORMATS)
+    assert f"{covers.MAX_BYTES / 1e6:.0f} MB" in text
+    assert f"{covers.MAX_PIXELS / 1e6:.0f} million pixels" in text
+    assert f"{decoding.DECODE_SECONDS:.0f} s of CPU time" in text
+    assert f"{decoding.MEMORY_BYTES / 2**30:.0f} GiB" in text

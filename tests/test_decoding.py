@@ -22,7 +22,7 @@ from PIL import Image
 import covergenre
 from covergenre import covers, decoding
 from covergenre.covers import CoverError, Preprocessing
-from covergenre.decoding import Decoder
+from covergenre.decoding import MEMORY_BYTES, Decoder
 from covergenre.errors import CovergenreError
 
 SMALL = Preprocessing(side=16)
@@ -447,10 +447,10 @@ def test_after_a_fork_each_process_has_its_own() -> None:
 def test_a_ray_worker_outlives_its_covers(local_ray: None, endless: bytes, little: int) -> None:
     import ray
 
-    def reasons(covers: list[bytes]) -> tuple[int, list[str]]:
+    def reasons(covers: list[tuple[int, bytes]]) -> tuple[int, list[str]]:
         found = []
-        with contextlib.closing(Decoder(seconds=0.5, memory=little)) as decoder:
-            for data in covers:
+        for memory, data in covers:
+            with contextlib.closing(Decoder(seconds=0.5, memory=memory)) as decoder:
                 try:
                     decoder.pack(data, 1500)
                     found.append("good")
@@ -459,10 +459,15 @@ def test_a_ray_worker_outlives_its_covers(local_ray: None, endless: bytes, littl
         return os.getpid(), found
 
     worker, found = ray.get(
-        ray.remote(reasons).remote([GOOD, endless, encoded(LARGE.convert("RGB")), b"?", GOOD])
+        ray.remote(reasons).remote(
+            [
+                *((MEMORY_BYTES, data) for data in (GOOD, endless, b"?", GOOD)),
+                (little, encoded(LARGE.convert("RGB"))),
+            ]
+        )
     )
     assert worker != os.getpid()
-    assert found == ["good", "decode_timeout", "too_much_memory", "not_an_image", "good"]
+    assert found == ["good", "decode_timeout", "not_an_image", "good", "too_much_memory"]
 
 
 def test_the_module_has_one_for_each_process() -> None:

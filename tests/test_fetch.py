@@ -11,6 +11,7 @@ import pytest
 from covergenre import fetch, ingest, schema
 from covergenre.covers import CoverError
 from covergenre.ingest import Cover, Source
+from covergenre.storage import redacted
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -26,7 +27,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
             turn = self.server.asked[self.path]
         try:
-            self._answer(self.path.strip("/").split("/"), turn)
+            self._answer(self.path.partition("?")[0].strip("/").split("/"), turn)
         finally:
             with self.server.lock:
                 self.server.at_once -= 1
@@ -64,6 +65,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Location", "http://169.254.169.254/latest/meta-data/")
             self.send_header("Content-Length", "0")
             self.end_headers()
+        elif kind == "private":  # wants a user and a password
+            known = self.headers.get("Authorization") == "Basic dXNlcjpwQHNz"  # user:p@ss
+            self._send(200 if known else 401)
         elif kind == "together":  # answers only when two are here at once
             self.server.barrier.wait(timeout=10)
             self._send(200)
@@ -118,7 +122,7 @@ def get(url: str, allow_private: bool = True) -> bytes | str:
         return fetch.web_covers(4, allow_private)(url)
     except CoverError as error:
         assert error.reason in schema.REASONS
-        assert error.detail.startswith(f"{url}: ") and "\n" not in error.detail
+        assert error.detail.startswith(f"{redacted(url)}: ") and "\n" not in error.detail
         return error.reason
 
 
@@ -153,6 +157,28 @@ def test_every_answer(server: _Server, path: str, expected: bytes | str, asked: 
 )
 def test_what_is_no_address(url: str) -> None:
     assert get(url) in ("unreadable_file", "fetch_failed")
+
+
+@pytest.mark.parametrize("path", ["status/404", "status/403", "status/500", "large"])
+def test_no_secret_of_an_address_is_told(server: _Server, path: str) -> None:
+    url = address(server, f"{path}?token=hidden", host="user:hidden@127.0.0.1")
+    for allow_private in (True, False):
+        with pytest.raises(CoverError) as caught:
+            fetch.web_covers(4, allow_private)(url)
+        assert "hidden" not in str(caught.value) + repr(caught.value.__reduce__())
+
+
+@pytest.mark.parametrize("url", ["http://user:hidden@[::1/x", "https://user:hidden@host:port/x"])
+def test_no_secret_of_what_is_no_address_is_told(url: str) -> None:
+    with pytest.raises(CoverError) as caught:
+        fetch.web_covers(4, True)(url)
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_user_and_password_in_an_address_are_used(server: _Server) -> None:
+    assert get(address(server, "private", host="user:p%40ss@127.0.0.1")) == b"cover"
+    assert get(address(server, "private", host="user:wrong@127.0.0.1")) == "access_denied"
+    assert get(address(server, "private")) == "access_denied"
 
 
 def test_nobody_there(server: _Server) -> None:

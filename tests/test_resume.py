@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
+from safetensors.torch import load
 
+from covergenre import train as train_module
 from covergenre.bundle import load_model, read_bundle
+from covergenre.checkpoints import fetch, save
 from covergenre.config import PrepareConfig, TrainConfig
-from covergenre.errors import StorageError
+from covergenre.errors import StorageError, TrainingDivergedError
 from covergenre.prepare import prepare
 from covergenre.storage import read_json
 from covergenre.train import train
@@ -170,26 +174,109 @@ def test_an_interrupted_run_goes_on_if_asked_to(
     assert saved["workers"] == "2"
 
 
-def test_a_share_in_parts_gives_the_same_gradients(
-    dataset: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_ended_before_its_model_was_written(
+    dataset: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """As after a GPU's memory was too small for a step."""
-    import dataclasses
-
-    from covergenre import train as module
-    from covergenre.errors import DeviceMemoryError
-
-    parts: list[int] = []
-    run_group = module._run_group
-
-    def small_memory(settings: TrainConfig, job: Any, state: str) -> None:
-        parts.append(job.accumulate)
-        if job.accumulate < 4:
-            raise DeviceMemoryError("a step does not fit the GPU's memory")
-        run_group(settings, dataclasses.replace(job), state)
-
-    monkeypatch.setattr(module, "_run_group", small_memory)
+    """Nothing is trained again; and a damaged file of the best weights is made up for."""
     out = tmp_path / "m"
-    train(config(dataset, out, max_steps=steps_an_epoch(whole)))
-    assert parts == [1, 2, 4]
-    np.testing.assert_allclose(losses(out), losses(whole)[: len(losses(out))], atol=1e-5)
+
+    def ended(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_module, "write_bundle", ended)
+        train(config(dataset, out))
+    (best,) = checkpoints(out)[0].parent.glob("best-*")
+    best.write_bytes(best.read_bytes()[:-1])
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.delattr(train_module, "_run_group")
+        train(config(dataset, out, resume=True))
+    said = capfd.readouterr().err
+    assert f"{best}: damaged or gone (sha256); the MODEL has the weights of epoch 2" in said
+    assert weights_id(out) == weights_id(whole)
+    assert losses(out) == losses(whole)
+    assert not out.with_name("m.training").exists()
+
+
+def test_damaged_weights_of_an_epoch_that_is_not_the_last(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "c")
+    first, last = ({"w": torch.full((3,), float(epoch))} for epoch in (1, 2))
+    best = save(folder, "best", 5, first)
+    records = [{"epoch": 1, "best": True}, {"epoch": 2, "best": False}]
+    state = {"best_weights": best, "history": records, "steps_done": 10}
+    save(folder, "step", 10, {"model.w": last["w"], "adam.step.w": torch.tensor(10)}, state)
+    assert torch.equal(load(train_module._best_weights(folder, state, tmp_path))["w"], first["w"])
+    assert capfd.readouterr().err == ""
+    (tmp_path / "c" / best).write_bytes(b"")
+    found = load(train_module._best_weights(folder, state, tmp_path))
+    assert list(found) == ["w"] and torch.equal(found["w"], last["w"])
+    assert "has the weights of epoch 2, from the last checkpoint, and not of 1, the best" in (
+        capfd.readouterr().err
+    )
+    assert records[1]["best"]
+
+
+def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(
+    dataset: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "m"
+    with pytest.raises(TrainingDivergedError) as caught:
+        train(config(dataset, out, learning_rate=1e30, checkpoint_every=1))
+    folder = tmp_path / "m.training" / "checkpoints"
+    (kept,) = checkpoints(out)
+    assert str(caught.value) == (
+        "the loss is no number from step 2 of epoch 1 on, at learning rate 1e+30; the last good"
+        f" checkpoint is of step 1, in {folder}; lower --learning-rate"
+    )
+    assert caught.value.exit_code == 2
+    found = fetch(str(folder), kept.name, tmp_path)
+    assert found is not None and all(t.isfinite().all() for t in found.tensors().values())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_step_too_large_for_the_memory_is_computed_in_parts(
+    workers: int,
+    dataset: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """In real workers; only the GPU, which raises the error where rows are too many, is not."""
+
+    def on_a_small_gpu(settings: dict[str, Any]) -> None:
+        from covergenre import training
+
+        backward = training._Worker._backward
+
+        def limited(worker: Any, part: Any, *args: Any, **others: Any) -> Any:
+            if len(part.rows) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return backward(worker, part, *args, **others)
+
+        training._Worker._backward = limited  # type: ignore[assignment]
+        training.training_loop(settings)
+
+    monkeypatch.setattr("covergenre.training.training_loop", on_a_small_gpu)
+    out = tmp_path / "m"
+    train(config(dataset, out, workers=workers))
+    said = capfd.readouterr().err
+    parts = [5, 3] if workers == 1 else [3]
+    assert said.count("gradients accumulated; the batch stays 9") == len(parts), said
+    for rows in parts:
+        text = f"a step does not fit the GPU's memory: computing it {rows} covers at a time"
+        assert text in said
+    assert "Traceback" not in said and "workers were lost" not in said
+    np.testing.assert_allclose(losses(out), losses(whole), atol=1e-6)
+    expected = load_model(read_bundle(str(whole))).state_dict()
+    found = load_model(read_bundle(str(out))).state_dict()
+    print(max(float((found[name] - expected[name]).abs().max()) for name in expected))
+    for name, tensor in load_model(read_bundle(str(out))).state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)

@@ -1,0 +1,281 @@
+"""Scoring that is hurt for real, at random moments; in the end every album is labelled once.
+
+Drivers get kill -9 and ^C, workers kill -9, and whole Rays are taken away. What happened when is
+printed; COVERGENRE_CHAOS_SEED draws other moments, COVERGENRE_CHAOS_KILLS says how many of each.
+"""
+
+import hashlib
+import http.server
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from covergenre.bundle import write_bundle
+from covergenre.covers import Preprocessing
+from covergenre.genres import Genres
+from covergenre.models import build_model
+from covergenre.sample import write_sample
+
+pytestmark = pytest.mark.chaos
+
+SEED = int(os.environ.get("COVERGENRE_CHAOS_SEED", "0"))
+KILLS = int(os.environ.get("COVERGENRE_CHAOS_KILLS", "2"))
+ALBUMS = 400
+UNIT_ROWS = 16
+HANG_SECONDS = 900.0
+"""A guard against hanging; nothing is measured by it."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MODEL of random weights: what it says does not matter, that it says it again does."""
+    from safetensors.torch import save
+
+    out = tmp_path_factory.mktemp("chaos") / "model"
+    genres = Genres(("Ambient", "Jazz", "Rock"))
+    write_bundle(
+        str(out),
+        weights=save(build_model("tiny", len(genres), seed=0).state_dict()),
+        model="tiny",
+        genres=genres,
+        preprocessing=Preprocessing(),
+        precision="fp32",
+        config={},
+        thresholds=dict.fromkeys(genres.names, 0.5),
+        others={},
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Covers that decode, some that do not, some that repeat others."""
+    drawn = write_sample(tmp_path_factory.mktemp("catalog"), ALBUMS, seed=0)
+    lines = drawn.read_text().splitlines()
+    header, first, *rest = lines
+    rest[40] = rest[40].replace(".jpg", "-missing.jpg")
+    rest[90] = rest[90].replace(rest[90].split(",")[0], first.split(",")[0], 1)  # a conflict
+    drawn.write_text("\n".join([header, first, *rest, first, rest[7]]) + "\n")
+    return drawn
+
+
+class Run:
+    """`covergenre score` as a user runs it."""
+
+    def __init__(self, model: Path, catalog: Path, out: Path, *flags: str) -> None:
+        self.out = out
+        command = [sys.executable, "-m", "covergenre", "score", str(model), str(catalog)]
+        command += ["--out", str(out), "--unit-rows", str(UNIT_ROWS), "--batch-size", "8", *flags]
+        self.log = out.with_name(f"{out.name}.log").open("w+")
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=self.log, env=os.environ | {"RAY_ADDRESS": ""}
+        )
+        self._family: dict[int, psutil.Process] = {}
+
+    def family(self) -> list[psutil.Process]:
+        """Every process that it has started, Ray's too, and that still runs."""
+        try:
+            found = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            found = []
+        self._family |= {process.pid: process for process in found}
+        return [process for process in self._family.values() if process.is_running()]
+
+    def workers(self) -> list[psutil.Process]:
+        """Those of Ray that do its work now."""
+        found = []
+        for process in self.family():
+            try:
+                title = " ".join(process.cmdline())
+            except psutil.Error:
+                continue
+            if title.startswith("ray::") and "IDLE" not in title:
+                found.append(process)
+        return found
+
+    def ends_within(self, seconds: float) -> bool:
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.family()  # while its head is there to tell them
+            return False
+        return True
+
+    def end(self) -> int:
+        """Its exit code. It must leave no process behind."""
+        code = self.process.wait(HANG_SECONDS)
+        _, alive = psutil.wait_procs(self.family(), HANG_SECONDS)
+        assert not alive, alive
+        return code
+
+    def said(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+
+def contents(out: Path) -> dict[str, str]:
+    """Every file of the result by its hash; the ledger without its rate."""
+    found = {}
+    for folder in ("labels", "rejected", "_state/duplicates"):
+        for file in sorted((out / folder).iterdir()):
+            name = str(file.relative_to(out))
+            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    ledger = json.loads((out / "ledger.json").read_text())
+    found["ledger"] = json.dumps({**ledger, "covers_per_second": None})
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What an uninterrupted run writes."""
+    run = Run(model, catalog, tmp_path_factory.mktemp("whole") / "labels")
+    assert run.end() == 0, run.said()
+    ledger = json.loads((run.out / "ledger.json").read_text())
+    assert ledger["rows"] == ALBUMS + 2
+    assert (ledger["rejected"], ledger["duplicates"]) == (2, 2)
+    assert ledger["scored"] == ALBUMS - 2
+    rows = [
+        row
+        for folder in ("labels", "rejected", "_state/duplicates")
+        for row in pq.read_table(run.out / folder, columns=["row"])["row"].to_pylist()
+    ]
+    assert sorted(rows) == list(range(ALBUMS + 2))
+    return contents(run.out)
+
+
+def committed(out: Path) -> dict[str, int]:
+    """The units that are done: file -> inode, which another write would change."""
+    return {file.name: file.stat().st_ino for file in (out / "labels").glob("part-*")}
+
+
+Hurt = Callable[[Run, random.Random], bool]
+"""Hurts a run at random moments; whether it was hurt before it ended."""
+
+
+def whole_driver(run: Run, chance: random.Random) -> bool:
+    if run.ends_within(chance.uniform(0, 25)):
+        return False
+    run.process.kill()
+    return True
+
+
+def interrupted(run: Run, chance: random.Random) -> bool:
+    if run.ends_within(chance.uniform(0, 25)):
+        return False
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(HANG_SECONDS) in (130, 0), run.said()
+    assert "Traceback" not in run.said(), run.said()
+    return True
+
+
+def cluster(run: Run, chance: random.Random) -> bool:
+    """All of Ray but the driver."""
+    if run.ends_within(chance.uniform(5, 30)):
+        return False
+    for process in run.family():
+        if "raylet" in process.name() or "gcs_server" in process.name():
+            process.kill()
+    return True
+
+
+@pytest.mark.parametrize("hurt", [whole_driver, interrupted, cluster], ids=lambda f: f.__name__)
+def test_the_same_command_again_finishes(
+    hurt: Hurt, model: Path, catalog: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    chance = random.Random(f"{SEED}{hurt.__name__}")
+    made = jobs = 0
+    while made < KILLS:
+        out = tmp_path / f"labels-{jobs}"
+        jobs += 1
+        done: dict[str, int] = {}
+        while True:
+            run = Run(model, catalog, out)
+            made += hurt(run, chance)
+            code = run.end()
+            now = committed(out)
+            assert done.items() <= now.items(), "a finished unit was done again"
+            print(f"{hurt.__name__}: {made} of {KILLS}, exit {code}, {len(now)} units", flush=True)
+            done = now
+            if code == 0:
+                break
+        assert contents(out) == whole
+    print(f"{hurt.__name__}: {made} times over {jobs} jobs (seed {SEED})")
+
+
+def test_workers_that_are_killed_are_made_up_for(
+    model: Path, catalog: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    chance = random.Random(f"{SEED}workers")
+    made = jobs = 0
+    while made < KILLS:
+        run = Run(model, catalog, tmp_path / f"labels-{jobs}")
+        jobs += 1
+        while made < KILLS and not run.ends_within(chance.uniform(0.2, 5)):
+            if workers := run.workers():
+                victim = chance.choice(workers)
+                print(f"worker {made}: {' '.join(victim.cmdline())[:60]}", flush=True)
+                victim.kill()
+                made += 1
+        assert run.end() == 0, run.said()
+        assert contents(run.out) == whole
+    print(f"workers: {made} killed over {jobs} jobs (seed {SEED})")
+
+
+@pytest.fixture
+def deadly() -> Iterator[str]:
+    """An address: whoever asks for it is killed before there is an answer."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asker = self.client_address[1]
+            for process in psutil.process_iter():
+                try:
+                    ports = [c.laddr.port for c in process.net_connections() if c.laddr]
+                except psutil.Error:
+                    continue
+                if asker in ports and process.pid != os.getpid():
+                    process.kill()
+                    killed.append(process.pid)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    killed: list[int] = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/cover.jpg"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+    assert len(killed) > 3
+
+
+def test_a_row_that_kills_its_worker_is_set_aside(
+    deadly: str, model: Path, catalog: Path, tmp_path: Path
+) -> None:
+    lines = catalog.read_text().splitlines()[:101]
+    folder = str(catalog.parent)
+    lines.insert(50, f"poison,{deadly}" + "," * (lines[0].count(",") - 1))
+    poisoned = tmp_path / "poisoned.csv"
+    poisoned.write_text("\n".join(lines) + "\n")
+    run = Run(
+        *(model, poisoned, tmp_path / "labels", "--covers", folder, "--allow-private-addresses")
+    )
+    assert run.end() == 0, run.said()
+    assert "Traceback" not in run.said(), run.said()
+    ledger = json.loads((run.out / "ledger.json").read_text())
+    assert ledger["reasons"] == {"missing_file": 1, "conflicting_cover": 1, "worker_died": 1}
+    assert ledger["scored"] == 98
+    rejected = pq.read_table(run.out / "rejected").to_pylist()
+    assert [row["row"] for row in rejected if row["reason"] == "worker_died"] == [49]
