@@ -76,10 +76,11 @@ class Run:
         self.out = out
         command = [sys.executable, "-m", "covergenre", "score", str(model), str(catalog)]
         command += ["--out", str(out), "--unit-rows", str(UNIT_ROWS), "--batch-size", "8", *flags]
-        self.log = out.with_name(f"{out.name}.log").open("w+")
-        self.process = subprocess.Popen(
-            command, stdout=self.log, stderr=self.log, env=os.environ | {"RAY_ADDRESS": ""}
-        )
+        self._log = out.with_name(f"{out.name}.log")
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=os.environ | {"RAY_ADDRESS": ""}
+            )
         self._family: dict[int, psutil.Process] = {}
 
     def family(self) -> list[psutil.Process]:
@@ -119,8 +120,7 @@ class Run:
         return code
 
     def said(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
+        return self._log.read_text()
 
 
 def contents(out: Path) -> dict[str, str]:
