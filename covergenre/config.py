@@ -60,8 +60,13 @@ class StageConfig(BaseModel):
         return set(fields) - _HOW_FIELDS - _PLACES - arguments
 
     def saved(self) -> dict[str, Any]:
-        """All settings, as they are kept beside a result."""
-        return self.model_dump(mode="json")
+        """All settings, as they are kept beside a result: without the secret of an address."""
+        from covergenre.storage import redacted
+
+        values = self.model_dump(mode="json")
+        return {
+            n: redacted(v) if isinstance(v, str) and "://" in v else v for n, v in values.items()
+        }
 
 
 def argument(help_text: str) -> Any:

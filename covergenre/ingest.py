@@ -105,6 +105,11 @@ def local_cover(rows: pa.Table) -> str | None:
     return local[0].as_py() if len(local) else None
 
 
+def shown_cover(cover: str | None) -> str | None:
+    """Where a cover is, as it is told of one that is set aside: without an address's secret."""
+    return storage.redacted(cover) if cover and "://" in cover else cover
+
+
 def first_rows(plan_rows: pa.Table) -> pa.Array:
     """Whether each row is the one that counts for its album: it has an id, and none before it."""
     return pc.and_(pc.is_valid(plan_rows["album_id"]), pc.is_null(plan_rows["first_row"]))

@@ -325,7 +325,8 @@ def _decode_all(
         if isinstance(outcome, Duplicate):
             record["first_row"] = outcome.first_row
         elif isinstance(outcome, CoverError):
-            record |= {"reason": outcome.reason, "detail": outcome.detail}
+            shown = ingest.shown_cover(record["cover"])
+            record |= {"cover": shown, "reason": outcome.reason, "detail": outcome.detail}
         records.append(record)
     shape = (0, spec.side, spec.side, 3)
     stacked = np.stack(pixels) if pixels else np.empty(shape, np.uint8)

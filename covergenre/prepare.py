@@ -2,13 +2,15 @@
 
 The driver reads the catalog's table (no cover), chooses genres and splits, and cuts each split
 into shards of consecutive rows. A Ray task then makes a whole shard: it fetches its covers,
-proves that each decodes, and writes one Parquet file under a fixed name.
+proves that each decodes, and writes one Parquet file under a fixed name. What it wrote it records
+last, in _state/shards/, and a run that is taken up again makes the shards without a record.
 """
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,12 +37,15 @@ from covergenre.covers import CoverError
 from covergenre.errors import CatalogError, ConfigError, LedgerError
 from covergenre.genre_map import apply_genre_map, load_genre_map
 from covergenre.genres import Genres, Selection, keep_albums, select
-from covergenre.ingest import Cover, Source
+from covergenre.ingest import Cover, Source, shown_cover
+from covergenre.leases import lease
 from covergenre.progress import Progress, say
 from covergenre.shards import Manifest, Shard
 from covergenre.splits import SplitAssignment, assign_splits
 
 _PLAN = "_state/plan.parquet"
+_DONE = "_state/shards"
+_RECORDS_AT_A_TIME = 32
 _SLICE_ROWS = 64  # whose source bytes, 25 MB each at most, are held at once
 
 
@@ -110,20 +115,28 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
         fetches=config.fetches,
         allow_private=config.allow_private_addresses,
     )
-    runtime.start_ray(verbose=verbose)
+    with lease(out):
+        if shards.is_dataset(out):  # since we looked
+            return Prepared(shards.read_manifest(out))
+        runtime.start_ray(verbose=verbose)
+        _check_shared(out, source, plan, config)
+        jobs, aside = _cut(reasons, assigned, config.shard_rows)
+        table = _with_splits(plan, assigned)
+        storage.put(storage.join(out, _PLAN), shards.to_parquet(table))
+        done = list(_pack(out, config, jobs, source, selection.kept))
+        rejected = Counter({reason: len(rows) for reason, rows in aside.items()})
+        _write_aside(out, plan, aside)
+        for result in done:
+            rejected.update(result["reasons"])
+        manifest = _finish(out, config, catalog, selection, assigned, done, rejected, len(plan))
+    return Prepared(manifest)
+
+
+def _check_shared(out: str, source: Source, plan: pa.Table, config: PrepareConfig) -> None:
     local = [file for file in source.files if not storage.is_uri(file)]
     local += [cover] if (cover := ingest.local_cover(plan)) else []
     reached = {"--out": out, "the cover": next(iter(local), None)}
     places.check_shared(reached, config.shared_filesystem)
-    jobs, aside = _cut(reasons, assigned, config.shard_rows)
-    storage.put(storage.join(out, _PLAN), shards.to_parquet(_with_splits(plan, assigned)))
-    done = list(_pack(out, config, jobs, source, selection.kept))
-    rejected = Counter({reason: len(rows) for reason, rows in aside.items()})
-    _write_aside(out, plan, aside)
-    for result in done:
-        rejected.update(result["reasons"])
-    manifest = _finish(out, config, catalog, selection, assigned, done, rejected, len(plan))
-    return Prepared(manifest)
 
 
 def _reasons(plan: pa.Table, first: list[bool], chosen: list[str | None]) -> list[str | None]:
@@ -202,10 +215,15 @@ def _cut(
 def _pack(
     out: str, config: PrepareConfig, jobs: list[dict[str, Any]], source: Source, kept: Genres
 ) -> Iterator[dict[str, Any]]:
-    """Make the shards on the cluster; what each job wrote, in any order."""
+    """Make the shards on the cluster that are not made yet; what each job wrote, in any order."""
     import ray.data
     from ray.data import TaskPoolStrategy
 
+    done = _records(out)
+    if done:
+        say(f"prepare: {len(done):,} of {len(jobs):,} shards were made before")
+        yield from done.values()
+    jobs = [job for job in jobs if _part(job) not in done]
     if not jobs:
         return
     runtime.data_context()
@@ -227,6 +245,19 @@ def _pack(
                 result = json.loads(line)
                 progress.advance(result["rows"])
                 yield result
+
+
+def _records(out: str) -> dict[str, dict[str, Any]]:
+    """What the shards that are made hold: name -> what `_pack_shard` gave."""
+    folder = storage.join(out, _DONE)
+    names = sorted(storage.list_sizes(folder))
+    with ThreadPoolExecutor(_RECORDS_AT_A_TIME) as pool:
+        found = pool.map(lambda name: storage.read_json(storage.join(folder, name)), names)
+        return dict(zip(names, found, strict=True))
+
+
+def _part(job: dict[str, Any]) -> str:
+    return f"{job['split']}-{job['part']:05d}.json"
 
 
 def _pack_shards(
@@ -280,7 +311,7 @@ def _pack_shard(
         # Empty or not: a run that is done again must leave nothing of the one before.
         table = pa.Table.from_pylist(records, schema=fields_of)
         storage.put(storage.join(out, folder, part), shards.to_parquet(table))
-    return {
+    done = {
         "split": job["split"],
         "part": job["part"],
         "rows": len(rows),
@@ -288,6 +319,8 @@ def _pack_shard(
         "duplicates": len(duplicates),
         "reasons": Counter(record["reason"] for record in rejected),
     }
+    storage.put_json(storage.join(out, _DONE, _part(job)), done)
+    return done
 
 
 def rejection(row: dict[str, Any], error: CoverError) -> dict[str, Any]:
@@ -295,7 +328,7 @@ def rejection(row: dict[str, Any], error: CoverError) -> dict[str, Any]:
     return {
         "album_id": row["album_id"],
         "row": row["row"],
-        "cover": row["cover"],
+        "cover": shown_cover(row["cover"]),
         "reason": error.reason,
         "detail": error.detail or None,
     }
@@ -306,6 +339,8 @@ def _write_aside(out: str, plan: pa.Table, aside: dict[str, list[int]]) -> None:
     tables = []
     for reason, rows in aside.items():
         part = plan.select(["album_id", "row", "cover"]).take(pa.array(rows, pa.int64()))
+        shown = pa.array(map(shown_cover, part["cover"].to_pylist()), pa.string())
+        part = _replaced(part, "cover", shown)
         part = part.append_column("reason", pa.array([reason] * len(rows)))
         tables.append(part.append_column("detail", pa.nulls(len(rows), pa.string())))
     if tables:
@@ -336,6 +371,7 @@ def _finish(
             " duplicates came out"
         )
     if albums == 0:
+        storage.delete_folder(storage.join(out, _DONE))  # the same command looks at each again
         most, n = rejected.most_common(1)[0]
         raise CatalogError(
             f"{config.catalog}: no album can be used; {n:,} of {rows:,} rows: {most}"
@@ -359,8 +395,8 @@ def _finish(
     picture = report.label_distribution(selection.counts, selection.albums, set(kept.names))
     storage.put(storage.join(out, "label_distribution.png"), picture)
     extra = {
-        "catalog": {"fingerprint": catalog.fingerprint, "place": config.catalog},
-        "settings": config.model_dump(mode="json"),
+        "catalog": {"fingerprint": catalog.fingerprint, "place": storage.redacted(config.catalog)},
+        "settings": config.saved(),
         "versions": {
             "covergenre": __version__,
             "pillow": PIL.__version__,

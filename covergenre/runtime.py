@@ -12,6 +12,7 @@ from typing import Any
 
 from covergenre.errors import ConfigError, CovergenreError
 from covergenre.progress import say
+from covergenre.storage import redacted
 
 _EMBEDDED_OBJECT_STORE_BYTES = 2 * 2**30
 """Of an embedded Ray: encoded covers and a few batches of pixels; the rest is for the model."""
@@ -97,8 +98,9 @@ def dashboard() -> str | None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
         raise ConfigError(
-            f"RAY_ADDRESS {address}: Ray's client is not supported; name the cluster's dashboard"
-            " instead, as RAY_ADDRESS=http://HEAD:8265, and the command is submitted as a job"
+            f"RAY_ADDRESS {redacted(address)}: Ray's client is not supported; name the"
+            " cluster's dashboard instead, as RAY_ADDRESS=http://HEAD:8265, and the command is"
+            " submitted as a job"
         )
     return address if address.startswith(("http://", "https://")) else None
 
@@ -107,8 +109,9 @@ def _check_address(address: str) -> None:
     """Raises ConfigError where `address` is no cluster's: Ray would wait for minutes, or warn."""
     if dashboard():
         raise ConfigError(
-            f"RAY_ADDRESS {address}: is a dashboard's, and this runs on a machine of the cluster;"
-            " use `covergenre submit`, or unset RAY_ADDRESS to run on this machine alone"
+            f"RAY_ADDRESS {redacted(address)}: is a dashboard's, and this runs on a machine of"
+            " the cluster; use `covergenre submit`, or unset RAY_ADDRESS to run on this machine"
+            " alone"
         )
     host, _, port = address.rpartition(":")
     try:
@@ -119,8 +122,8 @@ def _check_address(address: str) -> None:
 
 def _no_cluster(address: str) -> ConfigError:
     return ConfigError(
-        f"RAY_ADDRESS {address}: no Ray cluster answers there; correct it, or unset it to run on"
-        " this machine alone"
+        f"RAY_ADDRESS {redacted(address)}: no Ray cluster answers there; correct it, or unset it to"
+        " run on this machine alone"
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from covergenre.errors import ConfigError, CovergenreError
 from covergenre.progress import say
+from covergenre.storage import redacted
 
 _DASHBOARD = "http://127.0.0.1:8265"
 _LARGEST_UPLOAD_BYTES = 100 * 2**20
@@ -51,18 +52,18 @@ def run_job(entrypoint: Sequence[str], *, address: str | None, wait: bool, worki
     address = address or os.environ.get("RAY_ADDRESS") or _DASHBOARD
     if not address.startswith(("http://", "https://")):
         raise ConfigError(
-            f"--address {address}: give the dashboard's, as http://HEAD:8265 (`ray dashboard"
-            f" cluster.yaml` brings it to {_DASHBOARD})"
+            f"--address {redacted(address)}: give the dashboard's, as http://HEAD:8265 (`ray"
+            f" dashboard cluster.yaml` brings it to {_DASHBOARD})"
         )
     folder = Path(working_dir).resolve()
     sent = check_size(folder)
     client = _client(address)
-    say(f"submit: {sent / 2**20:.1f} MiB of {folder} to {address}")
+    say(f"submit: {sent / 2**20:.1f} MiB of {folder} to {redacted(address)}")
     job = client.submit_job(
         entrypoint=shlex.join(entrypoint),
         runtime_env={"working_dir": str(folder), "excludes": [f"{n}/" for n in _NEVER_SENT]},
     )
-    there = f"--address {address} {job}"
+    there = f"--address {redacted(address)} {job}"
     say(f"job {job}\n  status: ray job status {there}\n  logs: ray job logs --follow {there}")
     say(f"  stop: ray job stop {there}")
     if not wait:
@@ -124,17 +125,17 @@ def _client(address: str) -> Any:
         return JobSubmissionClient(address)
     except ConnectionError as error:
         raise ConfigError(
-            f"{address}: no Ray dashboard answers there; is the cluster up, and `ray dashboard"
-            " cluster.yaml` running?"
+            f"{redacted(address)}: no Ray dashboard answers there; is the cluster up, and `ray"
+            " dashboard cluster.yaml` running?"
         ) from error
     except AuthenticationError as error:
         raise ConfigError(
-            f"{address}: the cluster wants its token; set RAY_AUTH_MODE=token, and"
+            f"{redacted(address)}: the cluster wants its token; set RAY_AUTH_MODE=token, and"
             " RAY_AUTH_TOKEN_PATH to its file (~/.ray/auth_token unless set)"
         ) from error
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{address}: is no Ray dashboard: {reason}") from error
+        raise ConfigError(f"{redacted(address)}: is no Ray dashboard: {reason}") from error
     finally:
         os.environ.update({name: value for name, value in held.items() if value is not None})
 

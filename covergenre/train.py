@@ -1,6 +1,6 @@
 """train: a dataset becomes a MODEL. The driver's part; training.py is the workers'.
 
-    OUT.training/_state/        whose run this is
+    OUT.training/_state/        whose run this is, and who is at work
     OUT.training/checkpoints/   see checkpoints.py
     OUT.training/ray/           Ray Train's own notes
 
@@ -35,6 +35,7 @@ from covergenre.errors import (
     StorageError,
     TrainingDivergedError,
 )
+from covergenre.leases import lease
 from covergenre.model_card import model_card
 from covergenre.progress import Progress, say
 from covergenre.shards import Manifest, read_manifest
@@ -96,11 +97,35 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
             f"--batch-size {config.batch_size}: each of {workers.count} workers needs a row a step"
         )
     places.claim(state, "train", config, inputs)
+    try:
+        with lease(state):
+            if is_bundle(out):  # since we looked
+                trained = _already(out, run)
+            else:
+                say(_opening(config, manifest, workers, origin))
+                trained = _train(config, manifest, workers, (trunk, origin), out, run)
+    except TrainingDivergedError:
+        if not checkpoints.latest_step(storage.join(state, _CHECKPOINTS)):
+            storage.delete_folder(state)  # nothing there is worth keeping
+        raise
+    storage.delete_folder(state)
+    return trained
+
+
+def _train(
+    config: TrainConfig,
+    manifest: Manifest,
+    workers: runtime.Workers,
+    weights_from: tuple[dict[str, Any] | None, str],
+    out: str,
+    run: dict[str, Any],
+) -> Trained:
+    """Train to the end and write the MODEL. `weights_from`: see _trunk."""
+    trunk, origin = weights_from
     preprocessing = Preprocessing()
-    say(_opening(config, manifest, workers, origin))
     with tempfile.TemporaryDirectory() as temporary:
         last, weights = _fit(
-            config, manifest, preprocessing, workers, trunk, state, Path(temporary)
+            config, manifest, preprocessing, workers, trunk, f"{out}.training", Path(temporary)
         )
     history = last["history"]
     losses = [
@@ -112,7 +137,8 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
         )
     ]
     best = [record for record in history if record["best"]][-1]
-    shown = config.model_dump(mode="json", exclude={"out"})
+    shown = config.saved()
+    del shown["out"]
     bundle = write_bundle(
         out,
         weights=weights,
@@ -130,7 +156,6 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
             "README.md": model_card(config, manifest, best, len(history), origin).encode(),
         },
     )
-    storage.delete_folder(state)
     return Trained(bundle.uri, bundle.weights_id, best, len(history))
 
 
@@ -252,10 +277,6 @@ def _fit(
             except DeviceMemoryError as error:
                 job = _smaller_parts(job, error)
                 continue
-            except TrainingDivergedError:
-                if not checkpoints.latest_step(folder):
-                    storage.delete_folder(state)  # nothing here is worth keeping
-                raise
             except CovergenreError:
                 raise
             except Exception as error:  # workers and machines can be lost in many ways
