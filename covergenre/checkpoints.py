@@ -64,13 +64,17 @@ def save(
     state: Mapping[str, Any] | None = None,
 ) -> str:
     """Write a checkpoint; its name. kind: "step" or "best". Tensors may be on any device."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {_HEADER: json.dumps(state)} if state is not None else None
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary, "checkpoint")
-        save_file(on_cpu, file, metadata)
+        try:
+            save_file(on_cpu, file, metadata)
+        except (OSError, SafetensorError) as error:  # the disk is full, say
+            raise StorageError(f"{file}: cannot write: {str(error).splitlines()[0]}") from error
         name = f"{kind}-{step:09d}-{_digest(file)}.safetensors"
         storage.put_file(storage.join(folder, name), file)
     return name

@@ -5,6 +5,7 @@ A cover that kills it, wants too much memory or does not come to an end is set a
 reason; the child is replaced, and work goes on.
 """
 
+import atexit
 import ctypes
 import errno
 import json
@@ -119,7 +120,11 @@ _decoders: dict[int, Decoder] = {}
 
 def _own_decoder() -> Decoder:
     """Of this process: after a fork, the parent's child is not the child's to ask."""
-    return _decoders.get(os.getpid()) or _decoders.setdefault(os.getpid(), Decoder())
+    decoder = _decoders.get(os.getpid())
+    if decoder is None:
+        decoder = _decoders.setdefault(os.getpid(), Decoder())
+        atexit.register(decoder.close)
+    return decoder
 
 
 def _stood_still(seconds: float) -> CoverError:

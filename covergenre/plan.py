@@ -154,9 +154,11 @@ def write_plan(
             local = local or local_cover(part)
             hash_rows(digest, part)
             storage.put(_part_uri(uri, number), shards.to_parquet(part))
-            seen.add(part)
+            with storage.named(temporary, "write"):
+                seen.add(part)
         repeats = Path(temporary, "repeats.parquet")
-        seen.write_repeats(repeats)
+        with storage.named(temporary, "write"):
+            seen.write_repeats(repeats)
         storage.put_file(storage.join(uri, "repeats.parquet"), repeats)
     made_of = source()
     plan = Plan(
@@ -241,7 +243,7 @@ class _Seen:
     def _spill(self, name: str, records: NDArray[Any], places: NDArray[Any]) -> None:
         for place in np.unique(places):
             with self._file(name, int(place)).open("ab") as file:
-                records[places == place].tofile(file)
+                file.write(records[places == place].tobytes())
 
     def _file(self, name: str, place: int) -> Path:
         return self._folder / f"{name}-{place:06d}"

@@ -13,7 +13,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -135,11 +137,21 @@ def contents(out: Path) -> dict[str, str]:
     return found
 
 
+@dataclass(frozen=True)
+class Whole:
+    """An uninterrupted run."""
+
+    contents: dict[str, str]
+    seconds: float
+    """That it took: moments are drawn from them."""
+
+
 @pytest.fixture(scope="module")
-def whole(model: Path, catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What an uninterrupted run writes."""
+def whole(model: Path, catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    began = time.monotonic()
     run = Run(model, catalog, tmp_path_factory.mktemp("whole") / "labels")
     assert run.end() == 0, run.said()
+    seconds = time.monotonic() - began
     ledger = json.loads((run.out / "ledger.json").read_text())
     assert ledger["rows"] == ALBUMS + 2
     assert (ledger["rejected"], ledger["duplicates"]) == (2, 2)
@@ -150,7 +162,8 @@ def whole(model: Path, catalog: Path, tmp_path_factory: pytest.TempPathFactory) 
         for row in pq.read_table(run.out / folder, columns=["row"])["row"].to_pylist()
     ]
     assert sorted(rows) == list(range(ALBUMS + 2))
-    return contents(run.out)
+    print(f"whole: {seconds:.0f} s", flush=True)
+    return Whole(contents(run.out), seconds)
 
 
 def committed(out: Path) -> dict[str, int]:
@@ -158,39 +171,29 @@ def committed(out: Path) -> dict[str, int]:
     return {file.name: file.stat().st_ino for file in (out / "labels").glob("part-*")}
 
 
-Hurt = Callable[[Run, random.Random], bool]
-"""Hurts a run at random moments; whether it was hurt before it ended."""
+Hurt = Callable[[Run], None]
 
 
-def whole_driver(run: Run, chance: random.Random) -> bool:
-    if run.ends_within(chance.uniform(0, 25)):
-        return False
+def driver(run: Run) -> None:
     run.process.kill()
-    return True
 
 
-def interrupted(run: Run, chance: random.Random) -> bool:
-    if run.ends_within(chance.uniform(0, 25)):
-        return False
+def interrupt(run: Run) -> None:
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(HANG_SECONDS) in (130, 0), run.said()
     assert "Traceback" not in run.said(), run.said()
-    return True
 
 
-def cluster(run: Run, chance: random.Random) -> bool:
+def cluster(run: Run) -> None:
     """All of Ray but the driver."""
-    if run.ends_within(chance.uniform(5, 30)):
-        return False
     for process in run.family():
         if "raylet" in process.name() or "gcs_server" in process.name():
             process.kill()
-    return True
 
 
-@pytest.mark.parametrize("hurt", [whole_driver, interrupted, cluster], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("hurt", [driver, interrupt, cluster], ids=lambda f: f.__name__)
 def test_the_same_command_again_finishes(
-    hurt: Hurt, model: Path, catalog: Path, whole: dict[str, str], tmp_path: Path
+    hurt: Hurt, model: Path, catalog: Path, whole: Whole, tmp_path: Path
 ) -> None:
     chance = random.Random(f"{SEED}{hurt.__name__}")
     made = jobs = 0
@@ -200,20 +203,24 @@ def test_the_same_command_again_finishes(
         done: dict[str, int] = {}
         while True:
             run = Run(model, catalog, out)
-            made += hurt(run, chance)
+            moment = chance.uniform(0, whole.seconds)
+            if made < KILLS and not run.ends_within(moment):
+                hurt(run)
+                made += 1
             code = run.end()
             now = committed(out)
             assert done.items() <= now.items(), "a finished unit was done again"
-            print(f"{hurt.__name__}: {made} of {KILLS}, exit {code}, {len(now)} units", flush=True)
+            after = f"within {moment:.1f} s" if code else "to its end"
+            print(f"{hurt.__name__} {made}: {after}, exit {code}, {len(now)} units", flush=True)
             done = now
             if code == 0:
                 break
-        assert contents(out) == whole
+        assert contents(out) == whole.contents
     print(f"{hurt.__name__}: {made} times over {jobs} jobs (seed {SEED})")
 
 
 def test_workers_that_are_killed_are_made_up_for(
-    model: Path, catalog: Path, whole: dict[str, str], tmp_path: Path
+    model: Path, catalog: Path, whole: Whole, tmp_path: Path
 ) -> None:
     chance = random.Random(f"{SEED}workers")
     made = jobs = 0
@@ -227,7 +234,7 @@ def test_workers_that_are_killed_are_made_up_for(
                 victim.kill()
                 made += 1
         assert run.end() == 0, run.said()
-        assert contents(run.out) == whole
+        assert contents(run.out) == whole.contents
     print(f"workers: {made} killed over {jobs} jobs (seed {SEED})")
 
 

@@ -1,0 +1,169 @@
+"""Peak memory of score with some albums and with ten times as many; and how soon a long catalog
+is begun, and gone on with.
+
+    uv run python -m benchmarks.memory                     # 1,500 albums, then 15,000
+    uv run python -m benchmarks.memory --rows 5000000      # addresses only, ended by ^C soon after
+
+Runs `covergenre score` as a user does, on an embedded Ray, with an untrained model. Sampled ten
+times a second from /proc (Linux alone): memory of the driver, of all Ray workers and what they
+start, and how much of Ray's object store was ever touched. The rows repeat 50 drawn covers.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from covergenre.bundle import write_bundle
+from covergenre.covers import Preprocessing
+from covergenre.genres import Genres
+from covergenre.models import build_model
+from covergenre.sample import write_sample
+
+_COVERS = 50
+_SAMPLE_SECONDS = 0.1
+_TIMES = 10
+
+
+def main() -> None:
+    """Measure, and print one JSON object."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--albums", type=int, default=1500, help="then ten times as many")
+    parser.add_argument("--rows", type=int, help="instead: begin a catalog of so many rows")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = _model(folder / "model")
+        covers = sorted((write_sample(folder / "sample", _COVERS, 0).parent / "covers").iterdir())
+        result = (
+            _begun(folder, model, covers, args.rows)
+            if args.rows
+            else _compared(folder, model, covers, args.albums)
+        )
+    print(json.dumps(result))
+
+
+def _model(out: Path) -> Path:
+    from safetensors.torch import save
+
+    genres = Genres(("Ambient", "Jazz", "Rock"))
+    write_bundle(
+        str(out),
+        weights=save(build_model("tiny", len(genres), seed=0).state_dict()),
+        model="tiny",
+        genres=genres,
+        preprocessing=Preprocessing(),
+        precision="fp32",
+        config={},
+        thresholds=dict.fromkeys(genres.names, 0.5),
+        others={},
+    )
+    return out
+
+
+def _catalog(file: Path, covers: list[Path], rows: int) -> Path:
+    with file.open("w") as out:
+        out.write("album_id,cover\n")
+        for row in range(rows):
+            out.write(f"album-{row:09d},{covers[row % len(covers)]}\n")
+    return file
+
+
+def _compared(folder: Path, model: Path, covers: list[Path], albums: int) -> dict[str, Any]:
+    peaks = []
+    for count in (albums, albums * _TIMES):
+        run = _Run(model, _catalog(folder / f"{count}.csv", covers, count), folder / f"out-{count}")
+        if run.process.wait():
+            raise SystemExit(f"score ended with {run.process.returncode}")
+        peaks.append(run.peaks())
+    few, many = peaks
+    return {
+        "albums": [albums, albums * _TIMES],
+        **{f"{name}_mib": [few[name], many[name]] for name in few},
+        **{f"{name}_ratio": round(many[name] / few[name], 2) for name in few},
+    }
+
+
+def _begun(folder: Path, model: Path, covers: list[Path], rows: int) -> dict[str, Any]:
+    catalog, out = _catalog(folder / "catalog.csv", covers, rows), folder / "out"
+    found: dict[str, Any] = {"rows": rows, "catalog_mib": catalog.stat().st_size >> 20}
+    for name in ("begun", "gone_on"):
+        before = len(_units(out))
+        run = _Run(model, catalog, out)
+        while len(_units(out)) == before:
+            if run.process.poll() is not None:
+                raise SystemExit(f"score ended with {run.process.returncode}")
+            time.sleep(_SAMPLE_SECONDS)
+        found[f"{name}_after_seconds"] = round(time.monotonic() - run.began, 1)
+        run.process.send_signal(signal.SIGINT)
+        run.process.wait()
+        found[f"{name}_driver_mib"] = run.peaks()["driver"]
+    plan = out / "_state" / "plan"
+    found["plan_mib"] = sum(file.stat().st_size for file in plan.iterdir()) >> 20
+    return found
+
+
+def _units(out: Path) -> list[Path]:
+    return list((out / "labels").glob("part-*"))
+
+
+class _Run:
+    """`covergenre score`, watched."""
+
+    def __init__(self, model: Path, catalog: Path, out: Path) -> None:
+        command = [sys.executable, "-m", "covergenre", "score", str(model), str(catalog)]
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(
+            [*command, "--out", str(out)], env=os.environ | {"RAY_ADDRESS": ""}
+        )
+        self._peaks = {"driver": 0, "workers": 0, "object_store": 0}
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def peaks(self) -> dict[str, int]:
+        """MiB, when it has ended."""
+        self._thread.join()
+        return {name: kib >> 10 for name, kib in self._peaks.items()}
+
+    def _watch(self) -> None:
+        driver = psutil.Process(self.process.pid)
+        while self.process.poll() is None:
+            now = dict.fromkeys(self._peaks, 0)
+            with suppress(psutil.Error):
+                now["driver"] = _kib(driver.pid)[0]
+                for process in driver.children(recursive=True):
+                    with suppress(psutil.Error, OSError):
+                        own, shared = _kib(process.pid)
+                        if "raylet" in process.name():
+                            now["object_store"] = shared
+                        elif _is_worker(process):
+                            now["workers"] += own
+            self._peaks = {name: max(kib, now[name]) for name, kib in self._peaks.items()}
+            time.sleep(_SAMPLE_SECONDS)
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    """Ray's, or started by one of them, as what decodes covers is."""
+    lines = (" ".join(one.cmdline()) for one in (process, *process.parents()))
+    return any(line.startswith("ray::") and "Agent" not in line for line in lines)
+
+
+def _kib(pid: int) -> tuple[int, int]:
+    """Memory that is a process's own (no libraries), and what it shares through /dev/shm."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
+    return int(found["RssAnon"]), int(found["RssShmem"])
+
+
+if __name__ == "__main__":
+    main()
