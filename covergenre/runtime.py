@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ _CONNECT_SECONDS = 10
 _MOST_UNASKED = 64
 """GPUs that are used without being asked for; an autoscaler may have no limit of its own."""
 _LOOK_EVERY_SECONDS = 15.0
+_LOOK_AT_RAY_SECONDS = 1.0
 
 
 def start_ray(*, verbose: bool = False) -> None:
@@ -66,7 +68,35 @@ def start_ray(*, verbose: bool = False) -> None:
                 )
             except ConnectionError as error:
                 raise _no_cluster(address) from error
+        if not address:
+            threading.Thread(target=_end_with_ray, daemon=True).start()
     quieten(verbose)
+
+
+def _end_with_ray() -> None:
+    """End this process when the Ray that it embeds has died, with a word.
+
+    Ray itself would end it a minute later, and in silence.
+    """
+    import psutil
+    import ray
+
+    children = psutil.Process().children(recursive=True)
+    servers = [child for child in children if child.name() in ("gcs_server", "raylet")]
+
+    def all_run() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return all(server.status() != psutil.STATUS_ZOMBIE for server in servers)
+        return False
+
+    while all_run():
+        time.sleep(_LOOK_AT_RAY_SECONDS)
+    if ray.is_initialized():  # else it was told to end
+        say(
+            "covergenre: the Ray of this process has died; the same command again goes on (train:"
+            " with --resume)"
+        )
+        os._exit(1)
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ class Run:
                 title = " ".join(process.cmdline())
             except psutil.Error:
                 continue
-            if title.startswith("ray::") and "IDLE" not in title:
+            if title.startswith("ray::") and not any(n in title for n in ("IDLE", "Agent")):
                 found.append(process)
         return found
 

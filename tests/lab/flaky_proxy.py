@@ -20,6 +20,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections import Counter, defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -33,7 +34,9 @@ _OF_A_CONNECTION = {"connection", "expect", "keep-alive", "transfer-encoding"}
 class FlakyProxy:
     """Runs while it is entered; `url` is its address, on this machine alone."""
 
-    def __init__(self, upstream: str, *, one_in: int = 5, seed: int = 0) -> None:
+    def __init__(
+        self, upstream: str, *, one_in: int = 5, seed: int = 0, stall_seconds: float = 3600
+    ) -> None:
         self.upstream = urlsplit(upstream).netloc
         self.one_in = one_in
         """0: no fault at all."""
@@ -45,6 +48,8 @@ class FlakyProxy:
         """(kind of request, whether it brought a customer's key) -> how many."""
         self.counts: Counter[tuple[str, str]] = Counter()
         """(kind of request, fault, or "" where it went through) -> how many."""
+        self.stall_seconds = stall_seconds
+        """After so long it is the proxy that ends a stall: for those who have no time to wait."""
         self.over = threading.Event()
         self._random = random.Random(seed)
         self._decks: dict[str, list[str]] = defaultdict(list)
@@ -172,7 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _stall(self) -> None:
         self.close_connection = True
-        while not self.server.proxy.over.is_set():
+        end = time.monotonic() + self.server.proxy.stall_seconds
+        while not self.server.proxy.over.is_set() and time.monotonic() < end:
             if select.select([self.connection], [], [], 0.05)[0]:  # the client has gone
                 return
 
