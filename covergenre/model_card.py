@@ -1,6 +1,7 @@
 """MODEL/README.md: what a person should know before using the model."""
 
 import math
+import re
 from typing import Any
 
 from covergenre import __version__
@@ -56,7 +57,7 @@ On the dev split, which chose the epoch, so a little flattering; for an honest f
 Micro counts every album-genre pair as one decision; macro is the plain mean over genres.
 
 ## Genres
-{", ".join(manifest.genres.names)}
+{", ".join(map(_plain, manifest.genres.names))}
 
 ## Limits
 - A cover tells only so much about the music: use the scores as a hint, not as a verdict.
@@ -64,3 +65,8 @@ Micro counts every album-genre pair as one decision; macro is the plain mean ove
 - The thresholds in decision.json are 0.5 for every genre and were not tuned.
 - Pretrained weights and training covers may carry licences of their own.
 """
+
+
+def _plain(name: str) -> str:
+    """A name from somebody's catalog as Markdown that shows it: no link, no HTML, no new line."""
+    return re.sub(r"([\\`*_\[\]<>&|~#!])", r"\\\1", " ".join(name.split()))

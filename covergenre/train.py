@@ -329,7 +329,7 @@ def _finished(folder: str, steps: int, temporary: Path) -> dict[str, Any] | None
 
 def _run_group(config: TrainConfig, job: "Job", state: str) -> None:
     """One group of workers, from the newest checkpoint to the end, to its loss, or until it is to
-    grow."""
+    have another size."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -357,8 +357,8 @@ def _run_group(config: TrainConfig, job: "Job", state: str) -> None:
             failure_config=FailureConfig(max_failures=0, **failures),
         ),
     )
-    growing = _grows(config, job) if elastic else contextlib.nullcontext()
-    with growing, runtime.waiting_said(job.workers), runtime.own_errors(), _interruptible():
+    resizing = _resizes(config, job) if elastic else contextlib.nullcontext()
+    with resizing, runtime.waiting_said(job.workers), runtime.own_errors(), _interruptible():
         trainer.fit()
 
 
@@ -397,20 +397,32 @@ def _machines_asked_for(config: TrainConfig, workers: runtime.Workers) -> Iterat
 
 
 @contextlib.contextmanager
-def _grows(config: TrainConfig, job: "Job") -> Iterator[None]:
-    """While a group trains, look whether there is room for more workers; if so it is to end at a
-    checkpoint, for a larger one."""
+def _resizes(config: TrainConfig, job: "Job") -> Iterator[None]:
+    """While a group trains, look whether there is room for more workers, or for fewer alone; if so
+    it is to end at a checkpoint, for one of that size.
 
-    def has_room() -> bool:
+    Where machines are lost that no worker was on, those that are left may have no CPU to read with:
+    such a group comes to no checkpoint, and is ended.
+    """
+    asked = 0
+
+    def look() -> bool:
+        nonlocal asked
         with contextlib.suppress(ConfigError):
-            if (count := _place(config).count) > job.workers.count:
-                job.monitor.say.remote(f"there is room for {count} workers: regrouping")
+            count = _place(config).count
+            if count == job.workers.count:
+                return False
+            if count != asked:
+                only = "only " if count < job.workers.count else ""
+                job.monitor.say.remote(f"there is room for {only}{count} workers: regrouping")
                 job.monitor.regroup.remote()
-                return True
+                asked = count
+            elif count < job.workers.count:
+                job.monitor.end_group.remote()
         return False
 
     try:
-        with runtime.watching(has_room):
+        with runtime.watching(look):
             yield
     finally:
         job.monitor.regrouped.remote()
@@ -461,6 +473,7 @@ class _Monitor:
     def __init__(self) -> None:
         self._events: list[tuple[str, Any]] = []
         self._regroup = False
+        self._group: list[Any] = []
 
     def at(self, epoch: int, rows: int, loss: float) -> None:
         self._events.append(("at", (epoch, rows, loss)))
@@ -473,6 +486,16 @@ class _Monitor:
 
     def regrouped(self) -> None:
         self._regroup = False
+        self._group = []
+
+    def enlist(self, worker: Any) -> None:
+        self._group.append(worker)
+
+    def end_group(self) -> None:
+        import ray
+
+        for worker in self._group:
+            ray.kill(worker)
 
     def wants_regroup(self) -> bool:
         return self._regroup

@@ -75,6 +75,7 @@ def training_loop(settings: dict[str, Any]) -> None:
     quieten()
     use_cores(job.workers)
     context = ray.train.get_context()
+    job.monitor.enlist.remote(ray.get_runtime_context().current_actor)
     trunk = ray.get(job.trunk[0]) if job.trunk else None
     worker = _Worker(
         job,
