@@ -32,6 +32,7 @@ from covergenre.sample import write_sample
 
 _COVERS = 50
 _SAMPLE_SECONDS = 0.1
+_GONE = (psutil.Error, OSError, KeyError)
 _TIMES = 10
 
 
@@ -139,10 +140,10 @@ class _Run:
         driver = psutil.Process(self.process.pid)
         while self.process.poll() is None:
             now = dict.fromkeys(self._peaks, 0)
-            with suppress(psutil.Error):
+            with suppress(*_GONE):
                 now["driver"] = _kib(driver.pid)[0]
                 for process in driver.children(recursive=True):
-                    with suppress(psutil.Error, OSError):
+                    with suppress(*_GONE):
                         own, shared = _kib(process.pid)
                         if "raylet" in process.name():
                             now["object_store"] = shared
