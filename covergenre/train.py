@@ -414,7 +414,8 @@ def _resizes(config: TrainConfig, job: "Job") -> Iterator[None]:
                 return False
             if count != asked:
                 only = "only " if count < job.workers.count else ""
-                job.monitor.say.remote(f"there is room for {only}{count} workers: regrouping")
+                room = f"{only}{count} worker{'s' if count > 1 else ''}"
+                job.monitor.say.remote(f"there is room for {room}: regrouping")
                 job.monitor.regroup.remote()
                 asked = count
             elif count < job.workers.count:

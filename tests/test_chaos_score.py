@@ -1,7 +1,8 @@
 """Scoring that is hurt for real, at random moments; in the end every album is labelled once.
 
 Drivers get kill -9 and ^C, workers kill -9, and whole Rays are taken away. What happened when is
-printed; COVERGENRE_CHAOS_SEED draws other moments, COVERGENRE_CHAOS_KILLS says how many of each.
+printed; COVERGENRE_CHAOS_SEED draws other moments. The short form is behind the marker `chaos`; the
+long one, twenty of each kind, or COVERGENRE_CHAOS_KILLS, behind `slow`.
 """
 
 import hashlib
@@ -28,11 +29,10 @@ from covergenre.genres import Genres
 from covergenre.models import build_model
 from covergenre.sample import write_sample
 
-pytestmark = pytest.mark.chaos
-
 SEED = int(os.environ.get("COVERGENRE_CHAOS_SEED", "0"))
-KILLS = int(os.environ.get("COVERGENRE_CHAOS_KILLS", "2"))
+KILLS = int(os.environ.get("COVERGENRE_CHAOS_KILLS", "20"))
 ALBUMS = 400
+ROWS = ALBUMS + 2
 UNIT_ROWS = 16
 HANG_SECONDS = 900.0
 """A guard against hanging; nothing is measured by it."""
@@ -153,7 +153,7 @@ def whole(model: Path, catalog: Path, tmp_path_factory: pytest.TempPathFactory) 
     assert run.end() == 0, run.said()
     seconds = time.monotonic() - began
     ledger = json.loads((run.out / "ledger.json").read_text())
-    assert ledger["rows"] == ALBUMS + 2
+    assert ledger["rows"] == ROWS
     assert (ledger["rejected"], ledger["duplicates"]) == (2, 2)
     assert ledger["scored"] == ALBUMS - 2
     rows = [
@@ -161,7 +161,7 @@ def whole(model: Path, catalog: Path, tmp_path_factory: pytest.TempPathFactory) 
         for folder in ("labels", "rejected", "_state/duplicates")
         for row in pq.read_table(run.out / folder, columns=["row"])["row"].to_pylist()
     ]
-    assert sorted(rows) == list(range(ALBUMS + 2))
+    assert sorted(rows) == list(range(ROWS))
     print(f"whole: {seconds:.0f} s", flush=True)
     return Whole(contents(run.out), seconds)
 
@@ -191,34 +191,60 @@ def cluster(run: Run) -> None:
             process.kill()
 
 
+def worker(run: Run) -> None:
+    """One of Ray's; the run goes on."""
+    while not run.ends_within(0.1):
+        if found := run.workers():
+            found[0].kill()
+            return
+
+
+def ordeal(
+    model: Path, catalog: Path, out: Path, whole: Whole, harms: list[Hurt], chance: random.Random
+) -> None:
+    """One job to its end by the same command again and again, hurt while `harms` last."""
+    done: dict[str, int] = {}
+    code = -1
+    while code != 0:
+        run = Run(model, catalog, out)
+        hurt: Hurt | None = worker
+        what = ""
+        while hurt is worker:
+            moment = chance.uniform(0, whole.seconds)
+            hurt = harms.pop() if harms and not run.ends_within(moment) else None
+            if hurt:
+                hurt(run)
+                what += f"{hurt.__name__} after {moment:.1f} s, "
+        code = run.end()
+        now = committed(out)
+        assert done.items() <= now.items(), "a finished unit was done again"
+        print(f"{what}exit {code}, {len(now)} of {-(-ROWS // UNIT_ROWS)} units", flush=True)
+        done = now
+    assert contents(out) == whole.contents
+
+
+@pytest.mark.chaos
+def test_some_of_each(model: Path, catalog: Path, whole: Whole, tmp_path: Path) -> None:
+    chance = random.Random(SEED)
+    harms = [driver, interrupt, cluster, worker]
+    chance.shuffle(harms)
+    while harms:  # a job may end before its time has come for all
+        ordeal(model, catalog, tmp_path / f"{len(harms)}", whole, harms, chance)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("hurt", [driver, interrupt, cluster], ids=lambda f: f.__name__)
-def test_the_same_command_again_finishes(
+def test_many_of_one_kind(
     hurt: Hurt, model: Path, catalog: Path, whole: Whole, tmp_path: Path
 ) -> None:
     chance = random.Random(f"{SEED}{hurt.__name__}")
-    made = jobs = 0
-    while made < KILLS:
-        out = tmp_path / f"labels-{jobs}"
-        jobs += 1
-        done: dict[str, int] = {}
-        while True:
-            run = Run(model, catalog, out)
-            moment = chance.uniform(0, whole.seconds)
-            if made < KILLS and not run.ends_within(moment):
-                hurt(run)
-                made += 1
-            code = run.end()
-            now = committed(out)
-            assert done.items() <= now.items(), "a finished unit was done again"
-            after = f"within {moment:.1f} s" if code else "to its end"
-            print(f"{hurt.__name__} {made}: {after}, exit {code}, {len(now)} units", flush=True)
-            done = now
-            if code == 0:
-                break
-        assert contents(out) == whole.contents
-    print(f"{hurt.__name__}: {made} times over {jobs} jobs (seed {SEED})")
+    harms = [hurt] * KILLS
+    while harms:
+        print(f"{KILLS - len(harms)} of {KILLS} done; another job (seed {SEED})", flush=True)
+        ordeal(model, catalog, tmp_path / f"{len(harms)}", whole, harms, chance)
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_are_made_up_for(
     model: Path, catalog: Path, whole: Whole, tmp_path: Path
 ) -> None:
@@ -268,6 +294,7 @@ def deadly() -> Iterator[str]:
     assert len(killed) > 3
 
 
+@pytest.mark.chaos
 def test_a_row_that_kills_its_worker_is_set_aside(
     deadly: str, model: Path, catalog: Path, tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ from covergenre.checkpoints import newest
 from covergenre.sample import write_sample
 
 SEED = int(os.environ.get("COVERGENRE_CHAOS_SEED", "0"))
-EPOCHS = 6
+EPOCHS = 4
 STEPS = 14  # of an epoch
 SETTINGS = [
     "--model",
@@ -342,7 +342,7 @@ def lose_nodes(dataset: Path, out: Path, times: int, seed: int) -> None:
         nodes.end()
 
 
-@pytest.mark.chaos
+@pytest.mark.slow
 def test_a_node_lost_and_another_joined(dataset: Path, tmp_path: Path) -> None:
     lose_nodes(dataset, tmp_path / "m", 1, SEED)
 

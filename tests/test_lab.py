@@ -48,6 +48,8 @@ class Lab:
     """s3:// prefix of this test run."""
     environment: dict[str, str]
     """Of a user of the cluster, on this machine."""
+    hosts: dict[str, str]
+    """What hosts.sh is told."""
 
     def run(self, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -111,7 +113,7 @@ def lab() -> Iterator[Lab]:
         }
         write_user(home, environment)
         file.write_text(yaml.safe_dump(filled_in(folder, home)))
-        lab = Lab("s3://lab/run", environment)
+        lab = Lab("s3://lab/run", environment, hosts)
         lab.ok(sys.executable, "-c", "import boto3; boto3.client('s3').create_bucket(Bucket='lab')")
         covergenre, ray = (str(Path(sys.prefix, "bin", name)) for name in ("covergenre", "ray"))
         lab.ok(covergenre, "sample", "--out", f"{lab.root}/catalog", "--albums", "120")
@@ -199,20 +201,108 @@ def test_the_whole_job_on_two_hosts(lab: Lab, tmp_path: Path) -> None:
 
     # The labels are those of a run on this machine alone.
     alone = {name: value for name, value in lab.environment.items() if not name.startswith("RAY_")}
-    here = Lab(root, alone)
+    here = Lab(root, alone, lab.hosts)
     here.ok(
         *(covergenre, "score", f"{root}/model", catalog, "--out", f"{root}/alone"),
         *("--unit-rows", "32"),
     )
-    compare = (
-        "import sys; from covergenre import storage, shards; there, here = sys.argv[1:]\n"
-        "names = list(storage.list_sizes(there)); assert len(names) == 4, names\n"
-        "assert names == list(storage.list_sizes(here))\n"
-        "for name in names:\n"
-        "    a, b = (shards.read_table(f'{p}/{name}') for p in (there, here))\n"
-        "    assert a.equals(b), name\n"
+    here.ok(sys.executable, "-c", COMPARE, f"{root}/labels/labels", f"{root}/alone/labels", "4")
+
+
+COMPARE = """
+import sys
+from covergenre import storage, shards
+there, here, units = sys.argv[1:]
+names = list(storage.list_sizes(there))
+assert len(names) == int(units), names
+assert names == list(storage.list_sizes(here))
+for name in names:
+    a, b = (shards.read_table(f"{place}/{name}") for place in (there, here))
+    assert a.equals(b), name
+"""
+REPEATED = """
+import sys
+from covergenre import storage
+source, to, times = sys.argv[1:]
+header, *rows = storage.read_bytes(source).decode().splitlines()
+many = [f"{n}-{row}" for n in range(int(times)) for row in rows]
+storage.put(to, "\\n".join([header, *many]).encode())
+"""
+
+
+def units(lab: Lab, place: str) -> int:
+    count = f"from covergenre import storage; print(len(storage.list_sizes('{place}/labels')))"
+    return int(lab.ok(sys.executable, "-c", count))
+
+
+def test_a_host_that_is_cut_off_while_it_scores_costs_no_album(lab: Lab) -> None:
+    covergenre = str(Path(sys.prefix, "bin/covergenre"))
+    root, catalog = lab.root, f"{lab.root}/catalog/repeated.csv"
+    lab.ok(sys.executable, "-c", REPEATED, f"{root}/catalog/catalog.csv", catalog, "20")
+    wait_for_two(lab)
+    command = [covergenre, "submit", "score", f"{root}/model", catalog, "--out", f"{root}/cut"]
+    command += ["--workers", "2", "--unit-rows", "32"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=lab.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    here.ok(sys.executable, "-c", compare, f"{root}/labels/labels", f"{root}/alone/labels")
+    while process.poll() is None and units(lab, f"{root}/cut") < 3:
+        pass
+    at = units(lab, f"{root}/cut")
+    script("hosts.sh", "cut", WORKER.rpartition(".")[2], **lab.hosts)
+    try:
+        said, _ = process.communicate(timeout=600)
+    finally:
+        script("hosts.sh", "mend", WORKER.rpartition(".")[2], **lab.hosts)
+    print(f"cut off after {at} of 75 units")
+    assert process.returncode == 0, said.decode()
+    assert at < 75 and b"2,400 rows = 2,400 scored + 0 rejected + 0 duplicates" in said
+    wait_for_two(lab)  # Ray's autoscaler takes a host that is back in again
+    again = [f"{root}/again" if word == f"{root}/cut" else word for word in command]
+    lab.ok(*again)
+    lab.ok(sys.executable, "-c", COMPARE, f"{root}/cut/labels", f"{root}/again/labels", "75")
+
+
+@pytest.mark.slow
+def test_a_host_that_is_cut_off_while_it_trains_costs_no_step(lab: Lab) -> None:
+    covergenre = str(Path(sys.prefix, "bin/covergenre"))
+    root = lab.root
+    settings = ["--model", "tiny", "--epochs", "20", "--checkpoint-every", "2"]
+    wait_for_two(lab)
+    process = subprocess.Popen(
+        [
+            *(covergenre, "submit", "train", f"{root}/dataset", "--out", f"{root}/cut-model"),
+            *(*settings, "--workers", "1:2"),
+        ],
+        cwd=ROOT,
+        env=lab.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    latest = (
+        "from covergenre.checkpoints import latest_step;"
+        f"print(latest_step('{root}/cut-model.training/checkpoints'))"
+    )
+    while process.poll() is None and int(lab.ok(sys.executable, "-c", latest)) < 2:
+        pass
+    script("hosts.sh", "cut", WORKER.rpartition(".")[2], **lab.hosts)
+    try:
+        said, _ = process.communicate(timeout=600)
+    finally:
+        script("hosts.sh", "mend", WORKER.rpartition(".")[2], **lab.hosts)
+    assert process.returncode == 0, said.decode()
+    assert b"2 CPU workers" in said and b"workers were lost" in said, said.decode()
+    wait_for_two(lab)
+    lab.ok(
+        *(covergenre, "submit", "train", f"{root}/dataset", "--out", f"{root}/uncut-model"),
+        *settings,
+    )
+    losses = (
+        "import json, sys; from covergenre import storage\n"
+        "a, b = ([json.loads(line)['loss'] for line in storage.read_bytes(f'{m}/steps.jsonl')"
+        ".splitlines()] for m in sys.argv[1:])\n"
+        "assert len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b)) < 5e-3, (a, b)\n"
+    )
+    lab.ok(sys.executable, "-c", losses, f"{root}/cut-model", f"{root}/uncut-model")
 
 
 def wait_for_two(lab: Lab) -> None:
@@ -271,7 +361,9 @@ def test_a_local_path_is_refused_on_two_hosts(lab: Lab) -> None:
 
 
 def test_without_the_token_nothing_is_run(lab: Lab) -> None:
-    stranger = Lab(lab.root, {**lab.environment, "HOME": "/nowhere", "RAY_AUTH_MODE": "disabled"})
+    stranger = Lab(
+        lab.root, {**lab.environment, "HOME": "/nowhere", "RAY_AUTH_MODE": "disabled"}, lab.hosts
+    )
     covergenre = str(Path(sys.prefix, "bin/covergenre"))
     done = stranger.run(covergenre, "submit", "score", "m", "c", "--out", "s3://lab/x")
     assert done.returncode == 2
