@@ -226,7 +226,7 @@ def ordeal(
 @pytest.mark.chaos
 def test_some_of_each(model: Path, catalog: Path, whole: Whole, tmp_path: Path) -> None:
     chance = random.Random(SEED)
-    harms = [driver, interrupt, cluster, worker]
+    harms: list[Hurt] = [driver, interrupt, cluster, worker]
     chance.shuffle(harms)
     while harms:  # a job may end before its time has come for all
         ordeal(model, catalog, tmp_path / f"{len(harms)}", whole, harms, chance)
