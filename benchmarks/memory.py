@@ -2,7 +2,7 @@
 is begun, and gone on with.
 
     uv run python -m benchmarks.memory                     # 1,500 albums, then 15,000
-    uv run python -m benchmarks.memory --rows 5000000      # addresses only, ended by ^C soon after
+    uv run python -m benchmarks.memory --rows 5000000      # addresses only, ended soon after
 
 Runs `covergenre score` as a user does, on an embedded Ray, with an untrained model. Sampled ten
 times a second from /proc (Linux alone): memory of the driver, of all Ray workers and what they
@@ -12,7 +12,6 @@ start, and how much of Ray's object store was ever touched. The rows repeat 50 d
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -106,7 +105,7 @@ def _begun(folder: Path, model: Path, covers: list[Path], rows: int) -> dict[str
                 raise SystemExit(f"score ended with {run.process.returncode}")
             time.sleep(_SAMPLE_SECONDS)
         found[f"{name}_after_seconds"] = round(time.monotonic() - run.began, 1)
-        run.process.send_signal(signal.SIGINT)
+        run.process.terminate()
         run.process.wait()
         found[f"{name}_driver_mib"] = run.peaks()["driver"]
     plan = out / "_state" / "plan"
@@ -141,14 +140,13 @@ class _Run:
         while self.process.poll() is None:
             now = dict.fromkeys(self._peaks, 0)
             with suppress(*_GONE):
-                now["driver"] = _kib(driver.pid)[0]
+                now["driver"] = _kib(driver.pid)
                 for process in driver.children(recursive=True):
                     with suppress(*_GONE):
-                        own, shared = _kib(process.pid)
                         if "raylet" in process.name():
-                            now["object_store"] = shared
+                            now["object_store"] = _store_kib(process.pid)
                         elif _is_worker(process):
-                            now["workers"] += own
+                            now["workers"] += _kib(process.pid)
             self._peaks = {name: max(kib, now[name]) for name, kib in self._peaks.items()}
             time.sleep(_SAMPLE_SECONDS)
 
@@ -159,11 +157,21 @@ def _is_worker(process: psutil.Process) -> bool:
     return any(line.startswith("ray::") and "Agent" not in line for line in lines)
 
 
-def _kib(pid: int) -> tuple[int, int]:
-    """Memory that is a process's own (no libraries), and what it shares through /dev/shm."""
+def _kib(pid: int) -> int:
+    """Memory that is a process's own: without libraries, and without the object store."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
-    return int(found["RssAnon"]), int(found["RssShmem"])
+    return int(found["RssAnon"])
+
+
+def _store_kib(pid: int) -> int:
+    """How much of the object store, a file in /dev/shm that the raylet holds, has memory."""
+    files = {}
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        if os.readlink(link).startswith("/dev/shm/"):
+            found = link.stat()
+            files[found.st_ino] = found.st_blocks // 2
+    return sum(files.values())
 
 
 if __name__ == "__main__":
