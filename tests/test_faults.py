@@ -237,3 +237,62 @@ def test_a_whole_job_through_a_store_that_fails(s3: str, drawn: Path) -> None:
         ids = ("dataset_id", "weights_id", "counts", "reasons", "units_written")
         one, other = (storage.read_json(f"{where}/{name}") for where in (place, calm))
         assert [one.get(key) for key in ids] == [other.get(key) for key in ids]
+
+
+# A customer's key
+
+
+def test_every_object_is_under_the_customers_key(
+    calm_s3: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, proxy = calm_s3
+    place = f"{bucket}/keyed"
+    storage.put(f"{place}/open", b"not under a key")
+    key = tmp_path / "key"
+    key.write_bytes(random.Random(3).randbytes(32))
+    monkeypatch.setenv(store.CUSTOMER_KEY_FILE, str(key))
+    store.forget()
+    proxy.keyed.clear()
+    storage.put(f"{place}/x", b"cover")
+    storage.put(f"{place}/large", LARGE)
+    assert storage.put_if_absent(f"{place}/first", b"1")
+    assert not storage.put_if_absent(f"{place}/first", b"2")
+    assert storage.read_bytes(f"{place}/x") == b"cover"
+    assert storage.size(f"{place}/large") == len(LARGE)
+    storage.get_file(f"{place}/large", tmp_path / "large")
+    assert (tmp_path / "large").read_bytes() == LARGE
+    assert list(storage.list_sizes(place)) == ["first", "large", "open", "x"]
+    without = {kind for (kind, keyed), count in proxy.keyed.items() if count and not keyed}
+    assert without <= {"LIST", "COMPLETE", "DELETE"}, proxy.keyed
+    assert {kind for kind, keyed in proxy.keyed if keyed} >= {"PUT", "GET", "CREATE", "PART"}
+    if not os.environ.get("COVERGENRE_TEST_S3"):
+        return  # moto takes the key and does not ask for it
+    with pytest.raises(StorageError, match=store.CUSTOMER_KEY_FILE) as caught:
+        storage.read_bytes(f"{place}/open")
+    assert "\n" not in str(caught.value)
+    for other in (None, bytes(32)):
+        if other is None:
+            monkeypatch.delenv(store.CUSTOMER_KEY_FILE)
+        else:
+            key.write_bytes(other)
+            monkeypatch.setenv(store.CUSTOMER_KEY_FILE, str(key))
+        store.forget()
+        with pytest.raises(StorageError) as caught:
+            storage.read_bytes(f"{place}/x")
+        assert store.CUSTOMER_KEY_FILE in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("held", [b"short", b"%" * 44, None], ids=["short", "no base64", "gone"])
+def test_what_is_no_key_is_told(
+    s3: str, held: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = tmp_path / "key"
+    if held is not None:
+        key.write_bytes(held)
+    monkeypatch.setenv(store.CUSTOMER_KEY_FILE, str(key))
+    store.forget()
+    with pytest.raises(StorageError, match=store.CUSTOMER_KEY_FILE) as caught:
+        storage.put(f"{s3}/no-key", b"x")
+    assert str(key) in str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.undo()
+    store.forget()
