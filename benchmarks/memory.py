@@ -99,7 +99,7 @@ def _begun(folder: Path, model: Path, covers: list[Path], rows: int) -> dict[str
     found: dict[str, Any] = {"rows": rows, "catalog_mib": catalog.stat().st_size >> 20}
     for name in ("begun", "gone_on"):
         before = len(_units(out))
-        run = _Run(model, catalog, out)
+        run = _Run(model, catalog, out, "--unit-rows", "64")  # the first tells of the beginning
         while len(_units(out)) == before:
             if run.process.poll() is not None:
                 raise SystemExit(f"score ended with {run.process.returncode}")
@@ -120,11 +120,11 @@ def _units(out: Path) -> list[Path]:
 class _Run:
     """`covergenre score`, watched."""
 
-    def __init__(self, model: Path, catalog: Path, out: Path) -> None:
+    def __init__(self, model: Path, catalog: Path, out: Path, *flags: str) -> None:
         command = [sys.executable, "-m", "covergenre", "score", str(model), str(catalog)]
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            [*command, "--out", str(out)], env=os.environ | {"RAY_ADDRESS": ""}
+            [*command, "--out", str(out), *flags], env=os.environ | {"RAY_ADDRESS": ""}
         )
         self._peaks = {"driver": 0, "workers": 0, "object_store": 0}
         self._thread = threading.Thread(target=self._watch)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -70,7 +71,15 @@ def start_ray(*, verbose: bool = False) -> None:
                 raise _no_cluster(address) from error
         if not address:
             threading.Thread(target=_end_with_ray, daemon=True).start()
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own handler writes a stack of its C++ part.
+            signal.signal(signal.SIGTERM, _terminated)
     quieten(verbose)
+
+
+def _terminated(*_: object) -> None:
+    say("covergenre: terminated")
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _end_with_ray() -> None:
