@@ -1,7 +1,7 @@
 """Peak memory of score with some albums and with ten times as many; and how soon a long catalog
 is begun, and gone on with.
 
-    uv run python -m benchmarks.memory                     # 1,500 albums, then 15,000
+    uv run python -m benchmarks.memory                     # 3,000 albums, then 30,000
     uv run python -m benchmarks.memory --rows 5000000      # addresses only, ended soon after
 
 Runs `covergenre score` as a user does, on an embedded Ray, with an untrained model. Sampled ten
@@ -38,7 +38,7 @@ _TIMES = 10
 def main() -> None:
     """Measure, and print one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--albums", type=int, default=1500, help="then ten times as many")
+    parser.add_argument("--albums", type=int, default=3000, help="then ten times as many")
     parser.add_argument("--rows", type=int, help="instead: begin a catalog of so many rows")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
