@@ -168,7 +168,7 @@ def _score(
     """Do the units that are not done yet; the ledger of all."""
     workers = runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
     every = np.arange(-(-plan.rows // config.unit_rows))
-    done = _committed(out)
+    done = finished_units(out)
     pending = np.setdiff1d(every, done, assume_unique=True)
     starts = pending * config.unit_rows
     units = np.stack([pending, starts, np.minimum(starts + config.unit_rows, plan.rows)], axis=1)
@@ -176,7 +176,7 @@ def _score(
     rate = None
     if len(done):
         say(f"score: {len(done):,} of {len(every):,} units were done before")
-        _count_footers(out, done, total)
+        count_rows(out, done, total)
     if len(pending):
         rows = int((units[:, 2] - units[:, 1]).sum())
         with runtime.waiting_said(workers), Progress("score", rows, "covers") as progress:
@@ -195,7 +195,7 @@ def _score(
         "duplicates": total["duplicates"],
         "reasons": dict(sorted(reasons.items())),
         "units": len(every),
-        "units_written": len(_committed(out)),
+        "units_written": len(finished_units(out)),
         "weights_id": bundle.weights_id,
         "decision_id": bundle.decision_id,
         "genres": list(bundle.genres.names),
@@ -208,14 +208,14 @@ def _score(
     return ledger
 
 
-def _committed(out: str) -> NDArray[np.int64]:
+def finished_units(out: str) -> NDArray[np.int64]:
     """Numbers of the units whose last object is there."""
     names = storage.list_sizes(storage.join(out, "labels"))
     found = (re.fullmatch(r"part-([0-9]{8,})\.parquet", name) for name in names)
     return np.array(sorted(int(match[1]) for match in found if match), np.int64)
 
 
-def _count_footers(out: str, units: NDArray[np.int64], total: Counter[str]) -> None:
+def count_rows(out: str, units: NDArray[np.int64], total: Counter[str]) -> None:
     """Add what those units hold; nothing is counted that was not written."""
 
     def counts(unit: int) -> dict[str, int]:
