@@ -13,6 +13,7 @@ import uuid
 
 import pyarrow as pa
 
+from benchmarks import told
 from covergenre import ingest, schema, storage
 from covergenre.demo import make_sample
 from covergenre.ingest import Cover, Source
@@ -52,4 +53,4 @@ def _rate(plan: pa.Table, in_flight: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

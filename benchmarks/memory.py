@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks import told
 from covergenre.bundle import write_bundle
 from covergenre.covers import Preprocessing
 from covergenre.genres import Genres
@@ -175,4 +176,4 @@ def _store_kib(pid: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

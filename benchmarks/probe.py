@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from benchmarks import told
 from covergenre.covers import Preprocessing, decode
 from covergenre.metrics import multilabel_metrics
 from covergenre.models import build_model
@@ -82,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

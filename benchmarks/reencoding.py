@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import told
 from covergenre.bundle import load_model, read_bundle
 from covergenre.config import PrepareConfig
 from covergenre.covers import decode, pack
@@ -57,4 +58,4 @@ def compare(model_uri: str, covers: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

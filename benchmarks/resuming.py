@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
+from benchmarks import told
 from covergenre import schema, score, shards, storage
 
 _ROWS = 1024
@@ -74,4 +75,4 @@ def _unit() -> pa.Buffer:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks import told
 from covergenre import models, storage
 from covergenre.config import PrepareConfig, ScoreConfig, TrainConfig
 from covergenre.covers import Preprocessing
@@ -160,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)
