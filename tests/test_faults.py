@@ -292,3 +292,45 @@ def test_what_is_no_key_is_told(
     assert str(key) in str(caught.value) and "\n" not in str(caught.value)
     monkeypatch.undo()
     store.forget()
+
+
+# Credentials that expire
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", "RequestExpired"])
+def test_expired_credentials_are_taken_up_anew(
+    calm_s3: Flaky, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, proxy = calm_s3
+    file = tmp_path / "credentials"
+    good = (os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
+
+    def hand_out(key: str, secret: str) -> None:
+        lines = ["[default]", f"aws_access_key_id = {key}", f"aws_secret_access_key = {secret}"]
+        file.write_text("\n".join(lines))
+
+    hand_out("old", "old")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    store.forget()
+    if not os.environ.get("COVERGENRE_TEST_S3"):  # moto knows every key
+        storage.put(f"{bucket}/expiring", b"before")
+    proxy.refused["old"] = code
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:  # whoever renews them is a bit late
+            hand_out(*good)
+
+    monkeypatch.setattr(store.time, "sleep", wait)
+    storage.put(f"{bucket}/expiring", b"after")
+    assert storage.read_bytes(f"{bucket}/expiring") == b"after"
+    assert len(waits) == 3
+    # Never renewed, it is one line.
+    proxy.refused[good[0]] = code
+    monkeypatch.setattr(store, "_PATIENCE_SECONDS", 0.0)
+    with pytest.raises(StorageError, match="credentials") as caught:
+        storage.put(f"{bucket}/expiring", b"never")
+    assert "\n" not in str(caught.value) and good[1] not in str(caught.value)

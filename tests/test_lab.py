@@ -7,6 +7,7 @@ ceph-osd, ceph-common, uuid-runtime, curl for a real S3 store. Skips where it ma
 COVERGENRE_CI set it fails instead.
 """
 
+import ast
 import contextlib
 import os
 import secrets
@@ -16,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ class Lab:
     """Of a user of the cluster, on this machine."""
     hosts: dict[str, str]
     """What hosts.sh is told."""
+    began: float = 0.0
+    """When `ray up` did."""
 
     def run(self, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -113,10 +117,11 @@ def lab() -> Iterator[Lab]:
         }
         write_user(home, environment)
         file.write_text(yaml.safe_dump(filled_in(folder, home)))
-        lab = Lab("s3://lab/run", environment, hosts)
+        lab = Lab("s3://lab/run", environment, hosts, time.monotonic())
         lab.ok(sys.executable, "-c", "import boto3; boto3.client('s3').create_bucket(Bucket='lab')")
         covergenre, ray = (str(Path(sys.prefix, "bin", name)) for name in ("covergenre", "ray"))
         lab.ok(covergenre, "sample", "--out", f"{lab.root}/catalog", "--albums", "120")
+        lab = replace(lab, began=time.monotonic())
         lab.ok(ray, "up", "--yes", "--no-config-cache", str(file))
         command = [ray, "dashboard", "--no-config-cache", "--port", str(PORT), str(file)]
         forward = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -172,6 +177,49 @@ def filled_in(folder: Path, home: Path) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
+def test_figures(lab: Lab) -> None:
+    """From `ray up` to the first label, and the rate of two hosts over one, both printed.
+
+    uv run pytest -m "cluster and slow" -k figures -s
+
+    PIN=1 in the environment gives each host one core.
+    """
+    covergenre = str(Path(sys.prefix, "bin/covergenre"))
+    root, catalog = lab.root, f"{lab.root}/catalog/many.csv"
+    lab.ok(sys.executable, "-c", UNTRAINED, f"{root}/untrained")
+    lab.ok(sys.executable, "-c", REPEATED, f"{root}/catalog/catalog.csv", catalog, "30")
+
+    def score(out: str, workers: int) -> subprocess.Popen[bytes]:
+        command = [covergenre, "submit", "score", f"{root}/untrained", catalog, "--out", out]
+        command += ["--workers", str(workers), "--unit-rows", "64"]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=lab.environment, stdout=subprocess.DEVNULL, stderr=None
+        )
+
+    def rate(out: str) -> float:
+        read = f"from covergenre import storage; print(storage.read_json('{out}/ledger.json'))"
+        found: float = ast.literal_eval(lab.ok(sys.executable, "-c", read))["covers_per_second"]
+        return found
+
+    first = score(f"{root}/first", 1)
+    while units(lab, f"{root}/first") == 0:
+        assert first.poll() is None
+    print(f"from `ray up` to the first label: {time.monotonic() - lab.began:.0f} s")
+    assert first.wait() == 0
+    wait_for_two(lab)
+    assert score(f"{root}/two", 2).wait() == 0
+    script("hosts.sh", "cut", WORKER.rpartition(".")[2], **lab.hosts)
+    try:
+        wait_for_hosts(lab, 1)
+        assert score(f"{root}/one", 1).wait() == 0
+    finally:
+        script("hosts.sh", "mend", WORKER.rpartition(".")[2], **lab.hosts)
+    two, one = rate(f"{root}/two"), rate(f"{root}/one")
+    print(f"covers a second: {two} with two hosts, {one} with one: {two / one:.2f}")
+    wait_for_two(lab)
+
+
 def test_the_whole_job_on_two_hosts(lab: Lab, tmp_path: Path) -> None:
     covergenre = str(Path(sys.prefix, "bin/covergenre"))
     root = lab.root
@@ -219,6 +267,20 @@ assert names == list(storage.list_sizes(here))
 for name in names:
     a, b = (shards.read_table(f"{place}/{name}") for place in (there, here))
     assert a.equals(b), name
+"""
+UNTRAINED = """
+import sys
+from safetensors.torch import save
+from covergenre.bundle import write_bundle
+from covergenre.covers import Preprocessing
+from covergenre.genres import Genres
+from covergenre.models import build_model
+genres = Genres(("Jazz", "Rock"))
+weights = save(build_model("tiny", len(genres), seed=0).state_dict())
+write_bundle(
+    sys.argv[1], weights=weights, model="tiny", genres=genres, preprocessing=Preprocessing(),
+    precision="fp32", config={}, thresholds=dict.fromkeys(genres.names, 0.5), others={},
+)
 """
 REPEATED = """
 import sys
@@ -307,15 +369,19 @@ def test_a_host_that_is_cut_off_while_it_trains_costs_no_step(lab: Lab) -> None:
 
 def wait_for_two(lab: Lab) -> None:
     """`ray up` returns when the head is there; the other host follows."""
+    wait_for_hosts(lab, 2)
+
+
+def wait_for_hosts(lab: Lab, count: int) -> None:
     nodes = (
         "import sys, threading; from ray.util.state import list_nodes\n"
         "def alive(): return [n for n in list_nodes(address=sys.argv[1]) if n.state == 'ALIVE']\n"
-        "for _ in range(240):\n"
-        "    if len(alive()) == 2: sys.exit()\n"
+        "for _ in range(360):\n"
+        "    if len(alive()) == int(sys.argv[2]): sys.exit()\n"
         "    threading.Event().wait(0.5)\n"
-        "sys.exit('the second host did not join')"
+        "sys.exit(f'{len(alive())} hosts are there')"
     )
-    lab.ok(sys.executable, "-c", nodes, DASHBOARD)
+    lab.ok(sys.executable, "-c", nodes, DASHBOARD, str(count))
 
 
 def test_doctor_looks_at_both_hosts(lab: Lab) -> None:

@@ -8,7 +8,8 @@
 #
 # A host has its own name (cg2, cg3, ...), network, processes, /tmp, /dev/shm and home, and runs sshd.
 # The rest of the file system is shared, so nothing is installed on it; folders below /tmp or the home
-# that it has to see (the virtual environment) are named in $KEEP, separated by colons.
+# that it has to see (the virtual environment) are named in $KEEP, separated by colons. With $PIN set
+# each host has one core, the first host the first.
 # Needs root and Debian's iproute2, openssh-server, rsync. State lives in $LAB.
 set -euo pipefail
 : "${LAB:?a folder that is neither below /tmp nor below the home}"
@@ -38,7 +39,7 @@ UsePAM no
 PidFile none
 CONF
   { echo "127.0.0.1 localhost"; for ((m = 2; m < 12; m++)); do echo "$NET.$m cg$m"; done; } > "$dir/hosts"
-  ip netns exec "$ns" unshare -m -p -u --fork --mount-proc bash -c "
+  ${PIN:+taskset -c $((n - 2))} ip netns exec "$ns" unshare -m -p -u --fork --mount-proc bash -c "
     hostname cg$n
     mount --bind $dir/hosts /etc/hosts
     IFS=:
