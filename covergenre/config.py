@@ -61,7 +61,7 @@ class StageConfig(BaseModel):
 
     def saved(self) -> dict[str, Any]:
         """All settings, as they are kept beside a result: without the secret of an address."""
-        from covergenre.storage import redacted
+        from covergenre.addresses import redacted
 
         values = self.model_dump(mode="json")
         return {

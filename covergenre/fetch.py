@@ -16,8 +16,8 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, LocationValueError, MaxRetryError, SSLError
 
+from covergenre.addresses import redacted
 from covergenre.covers import MAX_BYTES, CoverError
-from covergenre.storage import redacted
 
 _ATTEMPTS = 6
 _FIRST_WAIT_SECONDS = 0.5

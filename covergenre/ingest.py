@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from covergenre import fetch, schema, shards, storage
+from covergenre.addresses import redacted
 from covergenre.covers import MAX_BYTES, CoverError, sha256
 from covergenre.errors import StorageError
 
@@ -107,7 +108,7 @@ def local_cover(rows: pa.Table) -> str | None:
 
 def shown_cover(cover: str | None) -> str | None:
     """Where a cover is, as it is told of one that is set aside: without an address's secret."""
-    return storage.redacted(cover) if cover and "://" in cover else cover
+    return redacted(cover) if cover and "://" in cover else cover
 
 
 def first_rows(plan_rows: pa.Table) -> pa.Array:

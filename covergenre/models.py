@@ -6,7 +6,6 @@ Shapes: B albums of a batch, C = 3 colours, H x W pixels, D features, G genres.
 from collections import OrderedDict
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -158,6 +157,8 @@ def _trunk_and_head(name: str, num_genres: int) -> tuple[nn.Module, nn.Module]:
         return _tiny(num_genres)
     if name == "baseline":
         return _baseline(num_genres)
+    import torchvision  # takes seconds: workers of the models above go without
+
     trunk: nn.Module = torchvision.models.get_model(name, weights=None)
     if name.startswith("resnet"):
         assert isinstance(trunk.fc, nn.Linear)

@@ -31,6 +31,7 @@ from covergenre import (
     shards,
     storage,
 )
+from covergenre.addresses import redacted
 from covergenre.catalog import Catalog, read_catalog
 from covergenre.config import PrepareConfig
 from covergenre.covers import CoverError
@@ -395,7 +396,7 @@ def _finish(
     picture = report.label_distribution(selection.counts, selection.albums, set(kept.names))
     storage.put(storage.join(out, "label_distribution.png"), picture)
     extra = {
-        "catalog": {"fingerprint": catalog.fingerprint, "place": storage.redacted(config.catalog)},
+        "catalog": {"fingerprint": catalog.fingerprint, "place": redacted(config.catalog)},
         "settings": config.saved(),
         "versions": {
             "covergenre": __version__,

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from covergenre.addresses import redacted
 from covergenre.errors import ConfigError, CovergenreError
 from covergenre.progress import say
-from covergenre.storage import redacted
 
 _EMBEDDED_OBJECT_STORE_BYTES = 2 * 2**30
 """Of an embedded Ray: encoded covers and a few batches of pixels; the rest is for the model."""

@@ -8,7 +8,6 @@ folder, S3 shows an object only when its upload is complete.
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from covergenre import s3
+from covergenre.addresses import redacted
 from covergenre.errors import StorageError
 
 _PIECE_BYTES = 8 * 2**20
@@ -56,24 +56,6 @@ def parent(uri: str) -> str:
 def name(uri: str) -> str:
     """The last part of `uri`."""
     return uri.rstrip("/").rpartition("/")[2]
-
-
-def redacted(uri: str) -> str:
-    """`uri` as it may be shown and kept: without a user and password, or what a query holds."""
-    scheme, mark, rest = uri.partition("://")
-    rest = _USER.sub("***@", rest)
-    if scheme.lower() in ("http", "https"):  # a key of S3 may have a ? and a # of its own
-        rest, hash_mark, _ = rest.partition("#")
-        rest, question_mark, query = rest.partition("?")
-        if question_mark:
-            rest += "?" + "&".join(_VALUE.sub("***", part) for part in query.split("&"))
-        rest += hash_mark and "#***"
-    return f"{scheme}{mark}{rest}"
-
-
-_USER = re.compile(r"\A(?:[^/?#]*@|[^/?#:[]*:(?!\d*(?:[/?#]|\Z)).*@)", re.DOTALL)
-"""Before the host. A password with a slash in it makes no valid address, and is none to show."""
-_VALUE = re.compile(r"(?<==).*|^[^=]+$", re.DOTALL)
 
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:

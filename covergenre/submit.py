@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from covergenre.addresses import redacted
 from covergenre.errors import ConfigError, CovergenreError
 from covergenre.progress import say
-from covergenre.storage import redacted
 
 _DASHBOARD = "http://127.0.0.1:8265"
 _LARGEST_UPLOAD_BYTES = 100 * 2**20

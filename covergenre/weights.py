@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 
 import safetensors.torch
 import torch
-import torchvision
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -83,6 +82,8 @@ def _imagenet(name: str) -> tuple[str, Mapping[Any, object]]:
         raise ModelError(
             f"--weights imagenet: there are none for {name}; use --weights none, or one of {known}"
         )
+    import torchvision
+
     entry = torchvision.models.get_weight(origin)
     try:
         # torch.hub tells of its download on standard output, which is for results.

@@ -324,7 +324,7 @@ def test_expired_credentials_are_taken_up_anew(
         if len(waits) == 3:  # whoever renews them is a bit late
             hand_out(*good)
 
-    monkeypatch.setattr(store.time, "sleep", wait)
+    monkeypatch.setattr("covergenre.s3.time.sleep", wait)
     storage.put(f"{bucket}/expiring", b"after")
     assert storage.read_bytes(f"{bucket}/expiring") == b"after"
     assert len(waits) == 3

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from covergenre import fetch, ingest, schema
+from covergenre.addresses import redacted
 from covergenre.covers import CoverError
 from covergenre.ingest import Cover, Source
-from covergenre.storage import redacted
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -15,6 +15,7 @@ LAYERS = (
     # what everything stands on, and ideas that need nothing of ours
     {
         "__init__",
+        "addresses",
         "errors",
         "schema",
         "augment",

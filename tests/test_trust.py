@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from covergenre import storage
+from covergenre.addresses import redacted
 from covergenre.bundle import write_bundle
 from covergenre.config import PrepareConfig, ScoreConfig
 from covergenre.covers import Preprocessing
@@ -170,7 +170,7 @@ def test_no_secret_of_an_address_is_kept_or_told(
     assert not any(secret in kept for secret in secrets)
     settings = PrepareConfig(catalog="s3://key:pass4@bucket/c.csv", out="x").saved()
     assert settings["catalog"] == "s3://***@bucket/c.csv"
-    assert storage.redacted("s3://key:pass4@bucket/c.csv") == settings["catalog"]
+    assert redacted("s3://key:pass4@bucket/c.csv") == settings["catalog"]
 
 
 def test_a_genre_is_shown_and_not_followed() -> None:
