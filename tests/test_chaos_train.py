@@ -246,8 +246,8 @@ def assert_equal(model: Path, whole: Path) -> None:
 
 
 @pytest.mark.chaos
-def test_one_of_each(dataset: Path, whole: Path, tmp_path: Path) -> None:
-    harms = ["worker", "driver", "interrupt"]
+def test_a_worker_and_the_driver(dataset: Path, whole: Path, tmp_path: Path) -> None:
+    harms = ["worker", "driver"]  # ^C: test_resume.py
     random.Random(SEED).shuffle(harms)
     ordeal(dataset, tmp_path / "m", harms, SEED)
     assert_equal(tmp_path / "m", whole)

@@ -22,7 +22,7 @@ from covergenre.prepare import prepare
 from covergenre.storage import read_json
 from covergenre.train import train
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.chaos]
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 EPOCHS = 2
 
@@ -114,6 +114,7 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_within_an_epoch_sees_each_sample_once(
     dataset: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +140,7 @@ def interrupted(
     yield out
 
 
+@pytest.mark.chaos
 def test_an_interrupted_run_goes_on_if_asked_to(
     dataset: Path, whole: Path, interrupted: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +162,7 @@ def test_an_interrupted_run_goes_on_if_asked_to(
     assert saved["workers"] == "2"
 
 
+@pytest.mark.chaos
 def test_a_run_ended_before_its_model_was_written(
     dataset: Path,
     whole: Path,
@@ -209,6 +212,7 @@ def test_damaged_weights_of_an_epoch_that_is_not_the_last(
     assert records[1]["best"]
 
 
+@pytest.mark.chaos
 def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(
     dataset: Path, tmp_path: Path
 ) -> None:
@@ -226,6 +230,7 @@ def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(
     assert found is not None and all(t.isfinite().all() for t in found.tensors().values())
 
 
+@pytest.mark.chaos
 def test_a_step_too_large_for_the_memory_is_computed_in_parts(
     dataset: Path,
     whole: Path,
