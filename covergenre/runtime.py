@@ -1,5 +1,6 @@
 """Ray: joined where a cluster is named, embedded in this process where none is. Kept quiet."""
 
+import atexit
 import contextlib
 import logging
 import os
@@ -77,6 +78,8 @@ def start_ray(*, verbose: bool = False) -> None:
         if threading.current_thread() is threading.main_thread():
             # Ray's own handler writes a stack of its C++ part.
             signal.signal(signal.SIGTERM, _terminated)
+            # Registered after Ray's, and so called before: ^C is too late to stop anything then.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     quieten(verbose)
 
 
