@@ -23,11 +23,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks import told
-from covergenre.bundle import write_bundle
-from covergenre.covers import Preprocessing
-from covergenre.genres import Genres
-from covergenre.models import build_model
+from benchmarks import told, untrained_model
 from covergenre.sample import write_sample
 
 _COVERS = 50
@@ -44,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = _model(folder / "model")
+        model = untrained_model(folder / "model")
         covers = sorted((write_sample(folder / "sample", _COVERS, 0).parent / "covers").iterdir())
         result = (
             _begun(folder, model, covers, args.rows)
@@ -52,24 +48,6 @@ def main() -> None:
             else _compared(folder, model, covers, args.albums)
         )
     print(json.dumps(result))
-
-
-def _model(out: Path) -> Path:
-    from safetensors.torch import save
-
-    genres = Genres(("Ambient", "Jazz", "Rock"))
-    write_bundle(
-        str(out),
-        weights=save(build_model("tiny", len(genres), seed=0).state_dict()),
-        model="tiny",
-        genres=genres,
-        preprocessing=Preprocessing(),
-        precision="fp32",
-        config={},
-        thresholds=dict.fromkeys(genres.names, 0.5),
-        others={},
-    )
-    return out
 
 
 def _catalog(file: Path, covers: list[Path], rows: int) -> Path:
@@ -80,7 +58,7 @@ def _catalog(file: Path, covers: list[Path], rows: int) -> Path:
     return file
 
 
-def _compared(folder: Path, model: Path, covers: list[Path], albums: int) -> dict[str, Any]:
+def _compared(folder: Path, model: str, covers: list[Path], albums: int) -> dict[str, Any]:
     peaks = []
     for count in (albums, albums * _TIMES):
         run = _Run(model, _catalog(folder / f"{count}.csv", covers, count), folder / f"out-{count}")
@@ -95,7 +73,7 @@ def _compared(folder: Path, model: Path, covers: list[Path], albums: int) -> dic
     }
 
 
-def _begun(folder: Path, model: Path, covers: list[Path], rows: int) -> dict[str, Any]:
+def _begun(folder: Path, model: str, covers: list[Path], rows: int) -> dict[str, Any]:
     catalog, out = _catalog(folder / "catalog.csv", covers, rows), folder / "out"
     found: dict[str, Any] = {"rows": rows, "catalog_mib": catalog.stat().st_size >> 20}
     for name in ("begun", "gone_on"):
@@ -121,8 +99,8 @@ def _units(out: Path) -> list[Path]:
 class _Run:
     """`covergenre score`, watched."""
 
-    def __init__(self, model: Path, catalog: Path, out: Path, *flags: str) -> None:
-        command = [sys.executable, "-m", "covergenre", "score", str(model), str(catalog)]
+    def __init__(self, model: str, catalog: Path, out: Path, *flags: str) -> None:
+        command = [sys.executable, "-m", "covergenre", "score", model, str(catalog)]
         self.began = time.monotonic()
         self.process = subprocess.Popen(
             [*command, "--out", str(out), *flags], env=os.environ | {"RAY_ADDRESS": ""}

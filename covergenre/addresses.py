@@ -4,7 +4,10 @@ import re
 
 
 def redacted(uri: str) -> str:
-    """`uri` as it may be shown and kept: without a user and password, or what a query holds."""
+    """`uri` as it may be shown and kept: without a user and password, or what a query holds.
+
+    A path stays as it is.
+    """
     scheme, mark, rest = uri.partition("://")
     rest = _USER.sub("***@", rest)
     if scheme.lower() in ("http", "https"):  # a key of S3 may have a ? and a # of its own

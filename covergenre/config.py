@@ -64,9 +64,7 @@ class StageConfig(BaseModel):
         from covergenre.addresses import redacted
 
         values = self.model_dump(mode="json")
-        return {
-            n: redacted(v) if isinstance(v, str) and "://" in v else v for n, v in values.items()
-        }
+        return {name: redacted(v) if isinstance(v, str) else v for name, v in values.items()}
 
 
 def argument(help_text: str) -> Any:

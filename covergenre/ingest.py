@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from covergenre import fetch, schema, shards, storage
-from covergenre.addresses import redacted
 from covergenre.covers import MAX_BYTES, CoverError, sha256
 from covergenre.errors import StorageError
 
@@ -104,11 +103,6 @@ def local_cover(rows: pa.Table) -> str | None:
     covers = rows["cover"].filter(pc.is_null(rows["source"])).drop_null()
     local = covers.filter(pc.invert(pc.match_substring(covers, "://")))
     return local[0].as_py() if len(local) else None
-
-
-def shown_cover(cover: str | None) -> str | None:
-    """Where a cover is, as it is told of one that is set aside: without an address's secret."""
-    return redacted(cover) if cover and "://" in cover else cover
 
 
 def first_rows(plan_rows: pa.Table) -> pa.Array:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from covergenre import errors, ingest, shards
+from covergenre.addresses import redacted
 from covergenre.bundle import Bundle, load_model, read_bundle
 from covergenre.covers import CoverError, Preprocessing
 from covergenre.decoding import decode
@@ -325,8 +326,8 @@ def _decode_all(
         if isinstance(outcome, Duplicate):
             record["first_row"] = outcome.first_row
         elif isinstance(outcome, CoverError):
-            shown = ingest.shown_cover(record["cover"])
-            record |= {"cover": shown, "reason": outcome.reason, "detail": outcome.detail}
+            cover = record["cover"] and redacted(record["cover"])
+            record |= {"cover": cover, "reason": outcome.reason, "detail": outcome.detail}
         records.append(record)
     shape = (0, spec.side, spec.side, 3)
     stacked = np.stack(pixels) if pixels else np.empty(shape, np.uint8)

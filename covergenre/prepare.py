@@ -38,7 +38,7 @@ from covergenre.covers import CoverError
 from covergenre.errors import CatalogError, ConfigError, LedgerError
 from covergenre.genre_map import apply_genre_map, load_genre_map
 from covergenre.genres import Genres, Selection, keep_albums, select
-from covergenre.ingest import Cover, Source, shown_cover
+from covergenre.ingest import Cover, Source
 from covergenre.leases import lease
 from covergenre.progress import Progress, say
 from covergenre.shards import Manifest, Shard
@@ -329,7 +329,7 @@ def rejection(row: dict[str, Any], error: CoverError) -> dict[str, Any]:
     return {
         "album_id": row["album_id"],
         "row": row["row"],
-        "cover": shown_cover(row["cover"]),
+        "cover": row["cover"] and redacted(row["cover"]),
         "reason": error.reason,
         "detail": error.detail or None,
     }
@@ -340,8 +340,8 @@ def _write_aside(out: str, plan: pa.Table, aside: dict[str, list[int]]) -> None:
     tables = []
     for reason, rows in aside.items():
         part = plan.select(["album_id", "row", "cover"]).take(pa.array(rows, pa.int64()))
-        shown = pa.array(map(shown_cover, part["cover"].to_pylist()), pa.string())
-        part = _replaced(part, "cover", shown)
+        shown = [cover and redacted(cover) for cover in part["cover"].to_pylist()]
+        part = _replaced(part, "cover", pa.array(shown, pa.string()))
         part = part.append_column("reason", pa.array([reason] * len(rows)))
         tables.append(part.append_column("detail", pa.nulls(len(rows), pa.string())))
     if tables:

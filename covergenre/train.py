@@ -103,7 +103,7 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
                 trained = _already(out, run)
             else:
                 say(_opening(config, manifest, workers, origin))
-                trained = _train(config, manifest, workers, (trunk, origin), out, run)
+                trained = _train(config, manifest, workers, trunk, origin, out, run)
     except TrainingDivergedError:
         if not checkpoints.latest_step(storage.join(state, _CHECKPOINTS)):
             storage.delete_folder(state)  # nothing there is worth keeping
@@ -116,12 +116,12 @@ def _train(
     config: TrainConfig,
     manifest: Manifest,
     workers: runtime.Workers,
-    weights_from: tuple[dict[str, Any] | None, str],
+    trunk: dict[str, Any] | None,
+    origin: str,
     out: str,
     run: dict[str, Any],
 ) -> Trained:
-    """Train to the end and write the MODEL. `weights_from`: see _trunk."""
-    trunk, origin = weights_from
+    """Train to the end and write the MODEL. trunk, origin: see _trunk."""
     preprocessing = Preprocessing()
     with tempfile.TemporaryDirectory() as temporary:
         last, weights = _fit(

@@ -24,12 +24,8 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
     FAKE_HEAD_NODE_TYPE,
 )
-from safetensors.torch import save
 
-from covergenre.bundle import write_bundle
-from covergenre.covers import Preprocessing
-from covergenre.genres import Genres
-from covergenre.models import build_model
+from benchmarks import untrained_model
 
 pytestmark = pytest.mark.slow
 
@@ -148,20 +144,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = tmp_path_factory.mktemp("model") / "m"
-    genres = Genres(("Folk", "Jazz", "Rock"))
-    write_bundle(
-        str(out),
-        weights=save(build_model("tiny", 3, seed=0).state_dict()),
-        model="tiny",
-        genres=genres,
-        preprocessing=Preprocessing(side=32),
-        precision="fp32",
-        thresholds=dict.fromkeys(genres.names, 0.5),
-        config={},
-        others={},
-    )
-    return str(out)
+    return untrained_model(tmp_path_factory.mktemp("model") / "m")
 
 
 def test_more_than_there_can_ever_be_is_refused_with_the_numbers(

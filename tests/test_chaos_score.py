@@ -23,10 +23,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from covergenre.bundle import write_bundle
-from covergenre.covers import Preprocessing
-from covergenre.genres import Genres
-from covergenre.models import build_model
+from benchmarks import untrained_model
 from covergenre.sample import write_sample
 
 SEED = int(os.environ.get("COVERGENRE_CHAOS_SEED", "0"))
@@ -39,24 +36,8 @@ HANG_SECONDS = 900.0
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A MODEL of random weights: what it says does not matter, that it says it again does."""
-    from safetensors.torch import save
-
-    out = tmp_path_factory.mktemp("chaos") / "model"
-    genres = Genres(("Ambient", "Jazz", "Rock"))
-    write_bundle(
-        str(out),
-        weights=save(build_model("tiny", len(genres), seed=0).state_dict()),
-        model="tiny",
-        genres=genres,
-        preprocessing=Preprocessing(),
-        precision="fp32",
-        config={},
-        thresholds=dict.fromkeys(genres.names, 0.5),
-        others={},
-    )
-    return out
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return untrained_model(tmp_path_factory.mktemp("model") / "m")
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +55,9 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Run:
     """`covergenre score` as a user runs it."""
 
-    def __init__(self, model: Path, catalog: Path, out: Path, *flags: str) -> None:
+    def __init__(self, model: str, catalog: Path, out: Path, *flags: str) -> None:
         self.out = out
-        command = [sys.executable, "-m", "covergenre", "score", str(model), str(catalog)]
+        command = [sys.executable, "-m", "covergenre", "score", model, str(catalog)]
         command += ["--out", str(out), "--unit-rows", str(UNIT_ROWS), "--batch-size", "8", *flags]
         self._log = out.with_name(f"{out.name}.log")
         with self._log.open("w") as log:
@@ -147,7 +128,7 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def whole(model: str, catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     began = time.monotonic()
     run = Run(model, catalog, tmp_path_factory.mktemp("whole") / "labels")
     assert run.end() == 0, run.said()
@@ -200,7 +181,7 @@ def worker(run: Run) -> None:
 
 
 def ordeal(
-    model: Path, catalog: Path, out: Path, whole: Whole, harms: list[Hurt], chance: random.Random
+    model: str, catalog: Path, out: Path, whole: Whole, harms: list[Hurt], chance: random.Random
 ) -> None:
     """One job to its end by the same command again and again, hurt while `harms` last."""
     done: dict[str, int] = {}
@@ -224,7 +205,7 @@ def ordeal(
 
 
 @pytest.mark.chaos
-def test_some_of_each(model: Path, catalog: Path, whole: Whole, tmp_path: Path) -> None:
+def test_some_of_each(model: str, catalog: Path, whole: Whole, tmp_path: Path) -> None:
     chance = random.Random(SEED)
     harms: list[Hurt] = [driver, interrupt, cluster, worker]
     chance.shuffle(harms)
@@ -235,7 +216,7 @@ def test_some_of_each(model: Path, catalog: Path, whole: Whole, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("hurt", [driver, interrupt, cluster], ids=lambda f: f.__name__)
 def test_many_of_one_kind(
-    hurt: Hurt, model: Path, catalog: Path, whole: Whole, tmp_path: Path
+    hurt: Hurt, model: str, catalog: Path, whole: Whole, tmp_path: Path
 ) -> None:
     chance = random.Random(f"{SEED}{hurt.__name__}")
     harms = [hurt] * KILLS
@@ -246,7 +227,7 @@ def test_many_of_one_kind(
 
 @pytest.mark.slow
 def test_workers_that_are_killed_are_made_up_for(
-    model: Path, catalog: Path, whole: Whole, tmp_path: Path
+    model: str, catalog: Path, whole: Whole, tmp_path: Path
 ) -> None:
     chance = random.Random(f"{SEED}workers")
     made = jobs = 0
@@ -296,7 +277,7 @@ def deadly() -> Iterator[str]:
 
 @pytest.mark.chaos
 def test_a_row_that_kills_its_worker_is_set_aside(
-    deadly: str, model: Path, catalog: Path, tmp_path: Path
+    deadly: str, model: str, catalog: Path, tmp_path: Path
 ) -> None:
     lines = catalog.read_text().splitlines()[:101]
     folder = str(catalog.parent)

@@ -187,7 +187,8 @@ def test_figures(lab: Lab) -> None:
     """
     covergenre = str(Path(sys.prefix, "bin/covergenre"))
     root, catalog = lab.root, f"{lab.root}/catalog/many.csv"
-    lab.ok(sys.executable, "-c", UNTRAINED, f"{root}/untrained")
+    untrained = f"from benchmarks import untrained_model; untrained_model('{root}/untrained')"
+    lab.ok(sys.executable, "-c", untrained)
     lab.ok(sys.executable, "-c", REPEATED, f"{root}/catalog/catalog.csv", catalog, "30")
 
     def score(out: str, workers: int) -> subprocess.Popen[bytes]:
@@ -209,12 +210,9 @@ def test_figures(lab: Lab) -> None:
     assert first.wait() == 0
     wait_for_two(lab)
     assert score(f"{root}/two", 2).wait() == 0
-    script("hosts.sh", "cut", WORKER.rpartition(".")[2], **lab.hosts)
-    try:
+    with cut_off(lab):
         wait_for_hosts(lab, 1)
         assert score(f"{root}/one", 1).wait() == 0
-    finally:
-        script("hosts.sh", "mend", WORKER.rpartition(".")[2], **lab.hosts)
     two, one = rate(f"{root}/two"), rate(f"{root}/one")
     print(f"covers a second: {two} with two hosts, {one} with one: {two / one:.2f}")
     wait_for_two(lab)
@@ -268,20 +266,6 @@ for name in names:
     a, b = (shards.read_table(f"{place}/{name}") for place in (there, here))
     assert a.equals(b), name
 """
-UNTRAINED = """
-import sys
-from safetensors.torch import save
-from covergenre.bundle import write_bundle
-from covergenre.covers import Preprocessing
-from covergenre.genres import Genres
-from covergenre.models import build_model
-genres = Genres(("Jazz", "Rock"))
-weights = save(build_model("tiny", len(genres), seed=0).state_dict())
-write_bundle(
-    sys.argv[1], weights=weights, model="tiny", genres=genres, preprocessing=Preprocessing(),
-    precision="fp32", config={}, thresholds=dict.fromkeys(genres.names, 0.5), others={},
-)
-"""
 REPEATED = """
 import sys
 from covergenre import storage
@@ -290,6 +274,16 @@ header, *rows = storage.read_bytes(source).decode().splitlines()
 many = [f"{n}-{row}" for n in range(int(times)) for row in rows]
 storage.put(to, "\\n".join([header, *many]).encode())
 """
+
+
+@contextlib.contextmanager
+def cut_off(lab: Lab) -> Iterator[None]:
+    """The second host is off the network meanwhile; whoever is connected to it is not told."""
+    script("hosts.sh", "cut", WORKER.rpartition(".")[2], **lab.hosts)
+    try:
+        yield
+    finally:
+        script("hosts.sh", "mend", WORKER.rpartition(".")[2], **lab.hosts)
 
 
 def units(lab: Lab, place: str) -> int:
@@ -310,11 +304,8 @@ def test_a_host_that_is_cut_off_while_it_scores_costs_no_album(lab: Lab) -> None
     while process.poll() is None and units(lab, f"{root}/cut") < 3:
         pass
     at = units(lab, f"{root}/cut")
-    script("hosts.sh", "cut", WORKER.rpartition(".")[2], **lab.hosts)
-    try:
+    with cut_off(lab):
         said, _ = process.communicate(timeout=600)
-    finally:
-        script("hosts.sh", "mend", WORKER.rpartition(".")[2], **lab.hosts)
     print(f"cut off after {at} of 75 units")
     assert process.returncode == 0, said.decode()
     assert at < 75 and b"2,400 rows = 2,400 scored + 0 rejected + 0 duplicates" in said
@@ -346,11 +337,8 @@ def test_a_host_that_is_cut_off_while_it_trains_costs_no_step(lab: Lab) -> None:
     )
     while process.poll() is None and int(lab.ok(sys.executable, "-c", latest)) < 2:
         pass
-    script("hosts.sh", "cut", WORKER.rpartition(".")[2], **lab.hosts)
-    try:
+    with cut_off(lab):
         said, _ = process.communicate(timeout=600)
-    finally:
-        script("hosts.sh", "mend", WORKER.rpartition(".")[2], **lab.hosts)
     assert process.returncode == 0, said.decode()
     assert b"2 CPU workers" in said and b"workers were lost" in said, said.decode()
     wait_for_two(lab)

@@ -11,14 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from benchmarks import untrained_model
 from covergenre.addresses import redacted
-from covergenre.bundle import write_bundle
 from covergenre.config import PrepareConfig, ScoreConfig
-from covergenre.covers import Preprocessing
 from covergenre.errors import StorageError
-from covergenre.genres import Genres
 from covergenre.model_card import _plain
-from covergenre.models import build_model
 from covergenre.prepare import prepare
 from covergenre.score import score
 
@@ -27,22 +24,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from safetensors.torch import save
-
-    out = str(tmp_path_factory.mktemp("trust") / "model")
-    genres = Genres(("Jazz", "Rock"))
-    write_bundle(
-        out,
-        weights=save(build_model("tiny", len(genres), seed=0).state_dict()),
-        model="tiny",
-        genres=genres,
-        preprocessing=Preprocessing(),
-        precision="fp32",
-        config={},
-        thresholds=dict.fromkeys(genres.names, 0.5),
-        others={},
-    )
-    return out
+    return untrained_model(tmp_path_factory.mktemp("model") / "m")
 
 
 def catalog(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -69,8 +51,6 @@ class Touch:
 @pytest.mark.parametrize("column", ["album_id", "cover", "image", "genres", "unused"])
 def test_code_in_a_parquet_file_does_not_run(column: str, model: str, tmp_path: Path) -> None:
     """Ray Data's own type for Python objects unpickles what it finds."""
-    import ray.data  # noqa: F401  registers it
-
     columns = {"album_id": ["a"], "cover": ["b.png"], "genres": ["Rock"]}
     table = pa.table({name: values for name, values in columns.items() if name != column})
     payload = pa.array([pickle.dumps(Touch(tmp_path / "ran"))], pa.large_binary())
@@ -85,13 +65,11 @@ def test_code_in_a_parquet_file_does_not_run(column: str, model: str, tmp_path: 
     pq.read_table(file)[column].to_pylist()
     (tmp_path / "ran").unlink()
 
-    configs = [
-        (prepare, PrepareConfig(catalog=str(file), out=str(tmp_path / "d"), min_share=0.0)),
-        (score, ScoreConfig(model=model, catalog=str(file), out=str(tmp_path / "l"))),
-    ]
-    for stage, config in configs:
+    preparing = PrepareConfig(catalog=str(file), out=str(tmp_path / "d"), min_share=0.0)
+    scoring = ScoreConfig(model=model, catalog=str(file), out=str(tmp_path / "l"))
+    for stage in (lambda: prepare(preparing), lambda: score(scoring)):
         with pytest.raises(StorageError, match="a column has an extension type") as caught:
-            stage(config)  # type: ignore[operator]
+            stage()
         assert str(file) in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
 
