@@ -14,7 +14,6 @@ import os
 import platform
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,13 +48,12 @@ class Lease:
             **_this_process(),
             "host": platform.node(),
             "since": time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime()),
-            "token": uuid.uuid4().hex,
             "beat": 0,
         }
         self._over = threading.Event()
         self._lost = False
         self._uri = self._take()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread = threading.Thread(target=self._keep, daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -113,16 +111,21 @@ class Lease:
             if now != first:
                 raise refused
 
-    def _beat(self) -> None:
-        while not self._over.wait(_BEAT_SECONDS):
+    def _keep(self) -> None:
+        while not self._lost and not self._over.wait(_BEAT_SECONDS):
             # A store that fails for a moment is met again at the next beat.
             with contextlib.suppress(StorageError):
-                found = _read(self._uri)
-                if found is None or found.get("token") != self._record["token"]:
-                    self._lost = True
-                    return
-                self._record["beat"] += 1
-                storage.put(self._uri, self._text())
+                self._beat()
+
+    def _beat(self) -> None:
+        # Not whether the own file is there: the beat before may have written it anew when whoever
+        # took over had deleted it.
+        self._lost = self._last() != storage.name(self._uri)
+        if self._lost:
+            storage.delete_file(self._uri)
+            return
+        self._record["beat"] += 1
+        storage.put(self._uri, self._text())
 
     def _text(self) -> bytes:
         return json.dumps(self._record).encode()

@@ -127,6 +127,27 @@ def test_who_was_taken_for_dead_is_told(place: str, monkeypatch: pytest.MonkeyPa
         assert len(holders(place)) == 1
 
 
+def test_a_beat_that_comes_late_takes_nothing_back(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks, is taken for dead, and then writes."""
+    monkeypatch.setattr(leases, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(leases, "_DEAD_SECONDS", 0.0)
+    monkeypatch.setattr(leases, "_BEAT_SECONDS", 3600.0)
+    first = leases.Lease(place)
+    monkeypatch.setattr(leases, "_this_machine", lambda: {"boot": "another", "namespace": ""})
+    with lease(place) as second:
+        storage.put(first._uri, first._text())
+        first._beat()
+        with pytest.raises(StorageError, match="another run has taken over here"):
+            first.check()
+        second._beat()
+        second.check()
+        assert holders(place) == ["00000002"]
+    first.release()
+    assert holders(place) == []
+
+
 def test_a_lease_says_who_holds_it(tmp_path: Path) -> None:
     with lease(str(tmp_path)):
         (name,) = holders(str(tmp_path))
