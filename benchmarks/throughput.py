@@ -23,14 +23,14 @@ import torch
 from torch import nn
 
 from benchmarks import told
-from covergenre import models, storage
+from covergenre import autoscaling, models, storage
 from covergenre.config import PrepareConfig, ScoreConfig, TrainConfig
 from covergenre.covers import Preprocessing
 from covergenre.predict import Predictor, autocast, normalise, to_device, to_unit
 from covergenre.prepare import prepare
 from covergenre.progress import say
 from covergenre.registry import MODELS
-from covergenre.runtime import gpus, start_ray
+from covergenre.runtime import start_ray
 from covergenre.sample import GENRES, write_sample
 from covergenre.score import score
 from covergenre.train import train
@@ -147,7 +147,7 @@ def main() -> None:
         "model": args.model,
         "precision": args.precision,
         "device": where,
-        "gpus": gpus(),
+        "gpus": int(autoscaling.most("GPU")),
         "covers_trained": args.covers,
         "covers_scored": ledger["scored"],
         "bare_scored_per_second": round(forward, 1),

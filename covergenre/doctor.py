@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from covergenre import __version__, runtime, storage
+from covergenre.autoscaling import most
 from covergenre.errors import ConfigError, CovergenreError, StorageError
 
 _PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "pillow")
@@ -57,7 +58,7 @@ def _findings(storage_uri: str | None, workers: int | None) -> Iterator[Finding]
     here = look(None)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     token = "with" if is_token_auth_enabled() else "without"
-    size = f"{runtime.cpus():g} CPUs, {runtime.gpus()} GPUs at most"
+    size = f"{most('CPU'):g} CPUs, {most('GPU'):g} GPUs at most"
     yield f"cluster: {len(nodes)} machines now, {size}, {token} a token", ""
     task = ray.remote(num_cpus=0, max_retries=0)(look)
     asked = {

@@ -86,7 +86,7 @@ def _evaluate(
     rows = plan.rows
     scores = np.empty((rows, len(bundle.genres)), np.float32)
     times_scored = np.zeros(rows, np.int64)
-    with runtime.waiting_said(workers), Progress("evaluate", rows, "covers") as progress:
+    with runtime.waiting_said(*workers.wait_for), Progress("evaluate", rows, "covers") as progress:
         for part in predict.score_plan(
             plan,
             np.array([[0, 0, rows]]),

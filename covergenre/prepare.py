@@ -120,6 +120,7 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
         if shards.is_dataset(out):  # since we looked
             return Prepared(shards.read_manifest(out))
         runtime.start_ray(verbose=verbose)
+        runtime.check_tasks(config.workers)
         _check_shared(out, source, plan, config)
         jobs, aside = _cut(reasons, assigned, config.shard_rows)
         table = _with_splits(plan, assigned)
@@ -240,7 +241,8 @@ def _pack(
     )
     blocks: Iterable[Any] = packed.iter_batches(batch_size=None, batch_format="pyarrow")
     total = sum(len(job["rows"]) for job in jobs)
-    with runtime.own_errors(), Progress("prepare", total, "rows") as progress:
+    waiting_said, shown = runtime.waiting_said("CPU", 1), Progress("prepare", total, "rows")
+    with waiting_said, runtime.own_errors(), shown as progress:
         for block in blocks:
             for line in block["done"].to_pylist():
                 result = json.loads(line)

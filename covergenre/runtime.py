@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from covergenre import autoscaling
 from covergenre.addresses import redacted
 from covergenre.errors import ConfigError, CovergenreError
 from covergenre.progress import say
@@ -41,9 +42,6 @@ def start_ray(*, verbose: bool = False) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A task that is ended because memory runs out is tried again for ever, unless told otherwise.
     os.environ.setdefault("RAY_task_oom_retries", "3")
-    # A machine that falls silent, its connections open, is noticed in half a minute, not in seven.
-    os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "10000")
-    os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "20000")
     if not verbose:
         # log_to_driver=False does not stop the raylet's own remarks; this does.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
@@ -209,31 +207,13 @@ def quieten(verbose: bool = False) -> None:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
-def gpus() -> int:
-    """GPUs that the cluster has, or can have once its autoscaler has started all it may."""
-    return int(_most("GPU"))
-
-
-def cpus() -> float:
-    """CPUs, as Ray counts them, that the cluster has or can have."""
-    return _most("CPU")
-
-
-def _most(resource: str) -> float:
-    import ray
-    from ray._private.state import state  # as Ray Train asks it; there is no public way
-
-    limits = state.get_max_resources_from_cluster_config() or {}
-    now = float(ray.cluster_resources().get(resource, 0))
-    return max(now, float(limits.get(resource, 0)))
-
-
 def machines() -> int:
     """Machines of the cluster; at least 2 where an autoscaler may start more."""
     import ray
 
     now = sum(bool(node["Alive"]) for node in ray.nodes())
-    grows = any(_most(kind) > ray.cluster_resources().get(kind, 0.0) for kind in ("CPU", "GPU"))
+    has = ray.cluster_resources()
+    grows = any(autoscaling.most(kind) > has.get(kind, 0.0) for kind in ("CPU", "GPU"))
     return max(now, 2 if grows else 1)
 
 
@@ -247,6 +227,12 @@ class Workers:
     """Reserved for each."""
     per_node: int
     """How many at most share one machine's cores."""
+
+    @property
+    def wait_for(self) -> tuple[str, float]:
+        """What all of them together need: its name, and how much."""
+        kind = "GPU" if self.use_gpu else "CPU"
+        return kind, self.count * self.resources[kind]
 
     @property
     def resources(self) -> dict[str, float]:
@@ -271,7 +257,7 @@ def place_workers(
 
     low, high = workers if isinstance(workers, tuple) else (workers, workers)
     nodes = max(1, sum(bool(node["Alive"]) for node in ray.nodes()))
-    have_gpus = gpus()
+    have_gpus = int(autoscaling.most("GPU"))
     use_gpu = device == "gpu" or (device == "auto" and have_gpus > 0)
     if use_gpu:
         low = low or min(max(1, have_gpus), _MOST_UNASKED)
@@ -283,7 +269,7 @@ def place_workers(
         count = max(low, min(high or low, int(ray.cluster_resources().get("GPU", 0))))
         return Workers(count, True, cpus_per_worker, -(-count // nodes))
     low = low or 1
-    have = cpus()
+    have = autoscaling.most("CPU")
     each = cpus_per_worker + reading
     if low * each > have - 1:
         raise ConfigError(
@@ -295,13 +281,20 @@ def place_workers(
     return Workers(count, False, cpus_per_worker, -(-count // nodes))
 
 
-@contextlib.contextmanager
-def waiting_said(workers: Workers) -> Iterator[None]:
-    """While work goes on, say every so often that the autoscaler has yet to start machines."""
-    import ray
+def check_tasks(workers: int | None) -> None:
+    """Raises ConfigError where so many tasks at a time, of one CPU each, can never be."""
+    if workers and workers > (have := autoscaling.most("CPU")):
+        raise ConfigError(
+            f"--workers {workers}: one CPU each, and the cluster has {have:g} at most; ask for"
+            " fewer"
+        )
 
-    kind = "GPU" if workers.use_gpu else "CPU"
-    need = workers.count * workers.resources[kind]
+
+@contextlib.contextmanager
+def waiting_said(kind: str, need: float) -> Iterator[None]:
+    """While work goes on, say every so often that the autoscaler has yet to start machines, as long
+    as the cluster has less than `need` of `kind`, "CPU" or "GPU"."""
+    import ray
 
     def all_there() -> bool:
         have = ray.cluster_resources().get(kind, 0.0)

@@ -179,7 +179,7 @@ def _score(
         count_rows(out, done, total)
     if len(pending):
         rows = int((units[:, 2] - units[:, 1]).sum())
-        with runtime.waiting_said(workers), Progress("score", rows, "covers") as progress:
+        with runtime.waiting_said(*workers.wait_for), Progress("score", rows, "covers") as progress:
             batches = predict.score_plan(
                 plan, units, bundle, batch_size=config.batch_size, workers=workers
             )

@@ -282,14 +282,15 @@ def _fit(
             except Exception as error:  # workers and machines can be lost in many ways
                 why = error
             now = checkpoints.latest_step(folder)
-            lost = 0 if now > step else lost + 1
-            if lost == _MOST_LOST:
-                raise CovergenreError(
-                    f"training was lost {lost} times in a row after step {now:,}: {_why(why)};"
-                    " go on with --resume, and with --verbose to see more"
-                )
-            if isinstance(why, Exception):
-                shown.say(f"workers were lost ({_why(why)}): going on from step {now:,}")
+            if not _machines_did_not_come(why):
+                lost = 0 if now > step else lost + 1
+                if lost == _MOST_LOST:
+                    raise CovergenreError(
+                        f"training was lost {lost} times in a row after step {now:,}: {_why(why)};"
+                        " go on with --resume, and with --verbose to see more"
+                    )
+                if isinstance(why, Exception):
+                    shown.say(f"workers were lost ({_why(why)}): going on from step {now:,}")
             job = dataclasses.replace(job, workers=_place_again(config, shown.say))
     return last, _best_weights(folder, last, temporary)
 
@@ -358,7 +359,8 @@ def _run_group(config: TrainConfig, job: "Job", state: str) -> None:
         ),
     )
     resizing = _resizes(config, job) if elastic else contextlib.nullcontext()
-    with resizing, runtime.waiting_said(job.workers), runtime.own_errors(), _interruptible():
+    waiting_said = runtime.waiting_said(*job.workers.wait_for)
+    with resizing, waiting_said, runtime.own_errors(), _interruptible():
         trainer.fit()
 
 
@@ -440,6 +442,14 @@ def _place_again(config: TrainConfig, tell: Callable[[str], None]) -> runtime.Wo
                 tell(f"waiting for machines: {error}")
                 told = True
             threading.Event().wait(_ROOM_SECONDS)
+
+
+def _machines_did_not_come(why: Exception | str) -> bool:
+    """Whether a group ended because an autoscaler's machines take longer than Ray Train waits."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    failure = getattr(why, "controller_failure", None)
+    return isinstance(failure, WorkerGroupStartupTimeoutError)
 
 
 def _smaller_parts(job: "Job", error: DeviceMemoryError) -> "Job":

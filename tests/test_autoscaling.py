@@ -1,7 +1,7 @@
 """A cluster that starts its machines when they are wanted: Ray's own autoscaler, on this machine.
 
 The head does no work, as in cluster.yaml, and each worker is a raylet of its own that the
-autoscaler starts. Commands are run as by a user who is outside: RAY_ADDRESS names the dashboard.
+autoscaler starts.
 """
 
 import contextlib
@@ -23,11 +23,12 @@ import pytest
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
     FAKE_HEAD_NODE_TYPE,
+    FakeMultiNodeProvider,
 )
 
 from benchmarks import untrained_model
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,16 +38,18 @@ class Cluster:
     """A head whose dashboard is at `address`, and the user's environment."""
 
     address: str
+    gcs: str
     environment: dict[str, str]
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, address: str | None = None) -> subprocess.CompletedProcess[str]:
+        """As from outside, where no other address is given: the command is submitted as a job."""
         return subprocess.run(
             [sys.executable, "-m", "covergenre", *arguments],
             cwd=ROOT,
-            env=self.environment,
+            env=self.environment | {"RAY_ADDRESS": self.address if address is None else address},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             check=False,
         )
 
@@ -65,7 +68,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster() -> Iterator[Cluster]:
     from ray.util import get_node_ip_address
 
@@ -78,11 +81,14 @@ def cluster() -> Iterator[Cluster]:
         # No such device is there: what is asked of them here is only how many there can be.
         "gpu": {"resources": {"CPU": 2, "GPU": 1, **store}, "max_workers": 3},
     }
+    gcs_address = f"{get_node_ip_address()}:{gcs}"
     settings = {
         "cluster_name": "covergenre",
         "provider": {
-            "type": "fake_multinode",
-            "gcs_address": f"{get_node_ip_address()}:{gcs}",
+            # Ray's own fake provider, by its class: what its short name reads is in no wheel.
+            "type": "external",
+            "module": f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}",
+            "gcs_address": gcs_address,
             "head_node_id": FAKE_HEAD_NODE_ID,
             "launch_multiple": True,
         },
@@ -95,6 +101,15 @@ def cluster() -> Iterator[Cluster]:
         "upscaling_speed": 4.0,
         "idle_timeout_minutes": 5,
         **{key: {} for key in ("auth", "docker", "file_mounts")},
+        **{
+            key: []
+            for key in (
+                *("initialization_commands", "setup_commands"),
+                *("head_setup_commands", "worker_setup_commands"),
+                *("head_start_ray_commands", "worker_start_ray_commands"),
+                "cluster_synced_files",
+            )
+        },
     }
     (folder / "cluster.json").write_text(json.dumps(settings))
     environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"} | {
@@ -114,6 +129,8 @@ def cluster() -> Iterator[Cluster]:
             command,
             env=environment
             | {
+                # Machines take longer than this to come, as real ones do than Ray Train's minute.
+                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1",
                 "RAY_FAKE_CLUSTER": "1",
                 "AUTOSCALER_UPDATE_INTERVAL_S": "1",
                 "RAY_enable_autoscaler_v2": "1",
@@ -126,11 +143,15 @@ def cluster() -> Iterator[Cluster]:
     address = f"http://127.0.0.1:{dashboard}"
     try:
         for _ in range(480):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api/version"):
-                break
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{address}/nodes?view=summary") as answer,
+            ):
+                if json.load(answer)["data"]["summary"]:  # the head itself, last of all
+                    break
             assert process.poll() is None, (folder / "out").read_text()
             threading.Event().wait(0.25)
-        yield Cluster(address, environment | {"RAY_ADDRESS": address})
+        yield Cluster(address, gcs_address, environment)
     finally:
         # All of it, and nothing else of Ray's: `ray stop` would end every Ray of this machine.
         head_process = psutil.Process(process.pid)
@@ -159,18 +180,46 @@ def test_more_than_there_can_ever_be_is_refused_with_the_numbers(
         assert done.returncode == 2, done.stdout + done.stderr
         last = done.stdout.strip().splitlines()[-1]
         assert last.startswith("covergenre: --workers ") and said in last
+    looked = cluster.run("doctor", "--workers", "4")
+    assert looked.returncode == 2, looked.stdout + looked.stderr
+    assert "1 machines now, 10 CPUs, 3 GPUs at most" in looked.stdout
+    assert "MEND  workers: --workers 4: one GPU each" in looked.stdout
+    # Nor is a disk taken for shared because there is one machine now.
+    local = cluster.run(*score[:-1])
+    assert local.returncode == 2 and "--shared-filesystem" in local.stdout
     assert cluster.nodes() == 1  # nothing was started for it
 
 
-def test_what_is_still_to_be_started_is_waited_for(
+def test_preparing_and_scoring_wait_for_machines_that_are_still_to_be_started(
     cluster: Cluster, model: str, drawn: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "labels"
-    done = cluster.run(
-        *("score", model, str(drawn), "--out", str(out), "--shared-filesystem"),
+    prepared = cluster.run(
+        *("prepare", str(drawn), "--out", str(tmp_path / "dataset"), "--shared-filesystem")
+    )
+    assert prepared.returncode == 0, prepared.stdout + prepared.stderr
+    assert "waiting for machines: 1 CPUs are needed, 0 are there" in prepared.stdout
+    scored = cluster.run(
+        *("score", model, str(drawn), "--out", str(tmp_path / "labels"), "--shared-filesystem"),
         *("--workers", "2", "--device", "cpu"),
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "waiting for machines: 1 CPUs are needed, 0 are there" in done.stdout
-    assert "150 rows = 150 scored + 0 rejected + 0 duplicates" in done.stdout
+    assert scored.returncode == 0, scored.stdout + scored.stderr
+    assert "150 rows = 150 scored + 0 rejected + 0 duplicates" in scored.stdout
     assert cluster.nodes() > 1
+
+
+def test_training_begins_with_the_first_machine_and_grows(
+    cluster: Cluster, drawn: Path, tmp_path: Path
+) -> None:
+    dataset = str(tmp_path / "dataset")
+    prepared = cluster.run("prepare", str(drawn), "--out", dataset, address="")  # on this machine
+    assert prepared.returncode == 0, prepared.stdout + prepared.stderr
+    # On the head: machines of one computer would share, and overwrite, the folder a job works in.
+    trained = cluster.run(
+        *("train", dataset, "--out", str(tmp_path / "model"), "--shared-filesystem"),
+        *("--device", "cpu", "--model", "tiny", "--workers", "1:2", "--max-steps", "60"),
+        address=cluster.gcs,
+    )
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "waiting for machines" in trained.stderr
+    assert "workers were lost" not in trained.stderr, trained.stderr
+    assert "there is room for 2 workers: regrouping" in trained.stderr, trained.stderr

@@ -16,6 +16,8 @@ import boto3
 import pytest
 import yaml
 
+from covergenre.autoscaling import most_of
+
 ROOT = Path(__file__).parents[1]
 AWS, OWN = ROOT / "cluster.yaml", ROOT / "clusters/on-premises.yaml"
 BOTH = pytest.mark.parametrize("file", [AWS, OWN], ids=["aws", "on-premises"])
@@ -52,6 +54,24 @@ def test_ray_takes_the_file(file: Path) -> None:
     config = prepared(file)
     validate_config(config)
     assert config["cluster_name"] == "covergenre"
+
+
+@pytest.mark.parametrize(
+    ("file", "resource", "most"),
+    [
+        (AWS, "GPU", 8),
+        (AWS, "CPU", 8 * 8 + 16 * 16),
+        (OWN, "CPU", 3 * 6),  # what the machines of one's own have, no file says
+    ],
+)
+def test_what_the_cluster_can_ever_have(file: Path, resource: str, most: int) -> None:
+    assert most_of(prepared(file), resource, unknown=6) == most
+
+
+def test_all_kinds_together_are_limited_too() -> None:
+    config = prepared(AWS) | {"max_workers": 10}
+    assert most_of(config, "GPU", unknown=0) == 8
+    assert most_of(config, "CPU", unknown=0) == 10 * 16
 
 
 def only_pinned(config: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ LAYERS = (
         "errors",
         "schema",
         "augment",
+        "autoscaling",
         "content",
         "drawing",
         "pacing",
