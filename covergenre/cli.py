@@ -277,7 +277,10 @@ def main(args: Sequence[str] | None = None) -> None:
     except CovergenreError as error:
         _end(str(error).replace("\n", " "), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _end("interrupted", 130)
+        from covergenre.runtime import end_now
+
+        click.echo("covergenre: interrupted", err=True)
+        end_now(130)
     except BrokenPipeError:
         sys.exit(1)
 

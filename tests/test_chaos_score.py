@@ -5,6 +5,7 @@ printed; COVERGENRE_CHAOS_SEED draws other moments. The short form is behind the
 long one, twenty of each kind, or COVERGENRE_CHAOS_KILLS, behind `slow`.
 """
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -168,8 +169,9 @@ def interrupt(run: Run) -> None:
 def cluster(run: Run) -> None:
     """All of Ray but the driver."""
     for process in run.family():
-        if "raylet" in process.name() or "gcs_server" in process.name():
-            process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name() in ("raylet", "gcs_server"):
+                process.kill()
 
 
 def worker(run: Run) -> None:
