@@ -55,6 +55,9 @@ def start_ray(*, verbose: bool = False) -> None:
         if address not in ("", "auto", "local"):
             _check_address(address)
         if not address:
+            # Processes that do nothing here, each of which imports for seconds.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
             settings = {
                 "address": "local",
                 # Logical CPUs: even on a small machine a model and its readers must both fit.

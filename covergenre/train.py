@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -331,10 +330,20 @@ def _finished(folder: str, steps: int, temporary: Path) -> dict[str, Any] | None
 def _run_group(config: TrainConfig, job: "Job", state: str) -> None:
     """One group of workers, from the newest checkpoint to the end, to its loss, or until it is to
     have another size."""
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from covergenre.training import training_loop
+
+    class _Trainer(TorchTrainer):
+        """One that leaves ^C to Python: Ray Train's own answer waits for its controller, which may
+        take as long as it likes, and trains on meanwhile."""
+
+        controller: Any = None
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            self.controller = controller
 
     # Ray Train would take up what an ended run of this name left there, unasked.
     storage.delete_folder(storage.join(state, _RAY))
@@ -343,7 +352,7 @@ def _run_group(config: TrainConfig, job: "Job", state: str) -> None:
     # Machines that do not come are waited for, unless fewer may do.
     failures: dict[str, Any] = {"controller_failure_limit": 0 if elastic else -1}
     failures["max_preemption_failures"] = 0
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         training_loop,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
@@ -360,21 +369,13 @@ def _run_group(config: TrainConfig, job: "Job", state: str) -> None:
     )
     resizing = _resizes(config, job) if elastic else contextlib.nullcontext()
     waiting_said = runtime.waiting_said(*job.workers.wait_for)
-    with resizing, waiting_said, runtime.own_errors(), _interruptible():
-        trainer.fit()
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ray Train's answer to Ctrl-C ends its workers and then the process, as if all were well."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
+    with resizing, waiting_said, runtime.own_errors():
+        try:
+            trainer.fit()
+        except KeyboardInterrupt:
+            if trainer.controller is not None:
+                ray.kill(trainer.controller)  # and with it its workers
+            raise
 
 
 def _is_elastic(config: TrainConfig) -> bool:

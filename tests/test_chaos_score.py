@@ -170,8 +170,7 @@ def cluster(run: Run) -> None:
     """All of Ray but the driver."""
     for process in run.family():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name() in ("raylet", "gcs_server"):
-                process.kill()
+            process.kill()
 
 
 def worker(run: Run) -> None:
