@@ -96,3 +96,15 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A catalog of 150 drawn covers."""
     folder = tmp_path_factory.mktemp("drawn")
     return write_sample(folder, 150, seed=0)
+
+
+@pytest.fixture(scope="session")
+def dataset(drawn: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those, prepared: 121 albums to train with, in shards far smaller than the splits, so that
+    steps straddle them. To be read, not changed."""
+    from covergenre.config import PrepareConfig
+    from covergenre.prepare import prepare
+
+    out = tmp_path_factory.mktemp("prepared") / "dataset"
+    prepare(PrepareConfig(catalog=str(drawn), out=str(out), shard_rows=20, min_share=0.0))
+    return out

@@ -22,7 +22,6 @@ import pytest
 
 from covergenre.bundle import read_bundle
 from covergenre.checkpoints import newest
-from covergenre.sample import write_sample
 
 SEED = int(os.environ.get("COVERGENRE_CHAOS_SEED", "0"))
 EPOCHS = 4
@@ -39,16 +38,6 @@ SETTINGS = [
 ]
 HANG_SECONDS = 600.0
 MARK = "COVERGENRE_CHAOS_RUN"
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chaos")
-    catalog, out = write_sample(folder / "catalog", 150, seed=0), folder / "dataset"
-    command = [sys.executable, "-m", "covergenre", "prepare", str(catalog), "--out", str(out)]
-    command += ["--shard-rows", "20", "--min-share", "0"]
-    subprocess.run(command, check=True, env=os.environ | {"RAY_ADDRESS": ""})
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -90,13 +90,6 @@ def assert_nothing_torn(place: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def dataset(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "dataset"
-    main(["prepare", str(drawn), "--out", str(out), "--shard-rows", "20", "--min-share", "0"])
-    return out
-
-
-@pytest.fixture(scope="module")
 def model(dataset: Path) -> Path:
     out = dataset.with_name("model")
     main(["train", str(dataset), "--out", str(out), *TRAIN])

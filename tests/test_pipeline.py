@@ -25,7 +25,6 @@ from covergenre.errors import (
     DatasetError,
     ModelError,
     StorageError,
-    TrainingDivergedError,
     UserError,
 )
 from covergenre.evaluate import evaluate
@@ -45,14 +44,6 @@ def read_folder(folder: Path) -> Rows:
     if not folder.exists():
         return []
     return [row for f in sorted(folder.glob("*.parquet")) for row in pq.read_table(f).to_pylist()]
-
-
-@pytest.fixture(scope="module")
-def dataset(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("work") / "dataset"
-    # Shards and windows far smaller than the splits, so that steps straddle them.
-    prepare(PrepareConfig(catalog=str(drawn), out=str(out), shard_rows=20, min_share=0.0))
-    return out
 
 
 def train_config(dataset: Path, out: Path, **settings: Any) -> TrainConfig:
@@ -312,14 +303,6 @@ def test_a_model_that_was_half_written_is_finished_without_training_again(
     done = train(config)
     assert load_model(read_bundle(done.uri))
     assert not (tmp_path / "m.training").exists()
-
-
-def test_a_loss_that_is_no_number_is_one_line(dataset: Path, tmp_path: Path) -> None:
-    config = train_config(dataset, tmp_path / "m", learning_rate=1e30, epochs=1, workers=2)
-    with pytest.raises(TrainingDivergedError, match="lower --learning-rate") as error:
-        train(config)
-    one_line(error)
-    assert not (tmp_path / "m").exists()
 
 
 def test_pretrained_weights_and_freezing_reach_the_workers(

@@ -16,22 +16,14 @@ from safetensors.torch import load
 from covergenre import train as train_module
 from covergenre.bundle import load_model, read_bundle
 from covergenre.checkpoints import fetch, save
-from covergenre.config import PrepareConfig, TrainConfig
+from covergenre.config import TrainConfig
 from covergenre.errors import StorageError, TrainingDivergedError
-from covergenre.prepare import prepare
 from covergenre.storage import read_json
 from covergenre.train import train
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 EPOCHS = 2
-
-
-@pytest.fixture(scope="module")
-def dataset(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("work") / "dataset"
-    prepare(PrepareConfig(catalog=str(drawn), out=str(out), shard_rows=20, min_share=0.0))
-    return out
 
 
 def config(dataset: Path, out: Path, **settings: Any) -> TrainConfig:
@@ -219,6 +211,7 @@ def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(
     out = tmp_path / "m"
     with pytest.raises(TrainingDivergedError) as caught:
         train(config(dataset, out, learning_rate=1e30, checkpoint_every=1))
+    assert not out.exists()
     folder = tmp_path / "m.training" / "checkpoints"
     (kept,) = checkpoints(out)
     assert str(caught.value) == (
