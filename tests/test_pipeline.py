@@ -280,31 +280,6 @@ def test_batch_norm_over_two_workers_is_saved_as_it_was_measured(
         assert record[f"dev_{name}"] == pytest.approx(measured[name], abs=1e-6)
 
 
-def test_a_model_that_was_half_written_is_finished_without_training_again(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = train_config(dataset, tmp_path / "m", max_steps=1)
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(
-            "covergenre.bundle.storage.put_json", killed
-        )  # bundle.json: all else is written
-        train(config)
-    assert (tmp_path / "m" / "model.safetensors").exists()
-    with pytest.raises(StorageError, match=r"unfinished run.*--resume"):
-        train(config)
-    config = config.model_copy(update={"resume": True})
-    with pytest.raises(StorageError, match="other settings"):
-        train(config.model_copy(update={"batch_size": 8}))
-    monkeypatch.setattr("covergenre.train._run_group", killed)
-    done = train(config)
-    assert load_model(read_bundle(done.uri))
-    assert not (tmp_path / "m.training").exists()
-
-
 def test_pretrained_weights_and_freezing_reach_the_workers(
     dataset: Path, one_worker: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from covergenre import storage
 from covergenre import train as train_module
 from covergenre.bundle import load_model, read_bundle
 from covergenre.checkpoints import fetch, save
@@ -155,7 +156,7 @@ def test_an_interrupted_run_goes_on_if_asked_to(
 
 
 @pytest.mark.chaos
-def test_a_run_ended_before_its_model_was_written(
+def test_a_run_ended_before_its_model_was_whole(
     dataset: Path,
     whole: Path,
     tmp_path: Path,
@@ -169,7 +170,10 @@ def test_a_run_ended_before_its_model_was_written(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_module, "write_bundle", ended)
+        patch.setattr(storage, "put_json", ended)  # bundle.json: all else is written
+        train(config(dataset, out))
+    assert (out / "model.safetensors").exists()
+    with pytest.raises(StorageError, match=r"unfinished run.*--resume"):
         train(config(dataset, out))
     *_, best = sorted(checkpoints(out)[0].parent.glob("best-*"))
     best.write_bytes(best.read_bytes()[:-1])
