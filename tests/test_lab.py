@@ -327,7 +327,9 @@ def test_a_host_that_is_cut_off_while_it_scores_costs_no_album(lab: Lab) -> None
 def test_a_host_that_is_cut_off_while_it_trains_costs_no_step(lab: Lab) -> None:
     covergenre = str(Path(sys.prefix, "bin/covergenre"))
     root = lab.root
-    settings = ["--model", "tiny", "--epochs", "20", "--checkpoint-every", "2"]
+    # So small a rate that the last digits, which depend on the number of workers, stay the last.
+    settings = ["--model", "tiny", "--epochs", "20", "--learning-rate", "1e-5"]
+    settings += ["--checkpoint-every", "2"]
     dataset = f"{root}/cut-dataset"
     lab.ok(
         *(covergenre, "submit", "prepare", f"{root}/catalog/catalog.csv"),
@@ -365,7 +367,7 @@ def test_a_host_that_is_cut_off_while_it_trains_costs_no_step(lab: Lab) -> None:
         "import json, sys; from covergenre import storage\n"
         "a, b = ([json.loads(line)['loss'] for line in storage.read_bytes(f'{m}/steps.jsonl')"
         ".splitlines()] for m in sys.argv[1:])\n"
-        "assert len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b)) < 5e-3, (a, b)\n"
+        "assert len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b)) < 1e-4, (a, b)\n"
     )
     lab.ok(sys.executable, "-c", losses, f"{root}/cut-model", f"{root}/uncut-model")
 
