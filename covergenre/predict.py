@@ -169,28 +169,33 @@ def _chunks(units: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
 
 
 class _Missing:
-    """Which rows have yet to come."""
+    """Which rows have yet to come. No part crosses a chunk, and chunks are in order of row."""
 
     def __init__(self, chunks: NDArray[np.int64]) -> None:
         self._chunks = chunks
-        self._came: dict[int, list[tuple[int, int]]] = {}
+        self._left = chunks[:, 2] - chunks[:, 1]
+        self._came: dict[int, list[tuple[int, int]]] = {}  # of chunks that came in part
         self.none_came = True
 
     def remove(self, part: Scored) -> None:
         rows = part.outcomes["row"]
-        self._came.setdefault(part.unit, []).append((rows[0].as_py(), rows[-1].as_py() + 1))
+        start, stop = rows[0].as_py(), rows[-1].as_py() + 1
+        chunk = int(np.searchsorted(self._chunks[:, 1], start, side="right")) - 1
+        self._left[chunk] -= stop - start
+        self._came.setdefault(chunk, []).append((start, stop))
+        if not self._left[chunk]:
+            del self._came[chunk]
         self.none_came = False
 
     def rows(self) -> NDArray[np.int64]:
         """(unit, start, stop) of what is left. No range crosses a chunk, nor so do its batches."""
         left = []
-        for unit, start, stop in self._chunks.tolist():
-            at = start
-            for begin, end in sorted(self._came.get(unit, ())):
-                if start <= begin < stop:
-                    if begin > at:
-                        left.append((unit, at, begin))
-                    at = end
+        for chunk in np.flatnonzero(self._left).tolist():
+            unit, at, stop = self._chunks[chunk].tolist()
+            for begin, end in sorted(self._came.get(chunk, ())):
+                if begin > at:
+                    left.append((unit, at, begin))
+                at = end
             if at < stop:
                 left.append((unit, at, stop))
         return np.array(left, np.int64).reshape(-1, 3)
