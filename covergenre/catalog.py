@@ -93,6 +93,8 @@ def scan_catalog(
 
     columns: those that are needed; others may be null.
     """
+    if options.covers is not None:
+        _check_covers(storage.absolute(options.covers))
     kind, files = find_files(uri, "csv" if options.format == "mumu" else options.format)
     scan = Scan(options.image_column, iter(()))
     if options.format == "mumu" or (kind == "csv" and _is_mumu(files[0], options)):
@@ -101,6 +103,15 @@ def scan_catalog(
         parts = _file_parts(scan, uri, kind, files, options, columns)
     scan.parts = _numbered(uri, parts)
     return scan
+
+
+def _check_covers(folder: str) -> None:
+    """Raises CatalogError where no cover could be there, rather than set every row aside."""
+    if folder.startswith(("http://", "https://", "s3://")):
+        return
+    storage.filesystem(folder)
+    if not storage.is_uri(folder) and not storage.is_folder(folder):
+        raise CatalogError(f"--covers {folder}: no such folder")
 
 
 def catalog_stamps(uri: str, options: CatalogSettings) -> list[list[Any]]:
@@ -185,6 +196,8 @@ def _is_set(options: CatalogSettings, name: str) -> bool:
 
 def _no_column(place: str, columns: Collection[str], options: CatalogSettings, option: str) -> str:
     name = getattr(options, option)
+    if any(";" in column for column in columns):
+        return f"{place}: its columns are separated by semicolons; save it with commas, or tabs"
     return f"no column {name!r} in {place}{did_you_mean(name, columns)} ({flag(option)})"
 
 

@@ -152,7 +152,7 @@ def _text(stream: pa.NativeFile) -> io.TextIOWrapper:
 def _not_utf8(uri: str, line: int) -> CatalogError:
     return CatalogError(
         f"{uri}, line {line}: not UTF-8; save the file as UTF-8 "
-        "(from Latin-1: iconv -f latin1 -t utf-8)"
+        "(from Latin-1: iconv -f latin1 -t utf-8; from UTF-16: iconv -f utf-16 -t utf-8)"
     )
 
 

@@ -112,6 +112,7 @@ def _stage_command(name: str) -> click.Command:
             from covergenre.submit import submit
 
             arguments = click.get_current_context().meta[_ARGUMENTS]
+            _check_sent(given["config"], ".")
             sys.exit(submit(name, arguments, address=address, wait=True, working_dir="."))
         run_stage = getattr(import_module(f"covergenre.{name}"), name)
         click.echo(run_stage(settings, verbose=verbose).account())
@@ -135,13 +136,28 @@ def _settings(stage: Any, given: dict[str, Any]) -> Any:
     return config.parse(stage, flags, flags.pop("config", None))
 
 
-def _check_arguments(name: str, arguments: list[str]) -> None:
-    """Raises for what the stage would refuse before it begins."""
+def _check_arguments(name: str, arguments: list[str]) -> dict[str, Any]:
+    """What click reads of a stage's arguments. Raises for what the stage would refuse before it
+    begins."""
     from covergenre import config
 
     given = _stage_command(name).make_context(name, list(arguments)).params
     given.pop("verbose")
     _settings(getattr(config, _STAGES[name][0]), given)
+    return given
+
+
+def _check_sent(file: str | None, working_dir: str) -> None:
+    """Raises ConfigError where a job would not find the --config `file` that is read here."""
+    from pathlib import Path
+
+    if file is None or "://" in file:
+        return
+    if Path(file).is_absolute() or not Path(working_dir, file).exists():
+        raise ConfigError(
+            f"--config {file}: the job sees --working-dir {working_dir} alone; give the path of a"
+            " file in it, relative to it, or s3://"
+        )
 
 
 def _flag_declaration(name: str, is_flag: bool) -> str:
@@ -183,10 +199,11 @@ def _own_commands() -> dict[str, click.Command]:
         if stage not in _STAGES:
             raise ConfigError(f"no stage {stage!r}{did_you_mean(stage, _STAGES)}")
         try:
-            _check_arguments(stage, list(arguments))
+            given = _check_arguments(stage, list(arguments))
         except click.NoSuchOption as error:
             known = [*(error.possibilities or ()), *_SUBMIT_OPTIONS]
             raise click.NoSuchOption(error.option_name, possibilities=known) from error
+        _check_sent(given["config"], working_dir)
         code = submit_stage(stage, arguments, address=address, wait=wait, working_dir=working_dir)
         sys.exit(code)
 
@@ -200,8 +217,16 @@ def _own_commands() -> dict[str, click.Command]:
             run.__name__, callback=run, params=list(params), help=about, short_help=about
         )
 
+    def not_empty(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+        if value == "":
+            raise ConfigError("--address: is empty; give the dashboard's, as http://HEAD:8265")
+        return value
+
     address = option(
-        "--address", metavar="URL", help="The dashboard's  [default: RAY_ADDRESS, or port 8265]"
+        "--address",
+        metavar="URL",
+        callback=not_empty,
+        help="The dashboard's  [default: RAY_ADDRESS, or port 8265]",
     )
     seed = option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
     return {
@@ -242,6 +267,7 @@ def _own_commands() -> dict[str, click.Command]:
             option(
                 "--address",
                 metavar="URL",
+                callback=not_empty,
                 help="The dashboard's, to look from a job  [default: RAY_ADDRESS, or from here]",
             ),
             option("--storage", metavar="URI", help="A place to write to, read and delete again."),

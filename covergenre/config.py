@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from covergenre.errors import ConfigError, did_you_mean
 from covergenre.registry import MODELS, model_spec
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Place = Annotated[str, Field(min_length=1)]
 
@@ -91,7 +91,7 @@ class CatalogSettings(StageConfig):
         min_length=1,
         description="what separates genres written as text  [default: |, for mumu a comma]",
     )
-    covers: str | None = Field(
+    covers: Place | None = Field(
         None, description="folder that relative covers start from  [default: the catalog's]"
     )
     fetches: Positive = Field(
@@ -107,7 +107,7 @@ class PrepareConfig(CatalogSettings):
 
     catalog: Place = argument("CSV, TSV, JSON Lines or Parquet: a file, a folder or a glob")
     out: Place = Field(description="folder of the dataset, new or left by this same command")
-    genre_map: str | None = Field(
+    genre_map: Place | None = Field(
         None, description="file of raw genre names and their new names, applied before selection"
     )
     top_genres: Positive = Field(20, description="how many of the most common genres to keep")
@@ -135,7 +135,7 @@ class PrepareConfig(CatalogSettings):
         300, description="pixels; a larger cover is stored re-encoded at this longer side"
     )
     keep_original: bool = Field(False, description="store every cover's bytes as they are")
-    shard_rows: Positive = Field(1024, description="albums a shard")
+    shard_rows: Positive = Field(1024, description="albums in a shard")
     workers: Positive | None = Field(
         None, description="tasks at a time  [default: as many as the cluster has CPUs]"
     )
@@ -160,7 +160,7 @@ class PrepareConfig(CatalogSettings):
 
 
 Device = Literal["auto", "cpu", "gpu"]
-_WORKERS = "processes that hold the model  [default: one a GPU, or one CPU process]"
+_WORKERS = "processes that hold the model  [default: one for each GPU, or one CPU process]"
 _DEVICE = "auto takes GPUs where the cluster has them"
 _CPUS = "CPUs reserved for each worker; under 1, so that decoding has CPUs too"
 
@@ -171,7 +171,7 @@ class TrainConfig(StageConfig):
     dataset: Place = argument("folder that prepare made")
     out: Place = Field(description="folder of the model, new or left by this same command")
     model: str = Field("vgg16", description=f"one of: {', '.join(MODELS)}")
-    weights: str | None = Field(
+    weights: Place | None = Field(
         None,
         description="imagenet, none, or a safetensors or torch file of the trunk"
         "  [default: imagenet, where the model has them]",
@@ -191,7 +191,7 @@ class TrainConfig(StageConfig):
     max_steps: Positive | None = Field(
         None, description="stop after so many steps in all, in the middle of an epoch if need be"
     )
-    batch_size: Positive = Field(32, description="albums a step, over all workers together")
+    batch_size: Positive = Field(32, description="albums in a step, over all workers together")
     learning_rate: float | None = Field(None, gt=0, description="Adam's, at the start")
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="cosine lowers the learning rate to 0 over all steps"
@@ -274,7 +274,7 @@ class EvaluateConfig(StageConfig):
     dataset: Place = argument("folder that prepare made")
     out: Place = Field(description="folder of the metrics, new or left by this same command")
     split: Literal["train", "dev", "test"] = Field("test", description="which split to measure")
-    batch_size: Positive = Field(64, description="covers a forward pass")
+    batch_size: Positive = Field(64, description="covers in a forward pass")
     workers: Positive | None = Field(None, description=_WORKERS)
     cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
     device: Device = Field("auto", description=_DEVICE)
@@ -287,7 +287,7 @@ class ScoreConfig(CatalogSettings):
     catalog: Place = argument("a catalog as prepare reads it, or a dataset that prepare made")
     out: Place = Field(description="folder of the labels, new or left by this same command")
     unit_rows: Positive = Field(1024, description="rows of a unit: what is committed at once")
-    batch_size: Positive = Field(64, description="covers a forward pass")
+    batch_size: Positive = Field(64, description="covers in a forward pass")
     workers: Positive | None = Field(None, description=_WORKERS)
     cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
     device: Device = Field("auto", description=_DEVICE)
@@ -298,6 +298,8 @@ Stage = TypeVar("Stage", bound=StageConfig)
 
 def parse(stage: type[Stage], flags: Mapping[str, Any], file: str | None = None) -> Stage:
     """Settings from a YAML file and from flags; a flag wins. Raises ConfigError in one line."""
+    if file == "":
+        raise ConfigError("--config: is empty; name a file")
     values = _read_yaml(file) if file is not None else {}
     for key in values:
         if key not in stage.model_fields:
@@ -327,7 +329,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name in settings:
-            raise ConfigError(f"{file}: {name} is set twice, as {key} too")
+            raise ConfigError(f"{file}: {name} is set twice, with - and with _")
         settings[name] = value
     return settings
 

@@ -57,6 +57,7 @@ class Evaluated:
 def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
     """Measure as `config` says. Raises UserError for a user's mistake."""
     out = storage.absolute(config.out)
+    places.check_apart(out, {"MODEL": config.model, "dataset": config.dataset})
     bundle = read_bundle(config.model)
     check_weights(bundle)
     manifest = read_manifest(config.dataset)

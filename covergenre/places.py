@@ -7,6 +7,7 @@ cluster only where every machine can.
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from covergenre import __version__, runtime, storage
@@ -22,10 +23,26 @@ def is_claimed(place: str) -> bool:
     return storage.exists(storage.join(place, _RUN))
 
 
+def check_apart(place: str, inputs: Mapping[str, str]) -> None:
+    """Raises StorageError where `place` lies in one of `inputs` (what it is -> where it is), which
+    would be another one then."""
+    for what, where in inputs.items():
+        where = storage.absolute(where)
+        if place == where or place.startswith(f"{where}/"):
+            raise StorageError(f"{place}: lies in the {what} {where}; choose another --out")
+
+
+def check_folder(place: str) -> None:
+    """Raises StorageError where `place`, or what it is to lie in, is a file."""
+    ways = [place] if storage.is_uri(place) else [place, *map(str, Path(place).parents)]
+    there = next(filter(storage.exists, ways), None)
+    if there is not None and not storage.is_folder(there):
+        raise StorageError(f"{there}: is a file; choose a folder with --out")
+
+
 def check_free(place: str) -> None:
     """Raises StorageError where `place` is no run's and yet holds something."""
-    if storage.exists(place) and not storage.is_folder(place):
-        raise StorageError(f"{place}: is a file; choose a folder with --out")
+    check_folder(place)
     if is_claimed(place):
         return
     # What a run left there before it had a claim is nobody's.

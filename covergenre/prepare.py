@@ -78,6 +78,7 @@ class Prepared:
 def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
     """Validate and pack as `config` says. Raises UserError for a user's mistake."""
     out = storage.absolute(config.out)
+    places.check_apart(out, {"catalog": config.catalog})
     catalog = read_catalog(storage.absolute(config.catalog), config)
     inputs = {"catalog": catalog.fingerprint}
     table, genre_map = catalog.table, None

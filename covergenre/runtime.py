@@ -52,7 +52,9 @@ def start_ray(*, verbose: bool = False) -> None:
     if not ray.is_initialized():
         settings: dict[str, Any] = {}
         address = os.environ.get("RAY_ADDRESS", "")
-        if address not in ("", "auto", "local"):
+        if address == "local":  # Ray's own word for an embedded one
+            address = os.environ["RAY_ADDRESS"] = ""
+        if address not in ("", "auto"):
             _check_address(address)
         if not address:
             # Processes that do nothing here, each of which imports for seconds.

@@ -67,6 +67,7 @@ class Labelled:
 def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
     """Label as `config` says. Raises UserError for a user's mistake, LedgerError for ours."""
     out = storage.absolute(config.out)
+    places.check_apart(out, {"MODEL": config.model, "catalog": config.catalog})
     bundle = read_bundle(config.model)
     check_weights(bundle)
     rows = _open(config)

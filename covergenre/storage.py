@@ -8,6 +8,7 @@ folder, S3 shows an object only when its upload is complete.
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -34,9 +35,14 @@ def is_uri(text: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """`uri` as a path or URI that means the same in every process of this host."""
+    """`uri` as a path or URI that means the same in every process of this host.
+
+    Raises StorageError for a URI that names no bucket: as a path it would be a folder `s3:`.
+    """
     if uri.startswith("file://"):
         uri = unquote(urlparse(uri).path)
+    if re.match(r"s3:(/[^/]|/*$)", uri):
+        raise StorageError(f"{uri}: names no bucket; write s3://bucket/prefix")
     return uri.rstrip("/") if is_uri(uri) else os.path.abspath(os.path.expanduser(uri))
 
 

@@ -133,7 +133,7 @@ def _client(address: str) -> Any:
             f"{redacted(address)}: the cluster wants its token; set RAY_AUTH_MODE=token, and"
             " RAY_AUTH_TOKEN_PATH to its file (~/.ray/auth_token unless set)"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, OSError, ValueError) as error:  # the last two: it is no address
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{redacted(address)}: is no Ray dashboard: {reason}") from error
     finally:

@@ -76,18 +76,19 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
     """Fine-tune as `config` says and write the MODEL. Raises UserError for a user's mistake."""
     config = config.resolved()
     out = storage.absolute(config.out)
+    places.check_apart(out, {"dataset": config.dataset})
     manifest = read_manifest(config.dataset)
     for split in ("train", "dev"):
         manifest.require(split)
+    state = f"{out}.training"
+    finished = is_bundle(out)
+    if not finished:  # before weights are loaded, which takes its time
+        _check_free(out, state, resume=config.resume)
     trunk, origin = _trunk(config, len(manifest.genres))
     inputs = {"dataset_id": manifest.dataset_id, "trunk": _digest(trunk)}
     run = {"fingerprint": config.fingerprint(), "inputs": inputs}
-    if is_bundle(out):
+    if finished:
         return _already(out, run)
-    state = f"{out}.training"
-    _check_free(out, state, resume=config.resume)
-    if storage.is_uri(out) and "/" not in out.partition("://")[2]:
-        raise StorageError(f"{out}: is a whole bucket; choose a prefix in it for --out")
     runtime.start_ray(verbose=verbose)
     places.check_shared({"--out": out, "DATASET": manifest.uri}, config.shared_filesystem)
     workers = _place(config)
@@ -175,6 +176,9 @@ def _already(out: str, run: dict[str, Any]) -> Trained:
 def _check_free(out: str, state: str, *, resume: bool) -> None:
     """Raises StorageError where `out` holds more than a MODEL that was not written to its end, and
     where an unfinished run is to be gone on with only if the user says so."""
+    if storage.is_uri(out) and "/" not in out.partition("://")[2]:
+        raise StorageError(f"{out}: is a whole bucket; choose a prefix in it for --out")
+    places.check_folder(out)
     held = storage.list_sizes(out)
     step = checkpoints.latest_step(storage.join(state, _CHECKPOINTS))
     if step and not resume:
@@ -184,9 +188,10 @@ def _check_free(out: str, state: str, *, resume: bool) -> None:
         )
     if step:
         held = {name: size for name, size in held.items() if name not in BUNDLE_FILES}
-    if held or (storage.exists(out) and not storage.is_folder(out)):
-        what = f"is not empty (holds {next(iter(held))})" if held else "is a file"
-        raise StorageError(f"{out}: {what}; choose another --out, or empty it")
+    if held:
+        raise StorageError(
+            f"{out}: is not empty (holds {next(iter(held))}); choose another --out, or empty it"
+        )
 
 
 def _place(config: TrainConfig) -> runtime.Workers:

@@ -102,6 +102,7 @@ def test_tsv_and_gzip(write: Write) -> None:
 
 def test_columns_and_separator_are_options(write: Write, tmp_path: Path) -> None:
     path = write("x.csv", 'asin,file,tags\nB1,a.jpg,"Folk, World;Pop"\n')
+    (tmp_path / "images").mkdir()
     catalog = read(
         path,
         id_column="asin",
@@ -171,13 +172,16 @@ def test_a_broken_archive_is_named(write: Write) -> None:
 # Columns that are missing
 
 
-def test_missing_columns_name_the_option(write: Write) -> None:
+def test_missing_columns_name_the_option(write: Write, tmp_path: Path) -> None:
     path = write("labels.csv", "album_id,cover,genre\n1,a.jpg,Rock\n")
     read_fails(
         path,
         f"no column 'album' in {path}; did you mean 'album_id'? (--id-column)",
         id_column="album",
     )
+    read_fails(path, f"--covers {tmp_path}/none: no such folder", covers=f"{tmp_path}/none")
+    fails(lambda: read(path, covers="gs://x"), StorageError, "no storage for gs://")
+    read_fails(write("semi.csv", "album_id;cover\n1;a.jpg\n"), "are separated by semicolons")
     read_fails(path, "no column 'covr'", "did you mean 'cover'?", cover_column="covr")
     read_fails(path, "no column 'tags'", "valid: ", "(--genres-column)", genres_column="tags")
     read_fails(path, "no column 'art'", "(--artist-column)", artist_column="art")

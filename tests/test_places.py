@@ -84,6 +84,21 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     assert "is a file" in refused(tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"x"
+    with pytest.raises(StorageError, match="file: is a file; choose a folder with --out"):
+        places.check_folder(str(tmp_path / "file/deep/out"))
+    places.check_folder(str(tmp_path / "deep/out"))
+
+
+def test_a_place_in_what_is_read_is_refused(tmp_path: Path) -> None:
+    inputs = {"MODEL": str(tmp_path / "m"), "catalog": f"{tmp_path}/d/"}
+    for inside in ("m", "m/labels", "d/labels/new"):
+        place = str(tmp_path / inside)
+        with pytest.raises(StorageError, match=f"{place}: lies in the .*; choose another --out"):
+            places.check_apart(place, inputs)
+    for beside in ("m.training", "labels", "dd"):
+        places.check_apart(str(tmp_path / beside), inputs)
+    with pytest.raises(StorageError, match="lies in the dataset s3://b/d"):
+        places.check_apart("s3://b/d/x", {"dataset": "s3://b/d"})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "null", "{}"])

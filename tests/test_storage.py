@@ -531,6 +531,9 @@ def test_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert storage.absolute(uri) == expected
         assert storage.absolute(expected) == expected
+    for uri in ("s3://", "s3:///", "s3:/bucket/a", "s3:"):
+        with pytest.raises(StorageError, match=f"{uri}: names no bucket"):
+            storage.absolute(uri)
 
 
 def test_is_uri() -> None:
