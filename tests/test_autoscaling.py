@@ -190,27 +190,33 @@ def test_more_than_there_can_ever_be_is_refused_with_the_numbers(
     assert cluster.nodes() == 1  # nothing was started for it
 
 
-def test_the_whole_job_waits_for_machines_that_are_still_to_be_started(
-    cluster: Cluster, drawn: Path, tmp_path: Path
+def test_preparing_and_scoring_wait_for_machines_that_are_still_to_be_started(
+    cluster: Cluster, model: str, drawn: Path, tmp_path: Path
 ) -> None:
-    dataset, model = str(tmp_path / "dataset"), str(tmp_path / "model")
-    prepared = cluster.run("prepare", str(drawn), "--out", dataset, "--shared-filesystem")
+    prepared = cluster.run(
+        *("prepare", str(drawn), "--out", str(tmp_path / "dataset"), "--shared-filesystem")
+    )
     assert prepared.returncode == 0, prepared.stdout + prepared.stderr
     assert "waiting for machines: 1 CPUs are needed, 0 are there" in prepared.stdout
-    # On the head: machines of one computer would share, and overwrite, the folder a job works in.
-    trained = cluster.run(
-        *("train", dataset, "--out", model, "--shared-filesystem"),
-        *("--device", "cpu", "--model", "tiny", "--workers", "1:2", "--max-steps", "60"),
-        address=cluster.gcs,
-    )
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    # It begins with as many machines as one worker needs, and grows.
-    assert "waiting for machines" in trained.stderr, trained.stderr
-    assert "workers were lost" not in trained.stderr, trained.stderr
-    assert "there is room for 2 workers: regrouping" in trained.stderr, trained.stderr
     scored = cluster.run(
         *("score", model, str(drawn), "--out", str(tmp_path / "labels"), "--shared-filesystem"),
         *("--workers", "2", "--device", "cpu"),
     )
     assert scored.returncode == 0, scored.stdout + scored.stderr
     assert "150 rows = 150 scored + 0 rejected + 0 duplicates" in scored.stdout
+    assert cluster.nodes() > 1
+
+
+def test_training_begins_with_the_first_machine_and_grows(
+    cluster: Cluster, dataset: Path, tmp_path: Path
+) -> None:
+    # On the head: machines of one computer would share, and overwrite, the folder a job works in.
+    trained = cluster.run(
+        *("train", str(dataset), "--out", str(tmp_path / "model"), "--shared-filesystem"),
+        *("--device", "cpu", "--model", "tiny", "--workers", "1:2", "--max-steps", "60"),
+        address=cluster.gcs,
+    )
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "waiting for machines" in trained.stderr
+    assert "workers were lost" not in trained.stderr, trained.stderr
+    assert "there is room for 2 workers: regrouping" in trained.stderr, trained.stderr

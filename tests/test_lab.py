@@ -425,7 +425,7 @@ def test_a_local_path_is_refused_on_two_hosts(lab: Lab) -> None:
     covergenre = str(Path(sys.prefix, "bin/covergenre"))
     done = lab.run(
         *(covergenre, "submit", "prepare", f"{lab.root}/catalog/catalog.csv"),
-        *("--out", "/var/tmp/covergenre-refused", "--min-share", "0"),
+        *("--out", f"{lab.hosts['LAB']}/refused", "--min-share", "0"),
     )
     assert done.returncode == 2
     assert "a path of one machine, and the cluster has 2" in done.stdout
