@@ -31,7 +31,7 @@ EXTENSIONS = {
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 # A row of a CSV file may be as long as a block.
-_CSV_BLOCK_BYTES = 2**20
+_CSV_BLOCK_BYTES = 2**19
 _CHUNK_ROWS = 50_000
 _ROW_GROUP_BYTES = 4 << 30  # 100,000 covers
 
