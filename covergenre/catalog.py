@@ -109,8 +109,7 @@ def _check_covers(folder: str) -> None:
     """Raises CatalogError where no cover could be there, rather than set every row aside."""
     if folder.startswith(("http://", "https://", "s3://")):
         return
-    storage.filesystem(folder)
-    if not storage.is_uri(folder) and not storage.is_folder(folder):
+    if not storage.is_folder(folder):
         raise CatalogError(f"--covers {folder}: no such folder")
 
 

@@ -241,7 +241,8 @@ def _check_delimited(uri: str, kind: str) -> int:
             raise _not_utf8(uri, start) from error
         except csv.Error as error:
             raise CatalogError(
-                f"{uri}, line {start}: a quote is opened and not closed well ({error})"
+                f"{uri}, line {start}: a quote is opened and not closed well, or a value is too"
+                f" long ({error})"
             ) from error
     return records - 1
 

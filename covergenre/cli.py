@@ -112,8 +112,8 @@ def _stage_command(name: str) -> click.Command:
             from covergenre.submit import submit
 
             arguments = click.get_current_context().meta[_ARGUMENTS]
-            _check_sent(given["config"], ".")
-            sys.exit(submit(name, arguments, address=address, wait=True, working_dir="."))
+            file = given["config"]
+            sys.exit(submit(name, arguments, file, address=address, wait=True, working_dir="."))
         run_stage = getattr(import_module(f"covergenre.{name}"), name)
         click.echo(run_stage(settings, verbose=verbose).account())
 
@@ -145,19 +145,6 @@ def _check_arguments(name: str, arguments: list[str]) -> dict[str, Any]:
     given.pop("verbose")
     _settings(getattr(config, _STAGES[name][0]), given)
     return given
-
-
-def _check_sent(file: str | None, working_dir: str) -> None:
-    """Raises ConfigError where a job would not find the --config `file` that is read here."""
-    from pathlib import Path
-
-    if file is None or "://" in file:
-        return
-    if Path(file).is_absolute() or not Path(working_dir, file).exists():
-        raise ConfigError(
-            f"--config {file}: the job sees --working-dir {working_dir} alone; give the path of a"
-            " file in it, relative to it, or s3://"
-        )
 
 
 def _flag_declaration(name: str, is_flag: bool) -> str:
@@ -203,8 +190,10 @@ def _own_commands() -> dict[str, click.Command]:
         except click.NoSuchOption as error:
             known = [*(error.possibilities or ()), *_SUBMIT_OPTIONS]
             raise click.NoSuchOption(error.option_name, possibilities=known) from error
-        _check_sent(given["config"], working_dir)
-        code = submit_stage(stage, arguments, address=address, wait=wait, working_dir=working_dir)
+        file = given["config"]
+        code = submit_stage(
+            stage, arguments, file, address=address, wait=wait, working_dir=working_dir
+        )
         sys.exit(code)
 
     def doctor(address: str | None, storage: str | None, workers: int | None) -> None:

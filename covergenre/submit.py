@@ -30,14 +30,28 @@ _NEVER_SENT = (".git", ".venv", "__pycache__")
 
 
 def submit(
-    stage: str, arguments: Sequence[str], *, address: str | None, wait: bool, working_dir: str
+    stage: str,
+    arguments: Sequence[str],
+    config_file: str | None,
+    *,
+    address: str | None,
+    wait: bool,
+    working_dir: str,
 ) -> int:
     """Run `stage` with its command line's `arguments` on the cluster of `address`.
 
+    config_file: what --config among them names: it has to be where the job finds it, too.
     address: of the dashboard, as `ray dashboard cluster.yaml` forwards it; None: RAY_ADDRESS, or
     this machine's port 8265. Gives the job's exit code, 0 where it is not waited for. Raises
     ConfigError where nobody answers, the token is missing or the directory is too large.
     """
+    if config_file is not None and "://" not in config_file:
+        sent = Path(working_dir, config_file)  # the path itself, where it is absolute
+        if Path(config_file).is_absolute() or not sent.exists():
+            raise ConfigError(
+                f"--config {config_file}: the job sees --working-dir {working_dir} alone; give the"
+                " path of a file in it, relative to it, or s3://"
+            )
     if not Path(working_dir, "jobs", f"{stage}.py").is_file():
         raise ConfigError(
             f"--working-dir {working_dir}: has no jobs/{stage}.py; be in covergenre's folder, or"

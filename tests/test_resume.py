@@ -214,7 +214,7 @@ def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(
 ) -> None:
     out = tmp_path / "m"
     with pytest.raises(TrainingDivergedError) as caught:
-        train(config(dataset, out, learning_rate=1e30, checkpoint_every=1))
+        train(config(dataset, out, learning_rate=1e30, checkpoint_every=1, workers=2))
     assert not out.exists()
     folder = tmp_path / "m.training" / "checkpoints"
     (kept,) = checkpoints(out)

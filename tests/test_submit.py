@@ -40,4 +40,6 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     root = Path(__file__).parents[1]
     with pytest.raises(ConfigError, match="no Ray dashboard answers there"):
-        submit.submit("train", [], address="http://127.0.0.1:9", wait=True, working_dir=str(root))
+        submit.submit(
+            "train", [], None, address="http://127.0.0.1:9", wait=True, working_dir=str(root)
+        )
