@@ -6,8 +6,9 @@ count; an error is raised only where the catalog cannot be read as one.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ import pyarrow.compute as pc
 
 from covergenre import mumu, storage
 from covergenre.catalog_files import (
+    SEPARATORS,
     SourceFile,
     find_files,
     holds_bytes,
+    partitions,
     read_delimited,
     read_header,
     read_jsonl,
@@ -27,13 +30,16 @@ from covergenre.catalog_files import (
 from covergenre.config import CatalogSettings, flag
 from covergenre.content import hash_rows
 from covergenre.errors import CatalogError, ConfigError, did_you_mean
-from covergenre.genre_lists import GENRES, JOINT, join_lists, make_lists
+from covergenre.genre_lists import JOINT, as_lists, is_any_list, join_lists, make_lists
+from covergenre.genre_text import GenreTextError, clean_names, split_names
 from covergenre.schema import CATALOG
 
 # Columns that a catalog may lack; the option `<name>_column` says what the source calls them.
 _OPTIONAL = ("genres", "title", "artist", "split", "group")
 
 _SEPARATOR = "|"
+# A path from the root, on Windows too; a URL of any scheme.
+_ABSOLUTE = r"^/|^[A-Za-z]:[/\\]|^(?i:data|file):|://"
 _HASHED_ROWS = 65_536
 
 
@@ -65,6 +71,8 @@ class Scan:
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     source_rows: int = 0
+    ignored: dict[str, str] = field(default_factory=dict)
+    """Optional columns that hold no text -> what they hold."""
 
 
 def read_catalog(uri: str, options: CatalogSettings) -> Catalog:
@@ -133,6 +141,7 @@ def _file_parts(
         source = _open_file(file, kind, options, columns)
         image_file = None
         if _has_images(source, options):
+            _check_image_column(scan, source)
             image_file = len(scan.files)
             scan.files.append(file)
             null_images += source.null_images
@@ -142,12 +151,25 @@ def _file_parts(
             start += table.num_rows
         scan.source_rows += start
         _check_columns(source, options)  # of JSON Lines they are known now
-        seen |= source.columns
+        seen |= source.names()
+        scan.ignored |= source.ignored
     notes = _check_optional(files[0] if len(files) == 1 else uri, seen, options)
     scan.notes += notes if "genres" in columns else []
+    for name, held in scan.ignored.items():
+        scan.notes.append(f"column {name!r} is ignored: it holds {held}, not text")
     if null_images:
-        scan.notes.append(
-            f"{null_images:,} rows have no bytes in the column {options.image_column!r}"
+        scan.notes.append(f"{null_images:,} rows have no bytes in the column {scan.image_column!r}")
+
+
+def _check_image_column(scan: Scan, source: SourceFile) -> None:
+    """All files have their images in one column, which workers read."""
+    assert source.image_column is not None
+    if not scan.files:
+        scan.image_column = source.image_column
+    elif scan.image_column != source.image_column:
+        raise CatalogError(
+            f"{source.uri}: images are in the column {source.image_column!r}, and in"
+            f" {scan.image_column!r} of {scan.files[0]}; give all files the same"
         )
 
 
@@ -182,8 +204,8 @@ def _mumu_parts(scan: Scan, files: list[str], options: CatalogSettings) -> Itera
             raise ConfigError(
                 f"MuMu's label files have columns of their own; leave out {flag(name)}"
             )
-    separator = options.genres_separator or mumu.SEPARATOR
-    albums, scan.source_rows = mumu.read_songs(files, separator, options.covers)
+    to_names = _name_reader(options, mumu.SEPARATOR)
+    albums, scan.source_rows = mumu.read_songs(files, to_names, options.covers)
     scan.notes.append(f"{scan.source_rows:,} songs make {albums.num_rows:,} albums")
     yield albums
 
@@ -193,10 +215,23 @@ def _is_set(options: CatalogSettings, name: str) -> bool:
     return bool(getattr(options, name) != CatalogSettings.model_fields[name].default)
 
 
+def _is_optional(options: CatalogSettings, name: str) -> bool:
+    """Whether rows can do without the column of `name` ("artist") where it holds no text."""
+    return (
+        name in ("title", "artist", "split", "group")
+        and not _is_set(options, f"{name}_column")
+        and name not in options.needed_columns()
+    )
+
+
 def _no_column(place: str, columns: Collection[str], options: CatalogSettings, option: str) -> str:
     name = getattr(options, option)
-    if any(";" in column for column in columns):
-        return f"{place}: its columns are separated by semicolons; save it with commas, or tabs"
+    if len(columns) == 1 and (header := next(iter(columns))) != name:
+        for separator, what in SEPARATORS.items():
+            if name in (part.strip(' "') for part in header.split(separator)):
+                fix = "--format tsv" if separator == "\t" else "save it with commas (.csv) or tabs"
+                fix = "--format csv" if separator == "," else fix
+                return f"{place}: its columns are separated by {what}; {fix}"
     return f"no column {name!r} in {place}{did_you_mean(name, columns)} ({flag(option)})"
 
 
@@ -205,31 +240,45 @@ def _open_file(
 ) -> SourceFile:
     """One file, with the columns that every file must have as far as is known."""
     names = ["id", "cover", *(name for name in _OPTIONAL if name in columns)]
-    wanted = [getattr(options, f"{name}_column") for name in names]
+    wanted = {name: getattr(options, f"{name}_column") for name in names}
     if kind == "parquet":
-        source = read_parquet(file, wanted, options.image_column)
+        source = read_parquet(
+            file,
+            list(dict.fromkeys(wanted.values())),
+            image=options.image_column,
+            cover=options.cover_column,
+            image_is_set=_is_set(options, "image_column"),
+        )
     elif _is_set(options, "image_column"):
         raise CatalogError(f"{file}: only Parquet files can hold images (--image-column)")
     elif kind == "jsonl":
         source = read_jsonl(
-            file, wanted, options.genres_column, options.genres_separator or _SEPARATOR
+            file,
+            list(dict.fromkeys(wanted.values())),
+            [column for name, column in wanted.items() if _is_optional(options, name)],
+            options.genres_column,
+            options.genres_separator or _SEPARATOR,
         )
     else:
-        source = read_delimited(file, kind, wanted)
+        source = read_delimited(file, kind, list(dict.fromkeys(wanted.values())))
+    found = partitions(file)
+    source.partitions.update({name: found[name] for name in wanted.values() if name in found})
     _check_columns(source, options)
     return source
 
 
 def _check_columns(source: SourceFile, options: CatalogSettings) -> None:
     needed = ["id_column"]
-    if source.image_type is None or _is_set(options, "cover_column"):
+    has_cover = source.image_type is not None or source.path_column is not None
+    if not has_cover or _is_set(options, "cover_column"):
         needed.append("cover_column")
     if _is_set(options, "image_column"):
         needed.append("image_column")
+    columns = source.names()
     for option in needed:
         # A file without any column is an empty one, and that is no mistake of the options.
-        if source.columns and getattr(options, option) not in source.columns:
-            raise CatalogError(_no_column(source.uri, source.columns, options, option))
+        if columns and getattr(options, option) not in columns:
+            raise CatalogError(_no_column(source.uri, columns, options, option))
 
 
 def _has_images(source: SourceFile, options: CatalogSettings) -> bool:
@@ -237,11 +286,15 @@ def _has_images(source: SourceFile, options: CatalogSettings) -> bool:
     type_ = source.image_type
     if type_ is None:
         return False
-    has_cover = options.cover_column in source.columns
-    if holds_bytes(type_):
+    in_bytes = holds_bytes(type_)
+    has_cover = options.cover_column in source.names()
+    if in_bytes and options.cover_column == source.image_column:
+        has_cover = False
+    has_path = has_cover or source.path_column is not None
+    if in_bytes:
         # A column of nulls alone holds no image: take the other way to the covers if there is one.
-        return not (has_cover and source.null_images == source.rows)
-    if has_cover and not _is_set(options, "image_column"):
+        return not (has_path and source.null_images == source.rows)
+    if has_path and not (_is_set(options, "image_column") and source.path_column is None):
         return False
     raise CatalogError(
         f"column {options.image_column!r} in {source.uri} has the type {type_}, not bytes "
@@ -259,20 +312,35 @@ def _part(
     """CATALOG's columns for some rows of a file, `start` and those that follow."""
     count = table.num_rows
     folder = storage.absolute(options.covers or storage.parent(source.uri))
+    for name, value in source.partitions.items():
+        if name in table.column_names:
+            table = table.drop_columns([name])
+        table = table.append_column(name, pa.repeat(pa.scalar(value, pa.string()), count))
+    missing = _missing_values(options)
+    in_file = image_file is not None
 
     def text(name: str) -> pa.ChunkedArray:
-        return _text(source.uri, table, getattr(options, f"{name}_column"))
+        column = getattr(options, f"{name}_column")
+        try:
+            return _text(source.uri, table, column, missing)
+        except CatalogError:
+            if not (_is_optional(options, name) or (name == "cover" and in_file)):
+                raise
+            source.ignored[column] = f"the type {table[column].type}"
+            return pa.chunked_array([pa.nulls(count, pa.string())])
 
-    in_file = image_file is not None
+    # Beside image bytes, a path is where the cover of a row without bytes is.
+    cover = text("cover")
+    if source.path_column is not None:
+        cover = pc.coalesce(cover, _text(source.uri, table, source.path_column, missing))
     numbers = pa.array(np.arange(start, start + count))
     return pa.table(
         {
             "album_id": text("id"),
-            # Beside image bytes, a path is where the cover of a row without bytes is.
-            "cover": _resolve(text("cover"), folder),
+            "cover": _resolve(cover, folder),
             "source": pa.repeat(pa.scalar(image_file, pa.int32()), count),
             "source_row": numbers if in_file else pa.nulls(count, pa.int64()),
-            "genres": _genres(source.uri, table, options),
+            "genres": _genres(source.uri, table, options, start),
             "title": text("title"),
             "artist": text("artist"),
             "split": text("split"),
@@ -281,8 +349,19 @@ def _part(
     )
 
 
-def _text(uri: str, table: pa.Table, name: str) -> pa.ChunkedArray:
-    """The column as text, empty text as null; all null where the file has no such column."""
+@lru_cache(maxsize=4)
+def _missing_texts(words: tuple[str, ...]) -> pa.Array:
+    """The empty text, and `words` in the cases that are in use."""
+    cases = {f(word) for word in words for f in (str, str.lower, str.upper, str.capitalize)}
+    return pa.array(sorted({"", *cases}))
+
+
+def _missing_values(options: CatalogSettings) -> pa.Array:
+    return _missing_texts(options.missing_values)
+
+
+def _text(uri: str, table: pa.Table, name: str, missing: pa.Array) -> pa.ChunkedArray:
+    """The column as text, `missing` values as null; all null where the file has no such column."""
     if name not in table.column_names:
         return pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
     column = table.column(name)
@@ -290,15 +369,21 @@ def _text(uri: str, table: pa.Table, name: str) -> pa.ChunkedArray:
     try:
         if pa.types.is_dictionary(type_):
             column = column.cast(type_.value_type)
-        if pa.types.is_floating(type_):
+        if pa.types.is_floating(column.type):
             column = _float_text(column)
+        if pa.types.is_decimal(column.type):
+            column = _decimal_text(column)
         column = column.cast(pa.string())
     except pa.ArrowException as error:
+        what = "and is no text"
+        if pa.types.is_binary(type_) or pa.types.is_fixed_size_binary(type_):
+            what = "with bytes that are no UTF-8 text"
+        hint = f"; for images: {flag('image_column')} {name}" if holds_bytes(type_) else ""
         raise CatalogError(
-            f"column {name!r} in {uri} has the type {type_}, which is no text"
+            f"column {name!r} in {uri} has the type {type_}, {what}{hint}"
         ) from error
-    is_empty = pc.equal(column, "")
-    return pc.if_else(is_empty, None, column) if pc.any(is_empty).as_py() else column
+    is_missing = pc.is_in(column, missing)
+    return pc.if_else(is_missing, None, column) if pc.any(is_missing).as_py() else column
 
 
 def _float_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -309,21 +394,57 @@ def _float_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(is_whole, whole, column.cast(pa.string()))
 
 
-def _genres(uri: str, table: pa.Table, options: CatalogSettings) -> pa.ChunkedArray:
+def _decimal_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Without zeros behind the point."""
+    if column.type.scale == 0:
+        return column.cast(pa.string())
+    return pc.replace_substring_regex(column.cast(pa.string()), r"\.?0+$", "")
+
+
+def _name_reader(
+    options: CatalogSettings, separator: str, *, is_list: bool = False
+) -> Callable[[str], list[str]]:
+    """A function from the text of a cell to the names in it; it raises GenreTextError.
+
+    is_list: the cell is a list already, as join_lists makes it.
+    """
+    separator = options.genres_separator or separator
+    missing = frozenset(word.lower() for word in options.missing_values)
+
+    def to_names(cell: str) -> list[str]:
+        try:
+            names = cell.split(JOINT) if is_list else split_names(cell, separator)
+            return clean_names(names, missing)
+        except GenreTextError:
+            raise
+        except ValueError as error:
+            raise GenreTextError(cell, str(error)) from error
+
+    return to_names
+
+
+def _genres(uri: str, table: pa.Table, options: CatalogSettings, start: int) -> pa.ChunkedArray:
     """The column as lists of distinct names, from lists or from text."""
     name = options.genres_column
     separator = options.genres_separator or _SEPARATOR
+    texts, is_list = None, False
     if name in table.column_names:
         column = table.column(name)
         type_ = column.type
-        if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        if is_list := is_any_list(type_):
             if not _is_text(type_.value_type):
                 raise CatalogError(
                     f"column {name!r} in {uri} has the type {type_}; a list of names is "
                     "needed (--genres-column)"
                 )
-            return make_lists(join_lists(column.cast(GENRES)), lambda text: text.split(JOINT))
-    return make_lists(_text(uri, table, name), lambda text: text.split(separator))
+            texts = join_lists(as_lists(column))
+    if texts is None:
+        texts = _text(uri, table, name, _missing_values(options))
+    try:
+        return make_lists(texts, _name_reader(options, separator, is_list=is_list))
+    except GenreTextError as error:
+        row = start + pc.index(texts, error.cell).as_py()
+        raise CatalogError(f"{uri}, row {row}: {name!r}: {error}") from error
 
 
 def _is_text(type_: pa.DataType) -> bool:
@@ -337,7 +458,10 @@ def _resolve(covers: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
     base = storage.join(folder, "")
 
     def resolved(cover: pa.Array) -> pa.Array:
-        is_absolute = pc.or_(pc.starts_with(cover, "/"), pc.match_substring(cover, "://"))
+        # Browsers and urllib strip white space around an address, too.
+        cover = pc.utf8_trim_whitespace(cover)
+        cover = pc.if_else(pc.equal(cover, ""), None, cover)
+        is_absolute = pc.match_substring_regex(cover, _ABSOLUTE)
         relative = pc.replace_substring_regex(cover, r"^(\./+)+", "")  # S3 knows no `./`
         return pc.if_else(is_absolute, cover, pc.binary_join_element_wise(base, relative, ""))
 

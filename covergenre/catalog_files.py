@@ -6,20 +6,27 @@ business. It raises CatalogError where a line would otherwise be lost or guessed
 
 import contextlib
 import csv
+import gzip
 import io
+import itertools
 import json
 import re
+import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import unquote
+from uuid import UUID
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from covergenre import parquet, storage
 from covergenre.errors import CatalogError
+from covergenre.genre_text import GenreTextError, excerpt, split_names
 
 EXTENSIONS = {
     ".csv": "csv",
@@ -30,9 +37,40 @@ EXTENSIONS = {
 }
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 
-# A row of a CSV file may be as long as a block.
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
+
+# Formats that are not read, by their extension, and what to do instead.
+_OTHER_EXTENSIONS = {
+    ".json": "JSON Lines (.jsonl) is read, one object a line: jq -c '.[]' FILE.json > FILE.jsonl",
+    ".xlsx": "export the sheet as CSV (UTF-8)",
+    ".xls": "export the sheet as CSV (UTF-8)",
+    ".feather": "write it as Parquet",
+    ".arrow": "write it as Parquet",
+    ".orc": "write it as Parquet",
+    ".avro": "write it as Parquet",
+}
+# What a file that should be text begins with, and what it is.
+_NOT_TEXT = {
+    b"PK\x03\x04": "a zip archive (as .xlsx is); unpack it, or export the sheet as CSV (UTF-8)",
+    b"\xd0\xcf\x11\xe0": "an Excel file; export the sheet as CSV (UTF-8)",
+    b"PAR1": "a Parquet file (--format parquet)",
+    b"ARROW1": "an Arrow file; write it as Parquet",
+    b"SQLite": "an SQLite database; export the table as CSV",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; decompress it (zstd -d), or use gzip",
+    b"\xfd7zXZ": "compressed with xz; decompress it (xz -d), or use gzip",
+    b"BZh91A": "compressed with bzip2; decompress it (bzip2 -d), or use gzip",
+}
+_GZIP = b"\x1f\x8b"
+_PARTITION = re.compile(r"([^=]+)=(.*)", re.DOTALL)
+_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+
+# Small, for memory: a block is read ahead. A file with longer rows is read in blocks of the second.
 _CSV_BLOCK_BYTES = 2**19
+_ROW_BYTES = 2**25
+"""Of the longest row of a text file."""
 _CHUNK_ROWS = 50_000
+_BUFFER_BYTES = 8 * 2**20
+_PATH_BYTES = 4096  # the longest path of Linux
 _ROW_GROUP_BYTES = 4 << 30  # 100,000 covers
 
 
@@ -45,12 +83,24 @@ class SourceFile:
     """Every column of the file; of JSON Lines those that were met, so all of them at the end."""
     parts: Iterator[pa.Table]
     """The wanted columns, without image bytes. Can be gone through once."""
+    image_column: str | None = None
+    """The column that can hold image bytes, if there is one."""
     image_type: pa.DataType | None = None
     """Of the image column, if there is one."""
+    path_column: str | None = None
+    """Of `parts`: paths that stand beside the image bytes, in Hugging Face's {bytes, path}."""
     null_images: int = 0
     """As far as the file's own statistics tell."""
     rows: int | None = None
     """Where the file itself says it."""
+    partitions: dict[str, str | None] = field(default_factory=dict)
+    """Columns that folders of the path give to all rows, as in `split=train/part-0.parquet`."""
+    ignored: dict[str, str] = field(default_factory=dict)
+    """Optional columns that hold no text -> what they hold; all is known at the end of `parts`."""
+
+    def names(self) -> set[str]:
+        """All columns; none of a file that is empty."""
+        return self.columns | set(self.partitions) if self.columns else set()
 
 
 def find_files(uri: str, format_: str) -> tuple[str, list[str]]:
@@ -65,7 +115,7 @@ def find_files(uri: str, format_: str) -> tuple[str, list[str]]:
         found = _format_of(uri) if format_ == "auto" else format_
         if found is None:
             raise CatalogError(
-                f"{uri}: no known format; known: {', '.join(EXTENSIONS)} (or --format)"
+                f"{uri}: no known format; known: {', '.join(EXTENSIONS)} (or --format){_hint(uri)}"
             )
         return found, [uri]
     folder, pattern = _pattern(uri) if is_pattern else (uri, re.compile(""))
@@ -94,6 +144,18 @@ def _format_of(uri: str) -> str | None:
     return None
 
 
+def _hint(uri: str) -> str:
+    extensions = [end for end in _OTHER_EXTENSIONS if uri.lower().endswith(end)]
+    return f"; {_OTHER_EXTENSIONS[extensions[0]]}" if extensions else ""
+
+
+def partitions(uri: str) -> dict[str, str | None]:
+    """Columns in the folders of a path, `name=value`, as Hive, Spark and DuckDB write them."""
+    found = map(_PARTITION.fullmatch, uri.split("/")[:-1])
+    values = {unquote(match[1]): unquote(match[2]) for match in found if match}
+    return {name: None if v == _NULL_PARTITION else v for name, v in values.items()}
+
+
 def _is_shown(path: str) -> bool:
     return not any(part.startswith((".", "_")) for part in path.split("/"))
 
@@ -114,39 +176,64 @@ def _pattern(uri: str) -> tuple[str, re.Pattern[str]]:
 
 
 @contextlib.contextmanager
-def _opened(uri: str, kind: str) -> Iterator[pa.NativeFile]:
-    """The file, unpacked if it is .gz; what Arrow raises inside becomes one line."""
+def _opened(uri: str, kind: str) -> Iterator[Any]:
+    """The file, unpacked if it is gzip by its content; what Arrow raises becomes one line."""
     with storage.open_input(uri) as file:
         try:
-            if uri.lower().endswith(".gz"):
-                with pa.CompressedInputStream(file, "gzip") as stream:
+            start = file.read(6)
+            file.seek(0)
+            if kind == "parquet":
+                yield file
+            elif start.startswith(_GZIP):
+                # Unlike Arrow's, it reads over zeros that pad the end, as gzip and zcat do.
+                with gzip.GzipFile(fileobj=file) as stream:
                     yield stream
             else:
+                for magic, what in _NOT_TEXT.items():
+                    if start.startswith(magic):
+                        raise CatalogError(f"{uri}: not {kind} but {what}")
                 yield file
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CatalogError(f"{uri}: not readable as {kind}: {reason}") from error
 
 
+@contextlib.contextmanager
+def _csv_rows(uri: str, stream: Any, kind: str) -> Iterator[Any]:
+    """A strict csv.reader over `stream`, whose limit of a value is that of a row."""
+    limit = csv.field_size_limit(_ROW_BYTES)
+    try:
+        # surrogateescape lets a bad byte through, so that its line can be told.
+        text = io.TextIOWrapper(
+            io.BufferedReader(stream, 1 << 20), "utf-8-sig", "surrogateescape", newline=""
+        )
+        yield csv.reader(_lines(uri, text), delimiter=DELIMITERS[kind], strict=True)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _lines(uri: str, file: Any) -> Iterator[Any]:
+    """Lines of a file of text or bytes, each of bounded length."""
+    for number in itertools.count(1):
+        line = file.readline(_ROW_BYTES + 1)
+        if len(line) > _ROW_BYTES:
+            raise CatalogError(f"{uri}, line {number}: longer than {_ROW_BYTES >> 20} MiB")
+        if not line:
+            return
+        yield line
+
+
 def read_header(uri: str, kind: str) -> list[str]:
     """The column names of a CSV or TSV file; none where it is empty."""
-    with _opened(uri, kind) as stream:
-        rows = csv.reader(_text(stream), delimiter=DELIMITERS[kind], strict=True)
+    with _opened(uri, kind) as stream, _csv_rows(uri, stream, kind) as rows:
         try:
-            header = next((row for row in rows if row), [])
+            header: list[str] = next((row for row in rows if row), [])
             "".join(header).encode()
         except UnicodeEncodeError as error:
             raise _not_utf8(uri, 1) from error
         except csv.Error as error:
             raise CatalogError(f"{uri}, line 1: not valid CSV: {error}") from error
     return header
-
-
-def _text(stream: pa.NativeFile) -> io.TextIOWrapper:
-    # surrogateescape lets a bad byte through, so that its line can be told.
-    return io.TextIOWrapper(
-        io.BufferedReader(stream, 1 << 20), "utf-8-sig", "surrogateescape", newline=""
-    )
 
 
 def _not_utf8(uri: str, line: int) -> CatalogError:
@@ -159,62 +246,98 @@ def _not_utf8(uri: str, line: int) -> CatalogError:
 def read_delimited(uri: str, kind: str, wanted: Collection[str]) -> SourceFile:
     """Columns of a CSV or TSV file, all as text, an empty cell as null."""
     header = read_header(uri, kind)
-    names = [name for name in dict.fromkeys(header) if name in wanted]
-    for name in names:
-        if header.count(name) > 1:
-            raise CatalogError(f"{uri}: {header.count(name)} columns are named {name!r}")
+    _check_unique(uri, header, wanted)
+    names = [name for name in header if name in wanted]
     parts = _delimited_parts(uri, kind, header, names) if header else iter(())
     return SourceFile(uri, set(header), parts)
+
+
+def _check_unique(uri: str, columns: Sequence[str], wanted: Collection[str]) -> None:
+    for name in wanted:
+        if columns.count(name) > 1:
+            raise CatalogError(
+                f"{uri}: {columns.count(name)} columns are named {name!r}; rename or remove one"
+            )
 
 
 def _delimited_parts(
     uri: str, kind: str, header: list[str], names: list[str]
 ) -> Iterator[pa.Table]:
-    options = {
-        "read_options": pa.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES),
-        "parse_options": pa.csv.ParseOptions(delimiter=DELIMITERS[kind], newlines_in_values=True),
-        "convert_options": pa.csv.ConvertOptions(
+    rows = 0
+    counter = None
+    for block_bytes in (_CSV_BLOCK_BYTES, _ROW_BYTES):
+        # The second time, rows that were read before are passed over.
+        before = rows
+        read = 0
+        with _opened(uri, kind) as stream:
+            counter = _LineCounter(stream)
+            try:
+                for batch in _arrow_batches(counter, kind, header, names, block_bytes):
+                    new = batch.slice(max(before - read, 0))
+                    read += batch.num_rows
+                    if new.num_rows:
+                        rows += new.num_rows
+                        yield pa.Table.from_batches([new]).select(names)
+                break
+            except pa.ArrowInvalid as error:
+                is_too_long = "straddl" in str(error)  # a row that does not fit two blocks
+                if is_too_long and block_bytes < _ROW_BYTES:
+                    continue
+                _check_delimited(uri, kind)  # says the line, which Arrow does not know
+                if is_too_long:
+                    raise CatalogError(
+                        f"{uri}: a row is longer than {_ROW_BYTES >> 20} MiB"
+                    ) from error
+                raise
+    # A quote that is opened and not closed makes Arrow swallow the lines up to the next one, in
+    # silence. Only a value of several lines can hide that, and such a file is looked at closely.
+    if counter is not None and counter.lines > rows + 1:
+        records = _check_delimited(uri, kind)
+        if records != rows:
+            raise CatalogError(f"{uri}: {records:,} rows are there, {rows:,} were read")
+
+
+def _arrow_batches(
+    stream: "_LineCounter", kind: str, header: list[str], names: list[str], block_bytes: int
+) -> Iterator[pa.RecordBatch]:
+    yield from pa.csv.open_csv(
+        stream,
+        read_options=pa.csv.ReadOptions(block_size=block_bytes),
+        parse_options=pa.csv.ParseOptions(delimiter=DELIMITERS[kind], newlines_in_values=True),
+        convert_options=pa.csv.ConvertOptions(
             # With no column wanted Arrow would give all: the first one stands in for the count.
             include_columns=names or header[:1],
             column_types=dict.fromkeys(names or header[:1], pa.string()),
             null_values=[""],
             strings_can_be_null=True,
         ),
-    }
-    rows = 0
-    with _opened(uri, kind) as stream:
-        counter = _LineCounter(stream)
-        try:
-            for batch in pa.csv.open_csv(counter, **options):
-                rows += batch.num_rows
-                yield pa.Table.from_batches([batch]).select(names)
-        except pa.ArrowInvalid:
-            _check_delimited(uri, kind)  # says the line, which Arrow does not know
-            raise
-    # A quote that is opened and not closed makes Arrow swallow the lines up to the next one, in
-    # silence. Only a value of several lines can hide that, and such a file is looked at closely.
-    if counter.lines > rows + 1:
-        records = _check_delimited(uri, kind)
-        if records != rows:
-            raise CatalogError(f"{uri}: {records:,} rows are there, {rows:,} were read")
+    )
 
 
 class _LineCounter:
-    """A stream of bytes for Arrow that counts the lines that pass."""
+    """A stream of bytes for Arrow that counts the lines that pass.
+
+    No block that it gives ends between CR and LF: Arrow (26) would lose the LF, within quotes too
+    (https://github.com/apache/arrow/issues/51368).
+    """
 
     closed = False
 
-    def __init__(self, stream: pa.NativeFile) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._ends = 0
+        self._held = b""
         self._last = b"\n"
 
     @property
     def lines(self) -> int:
         return self._ends + (self._last != b"\n")
 
-    def read(self, size: int | None = None) -> bytes:
-        data: bytes = self._stream.read(size)
+    def read(self, size: int) -> bytes:
+        data: bytes = self._held + self._stream.read(size - len(self._held))
+        self._held = b""
+        if data.endswith(b"\r") and len(data) > 1:
+            data, self._held = data[:-1], data[-1:]
         self._ends += data.count(b"\n")
         self._last = data[-1:] or self._last
         return data
@@ -224,8 +347,7 @@ def _check_delimited(uri: str, kind: str) -> int:
     """Rows below the header, read slowly and strictly. Raises CatalogError naming a bad line."""
     records = width = 0
     start = 1
-    with _opened(uri, kind) as stream:
-        rows = csv.reader(_text(stream), delimiter=DELIMITERS[kind], strict=True)
+    with _opened(uri, kind) as stream, _csv_rows(uri, stream, kind) as rows:
         try:
             for row in rows:
                 if row:
@@ -240,26 +362,36 @@ def _check_delimited(uri: str, kind: str) -> int:
         except UnicodeEncodeError as error:
             raise _not_utf8(uri, start) from error
         except csv.Error as error:
-            raise CatalogError(
-                f"{uri}, line {start}: a quote is opened and not closed well, or a value is too"
-                f" long ({error})"
-            ) from error
+            why = "a quote is opened and not closed well"
+            if "limit" in str(error):
+                why = f"a value is longer than {_ROW_BYTES:,} characters, or {why}"
+            raise CatalogError(f"{uri}, line {start}: {why} ({error})") from error
     return records - 1
 
 
-def read_jsonl(uri: str, wanted: Collection[str], lists: str, separator: str) -> SourceFile:
+def read_jsonl(
+    uri: str, wanted: Collection[str], optional: Collection[str], lists: str, separator: str
+) -> SourceFile:
     """Columns of a JSON Lines file, as text; `lists` as lists of text, split where it is text.
+
+    optional: columns whose values are left out where they are neither text nor a number.
 
     Line by line: pyarrow.json guesses types (text like 2020-01-01 becomes a date), does not know
     line numbers, and crashes the process on a line `null` (26.0).
     """
-    columns: set[str] = set()
-    return SourceFile(uri, columns, _jsonl_parts(uri, wanted, lists, separator, columns))
+    source = SourceFile(uri, set(), iter(()))
+    parts = _jsonl_parts(source, wanted, optional, lists, separator)
+    return replace(source, parts=parts)
 
 
 def _jsonl_parts(
-    uri: str, wanted: Collection[str], lists: str, separator: str, columns: set[str]
+    source: SourceFile,
+    wanted: Collection[str],
+    optional: Collection[str],
+    lists: str,
+    separator: str,
 ) -> Iterator[pa.Table]:
+    uri = source.uri
     schema = pa.schema(
         [(name, pa.list_(pa.string()) if name == lists else pa.string()) for name in wanted]
     )
@@ -272,30 +404,44 @@ def _jsonl_parts(
         return table
 
     with _opened(uri, "jsonl") as stream:
-        for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
+        for number, line in enumerate(_lines(uri, io.BufferedReader(stream, 1 << 20)), 1):
             if line.isspace():
                 continue
-            record = _json_object(uri, number, line)
-            columns.update(record)
+            record = _json_object(uri, number, line, is_first=not source.columns)
+            source.columns.update(record)
             for name, values in cells.items():
                 value = record.get(name)
                 if name == lists:
-                    value = value.split(separator) if isinstance(value, str) else value
-                    if value is not None and not _is_text_list(value):
-                        raise CatalogError(
-                            f"{uri}, line {number}: {name!r} is neither text nor a list of texts"
-                        )
+                    value = _json_names(uri, number, name, value, separator)
                 elif value is not None and not isinstance(value, str):
-                    value = _number_text(uri, number, name, value)
+                    if name in optional and not _is_number(value):
+                        source.ignored[name] = _JSON_TYPES.get(type(value), "no text")
+                        value = None
+                    else:
+                        value = _number_text(uri, number, name, value)
                 values.append(value)
             if number % _CHUNK_ROWS == 0:
                 yield part()
         yield part()
 
 
-def _json_object(uri: str, number: int, line: bytes) -> dict[str, Any]:
+_JSON_TYPES = {list: "lists", dict: "objects", bool: "true and false"}
+
+
+def _json_object(uri: str, number: int, line: bytes, *, is_first: bool) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        if is_first and re.match(r"\s*\[\s*(\{|\Z)", text):
+            raise CatalogError(
+                f"{uri}: one JSON array; JSON Lines are expected, one object on each line:"
+                " jq -c '.[]' FILE > FILE.jsonl"
+            )
+        if is_first and text.strip() == "{":
+            raise CatalogError(
+                f"{uri}, line {number}: an object over several lines; JSON Lines are expected, one"
+                " object on each line: jq -c . FILE > FILE.jsonl"
+            )
+        record = json.loads(text, object_pairs_hook=_unique_keys)
         if b"\\ud" in line.lower():
             json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except UnicodeDecodeError as error:
@@ -307,43 +453,144 @@ def _json_object(uri: str, number: int, line: bytes) -> dict[str, Any]:
     return record
 
 
-def _is_text_list(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str | None) for item in value)
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name!r} occurs twice in an object")
+    return record
+
+
+def _json_names(
+    uri: str, number: int, name: str, value: object, separator: str
+) -> list[str | None] | None:
+    if isinstance(value, str):
+        try:
+            return split_names(value, separator)
+        except GenreTextError as error:
+            raise CatalogError(f"{uri}, line {number}: {name!r}: {error}") from error
+    if value is None or _is_nan(value):
+        return None
+    if not isinstance(value, list):
+        raise CatalogError(f"{uri}, line {number}: {name!r} is neither text nor a list of texts")
+    names = [None if _is_nan(item) else item for item in value]
+    for item in names:
+        if not isinstance(item, str | None):
+            raise CatalogError(
+                f"{uri}, line {number}: {name!r} is neither text nor a list of texts: it holds"
+                f" {excerpt(str(item))}"
+            )
+    return names
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and value != value  # as pandas writes a missing value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _number_text(uri: str, number: int, name: str, value: object) -> str | None:
-    if isinstance(value, float):
-        if value != value:
-            return None  # pandas writes a missing number as NaN
-        return str(int(value)) if value.is_integer() else str(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    raise CatalogError(f"{uri}, line {number}: {name!r} is neither text nor a number")
+    if not _is_number(value):
+        raise CatalogError(f"{uri}, line {number}: {name!r} is neither text nor a number")
+    if _is_nan(value):
+        return None
+    is_whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if is_whole else str(value)  # type: ignore[call-overload]
 
 
-def read_parquet(uri: str, wanted: Collection[str], image: str) -> SourceFile:
-    """Columns of a Parquet file as they are. The bytes of its `image` column are not read."""
-    with _opened(uri, "parquet") as stream, parquet.opened(uri, stream) as file:
+def read_parquet(
+    uri: str, wanted: Collection[str], *, image: str, cover: str, image_is_set: bool
+) -> SourceFile:
+    """Columns of a Parquet file as they are; UUIDs as text. The bytes of images are not read.
+
+    image: the column of image bytes. Where there is none, and the user named none, it is `cover`
+    if that holds bytes that are not a path.
+    """
+    with _opened(uri, "parquet") as stream, parquet.opened(stream) as file:
         schema, metadata = file.schema_arrow, file.metadata
-    image_type = schema.field(image).type if image in schema.names else None
-    skipped = image if image_type is not None and holds_bytes(image_type) else None
+        uuids = _uuid_columns(file)
+    _check_unique(uri, schema.names, [*wanted, image])
+    image_name = image if image in schema.names else None
+    is_free = image_name is None and not image_is_set and cover in schema.names
+    if is_free and _holds_images(uri, schema.field(cover)):
+        image_name = cover
+    image_type = schema.field(image_name).type if image_name else None
+    skipped = image_name if image_type is not None and holds_bytes(image_type) else None
     if skipped:
         _check_row_groups(uri, metadata)
+    path_column = f"{image_name}.path" if image_type and _has_path(image_type) else None
+    if path_column in schema.names:  # a column of that very name
+        path_column = None
     names = [name for name in schema.names if name in wanted and name != skipped]
+    for name in [*names, image_name]:
+        if name is not None:
+            _check_extension(uri, schema.field(name))
     return SourceFile(
         uri,
         set(schema.names),
-        _parquet_parts(uri, names),
-        image_type,
-        _null_images(metadata, image),
-        metadata.num_rows,
+        _parquet_parts(uri, names, uuids & set(names), path_column),
+        image_column=image_name,
+        image_type=image_type,
+        path_column=path_column,
+        null_images=_null_images(metadata, image_name) if image_name else 0,
+        rows=metadata.num_rows,
     )
 
 
-def _parquet_parts(uri: str, names: list[str]) -> Iterator[pa.Table]:
-    with _opened(uri, "parquet") as stream, parquet.opened(uri, stream) as file:
-        for batch in file.iter_batches(_CHUNK_ROWS, columns=names):
-            yield pa.Table.from_batches([batch])
+def _parquet_parts(
+    uri: str, names: list[str], uuids: set[str], path_column: str | None
+) -> Iterator[pa.Table]:
+    columns = [*names, *([path_column] if path_column else [])]
+    with _opened(uri, "parquet") as stream, parquet.opened(stream) as file:
+        for batch in file.iter_batches(_CHUNK_ROWS, columns=columns):
+            table = pa.Table.from_batches([batch])
+            for name in uuids:
+                texts = [v and str(UUID(bytes=v)) for v in table[name].to_pylist()]
+                at = table.column_names.index(name)
+                table = table.set_column(at, name, pa.array(texts, pa.string()))
+            if path_column:
+                image = path_column.removesuffix(".path")
+                path = pc.struct_field(table[image], "path")
+                table = table.drop_columns([image]).append_column(path_column, path)
+            yield table
+
+
+def _uuid_columns(file: pq.ParquetFile) -> set[str]:
+    """Columns of 16 bytes that are UUIDs by Parquet's logical type or Arrow's extension type."""
+    columns = map(file.schema.column, range(len(file.schema)))
+    found = {column.path for column in columns if column.logical_type.type == "UUID"}
+    return found | {
+        field.name for field in file.schema_arrow if parquet.extension_name(field) == "arrow.uuid"
+    }
+
+
+def _check_extension(uri: str, column: pa.Field) -> None:
+    name = parquet.extension_name(column)
+    if name is not None and name not in parquet.CANONICAL_EXTENSIONS:
+        raise CatalogError(
+            f"{uri}: the column {column.name!r} has the extension type {name}, which could run"
+            " code; write it as plain text, numbers or bytes"
+        )
+
+
+def _holds_images(uri: str, column: pa.Field) -> bool:
+    """Whether the first value of a column of bytes is an image, or can at least be no path."""
+    if not holds_bytes(column.type):
+        return False
+    if pa.types.is_struct(column.type):
+        return True
+    settings = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}
+    with _opened(uri, "parquet") as stream, parquet.opened(stream, **settings) as file:
+        for batch in file.iter_batches(64, columns=[column.name]):
+            for value in batch.column(0).drop_null():
+                data = value.as_py()
+                try:
+                    return len(data) > _PATH_BYTES or "\0" in data.decode()
+                except UnicodeDecodeError:
+                    return True
+    return False
 
 
 def _check_row_groups(uri: str, metadata: pq.FileMetaData) -> None:
@@ -364,7 +611,17 @@ def holds_bytes(type_: pa.DataType) -> bool:
     """Whether a column of this type can hold images: bytes, or HuggingFace's {bytes, path}."""
     if pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0:
         type_ = type_.field("bytes").type
+        if pa.types.is_null(type_):  # not one of the rows has bytes
+            return True
     return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
+
+
+def _has_path(type_: pa.DataType) -> bool:
+    return (
+        pa.types.is_struct(type_)
+        and type_.get_field_index("path") >= 0
+        and type_.field("path").type in (pa.string(), pa.large_string())
+    )
 
 
 def _null_images(metadata: pq.FileMetaData, image: str) -> int:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from covergenre.errors import ConfigError, did_you_mean
+from covergenre.genre_text import MISSING_VALUES, clean_name
 from covergenre.registry import MODELS, model_spec
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -24,7 +25,7 @@ Place = Annotated[str, Field(min_length=1)]
 # so that a job may be taken up again on another machine.
 _HOW_FIELDS = {
     *("workers", "cpus_per_worker", "device", "fetches", "shared_filesystem"),
-    *("checkpoint_every", "resume"),
+    *("checkpoint_every", "resume", "max_rejected"),
 }
 # Known by what they hold, which is among the inputs of a run, and not by where it lies.
 _PLACES = {"out", "covers", "genre_map", "weights"}
@@ -91,6 +92,10 @@ class CatalogSettings(StageConfig):
         min_length=1,
         description="what separates genres written as text  [default: |, for mumu a comma]",
     )
+    missing_values: tuple[str, ...] = Field(
+        MISSING_VALUES,
+        description="texts that stand for a missing value, comma-separated, in any case",
+    )
     covers: Place | None = Field(
         None, description="folder that relative covers start from  [default: the catalog's]"
     )
@@ -100,6 +105,21 @@ class CatalogSettings(StageConfig):
     allow_private_addresses: bool = Field(
         False, description="let http covers be in a private network or on this machine"
     )
+
+    def needed_columns(self) -> set[str]:
+        """Optional columns of a catalog that these settings use, such as "artist"."""
+        return set()
+
+    @field_validator("missing_values", mode="before")
+    @classmethod
+    def _words_are_a_list(cls, value: Any) -> Any:
+        return _comma_separated(value) if isinstance(value, str) else value
+
+
+def _comma_separated(text: str) -> tuple[str, ...]:
+    """One line of CSV, so that a name may have a comma: `"R&B, Soul",Jazz`."""
+    values = (part.strip() for part in next(csv.reader([text], skipinitialspace=True), []))
+    return tuple(value for value in values if value)
 
 
 class PrepareConfig(CatalogSettings):
@@ -143,13 +163,19 @@ class PrepareConfig(CatalogSettings):
     @field_validator("genres", "split_fractions", mode="before")
     @classmethod
     def _text_is_a_list(cls, value: Any) -> Any:
-        """One line of CSV, so that a name may have a comma: `"R&B, Soul",Jazz`."""
         if not isinstance(value, str):
             return value
-        values = [part.strip() for part in next(csv.reader([value], skipinitialspace=True), [])]
-        if not any(values):
+        if not (values := _comma_separated(value)):
             raise ValueError("names none; separate them by commas")
-        return tuple(part for part in values if part)
+        return values
+
+    @field_validator("genres")
+    @classmethod
+    def _genres_are_written_as_in_a_catalog(cls, genres: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(clean_name(name) for name in genres)
+
+    def needed_columns(self) -> set[str]:
+        return {self.group_by} | ({"split"} if self.split_from == "catalog" else set())
 
     @field_validator("split_fractions")
     @classmethod
@@ -287,6 +313,13 @@ class ScoreConfig(CatalogSettings):
     catalog: Place = argument("a catalog as prepare reads it, or a dataset that prepare made")
     out: Place = Field(description="folder of the labels, new or left by this same command")
     unit_rows: Positive = Field(1024, description="rows of a unit: what is committed at once")
+    max_rejected: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the rows (without duplicates) that may be rejected: with more the"
+        " job fails at its end, with exit code 3  [default: fail only if all are]",
+    )
     batch_size: Positive = Field(64, description="covers in a forward pass")
     workers: Positive | None = Field(None, description=_WORKERS)
     cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)

@@ -9,6 +9,7 @@ CovergenreError
 │   ├── StorageError     a place that cannot be read or written
 │   ├── TrainingDivergedError   the loss became infinite or no number
 │   └── DeviceMemoryError       a step does not fit the memory of the GPU
+├── RejectedError        exit code 3: the job finished, but rejected more rows than is allowed
 └── LedgerError          exit code 1: the counts of a finished job do not add up
 """
 
@@ -54,6 +55,12 @@ class TrainingDivergedError(UserError):
 
 class DeviceMemoryError(UserError):
     """A step, or the part of it that a worker computes at a time, does not fit the GPU's memory."""
+
+
+class RejectedError(CovergenreError):
+    """A finished job rejected more rows than --max-rejected allows."""
+
+    exit_code = 3
 
 
 class LedgerError(CovergenreError):

@@ -15,10 +15,23 @@ JOINT = "\x1f"
 GENRES = pa.list_(pa.string())
 
 
-def distinct(names: Iterable[str | None]) -> list[str]:
-    """The names in order, stripped; empty ones and repetitions left out."""
-    stripped = (name.strip() for name in names if name)
-    return list(dict.fromkeys(name for name in stripped if name))
+def is_any_list(type_: pa.DataType) -> bool:
+    """Whether a column is of lists, by any of Arrow's types for them."""
+    return bool(
+        pa.types.is_list(type_)
+        or pa.types.is_large_list(type_)
+        or pa.types.is_fixed_size_list(type_)
+        or pa.types.is_list_view(type_)
+        or pa.types.is_large_list_view(type_)
+    )
+
+
+def as_lists(lists: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of lists of text, of any Arrow type, as GENRES."""
+    if pa.types.is_list_view(lists.type) or pa.types.is_large_list_view(lists.type):
+        # Arrow (26) casts some of them to invalid arrays.
+        return pa.chunked_array([pa.array(c.to_pylist(), GENRES) for c in lists.chunks], GENRES)
+    return lists.cast(GENRES)
 
 
 def join_lists(lists: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -33,14 +46,12 @@ def _join(lists: pa.ListArray) -> pa.Array:
     return pc.if_else(lists.is_valid(), texts, None)
 
 
-def make_lists(
-    texts: pa.ChunkedArray, to_names: Callable[[str], Iterable[str | None]]
-) -> pa.ChunkedArray:
-    """`distinct(to_names(text))` of every text; an empty list for a null."""
+def make_lists(texts: pa.ChunkedArray, to_names: Callable[[str], Iterable[str]]) -> pa.ChunkedArray:
+    """`to_names(text)` of every text; an empty list for a null."""
     encoded = texts.dictionary_encode()
     # All chunks share one dictionary.
     values = encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
-    lists = pa.array([*(distinct(to_names(value)) for value in values), []], GENRES)
+    lists = pa.array([*(list(to_names(value)) for value in values), []], GENRES)
     return pa.chunked_array(
         [lists.take(pc.fill_null(chunk.indices, len(values))) for chunk in encoded.chunks], GENRES
     )

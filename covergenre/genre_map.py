@@ -17,6 +17,7 @@ import yaml
 from covergenre import storage
 from covergenre.errors import ConfigError
 from covergenre.genre_lists import JOINT, join_lists, make_lists
+from covergenre.genre_text import BRACKETS, clean_name
 
 # Where in the file (for messages), raw name, new name.
 Entry = tuple[str, str, str | None]
@@ -40,7 +41,9 @@ def load_genre_map(uri: str) -> dict[str, str | None]:
         raise ConfigError(f"{uri} is not UTF-8; save it as UTF-8") from error
     mapping: dict[str, str | None] = {}
     for place, raw, new in reader(text):
-        raw, new = raw.strip(), (new or "").strip() or None
+        raw, new = clean_name(raw), clean_name(new or "") or None
+        if new is not None and not BRACKETS.isdisjoint(new):
+            raise ConfigError(f"{uri}, {place}: {new!r}: a genre name has no brackets")
         if not raw:
             raise ConfigError(f"{uri}, {place}: no genre name before {new!r}")
         if mapping.setdefault(raw, new) != new:
@@ -113,8 +116,9 @@ def apply_genre_map(
     counted = pc.value_counts(pc.list_flatten(genres)).to_pylist()
     counts = {entry["values"]: entry["counts"] for entry in counted}
 
-    def renamed(text: str) -> Iterable[str | None]:
-        return (mapping.get(name, name) for name in text.split(JOINT))
+    def renamed(text: str) -> Iterable[str]:
+        names = (mapping.get(name, name) for name in text.split(JOINT))
+        return dict.fromkeys(name for name in names if name)
 
     position = table.schema.get_field_index("genres")
     lists = make_lists(join_lists(genres), renamed)

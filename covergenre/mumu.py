@@ -7,12 +7,15 @@ MuMu: they are files `<amazon_id>.jpg` in a folder of the user's.
 Source: the MuMu dataset of Oramas et al. 2017, its files MuMu_dataset_*-label.csv.
 """
 
+from collections.abc import Callable
+
 import pyarrow as pa
 
 from covergenre import storage
 from covergenre.catalog_files import read_delimited
 from covergenre.errors import CatalogError, did_you_mean
-from covergenre.genre_lists import GENRES, distinct
+from covergenre.genre_lists import GENRES
+from covergenre.genre_text import GenreTextError
 
 HEADER = ["amazon_id", "album_mbid", "MSD_track_id", "recording_mbid", "artist_mbid", "genres"]
 SEPARATOR = ","  # between genres, inside one quoted value
@@ -20,9 +23,12 @@ SEPARATOR = ","  # between genres, inside one quoted value
 _NEEDED = ["amazon_id", "artist_mbid", "genres"]
 
 
-def read_songs(files: list[str], separator: str, covers: str | None) -> tuple[pa.Table, int]:
+def read_songs(
+    files: list[str], to_names: Callable[[str], list[str]], covers: str | None
+) -> tuple[pa.Table, int]:
     """Albums (album_id, cover, genres, artist) and the number of songs in the files.
 
+    to_names: from the text of a cell to the genres in it; it may raise GenreTextError.
     `covers` is the folder of the covers; None: the folder of the file that has the album first.
     A song without an amazon_id stays as a row of its own, without an id.
     """
@@ -45,14 +51,17 @@ def read_songs(files: list[str], separator: str, covers: str | None) -> tuple[pa
             key = amazon_id or songs
             if key not in genres:
                 places.append(amazon_id and storage.join(folder, f"{amazon_id}.jpg"))
-            genres.setdefault(key, []).extend((text or "").split(separator))
+            try:
+                genres.setdefault(key, []).extend(to_names(text or ""))
+            except GenreTextError as error:
+                raise CatalogError(f"{file}, amazon_id {amazon_id}: 'genres': {error}") from error
             artists[key] = artists.get(key) or artist
             songs += 1
     albums = pa.table(
         {
             "album_id": pa.array([key if isinstance(key, str) else None for key in genres]),
             "cover": pa.array(places, pa.string()),
-            "genres": pa.array([distinct(names) for names in genres.values()], GENRES),
+            "genres": pa.array([list(dict.fromkeys(names)) for names in genres.values()], GENRES),
             "artist": pa.array(artists.values(), pa.string()),
         }
     )

@@ -1,28 +1,62 @@
-"""Parquet files, opened with care: some come from outside."""
+"""Parquet files from outside, read without running code that they name."""
 
 import base64
+import re
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from covergenre.errors import StorageError
-
 _EXTENSION = b"ARROW:extension:name"
+_EXTENSION_IGNORED = b"arrow.extension.name"  # as long, and without a meaning to Arrow
+
+_MAGIC = b"PAR1"
+_TAIL_BYTES = 8  # the length of the footer, and _MAGIC
+# The footer's entry for Arrow's schema, in Thrift's compact protocol: key, type and length, base64.
+_ARROW_SCHEMA = re.compile(rb"(ARROW:schema\x18[\x80-\xff]*[\x00-\x7f])([A-Za-z0-9+/=]*)")
+
+# https://arrow.apache.org/docs/format/CanonicalExtensions.html
+CANONICAL_EXTENSIONS = {
+    *("arrow.json", "arrow.uuid", "arrow.bool8", "arrow.opaque", "arrow.timestamp_with_offset"),
+    *("arrow.fixed_shape_tensor", "arrow.variable_shape_tensor", "arrow.parquet.variant"),
+}
 
 
-def opened(uri: str, file: pa.NativeFile, **settings: Any) -> pq.ParquetFile:
-    """`file`, which is that of `uri`, as Parquet; settings: pq.ParquetFile's.
+def opened(file: pa.NativeFile, **settings: Any) -> pq.ParquetFile:
+    """`file` as Parquet, each column of an extension type as its storage type.
 
-    Raises StorageError where a column has an extension type: to read one is to run the code that
-    is registered for it, and Ray's own unpickle what they find in the file.
+    Arrow would call the Python code that this process has registered for an extension type, and
+    Ray's types unpickle what they find in the file. settings: pq.ParquetFile's.
     """
-    # The file's metadata alone: the Arrow schema in it is not yet made.
-    metadata = pq.read_metadata(file)
-    schema = (metadata.metadata or {}).get(b"ARROW:schema", b"")
-    if _EXTENSION in base64.b64decode(schema):
-        raise StorageError(
-            f"{uri}: a column has an extension type, which could run code; write the file again"
-            " with plain columns (text, numbers, bytes)"
-        )
-    return pq.ParquetFile(file, metadata=metadata, **settings)
+    return pq.ParquetFile(
+        file, metadata=_without_extensions(file), arrow_extensions_enabled=False, **settings
+    )
+
+
+def extension_name(field: pa.Field) -> str | None:
+    """The extension type that a field of an `opened` file was written with."""
+    name: bytes | None = (field.metadata or {}).get(_EXTENSION_IGNORED)
+    return name.decode(errors="replace") if name is not None else None
+
+
+def _without_extensions(file: pa.NativeFile) -> pq.FileMetaData:
+    """The footer, with the key that marks extension types replaced in the Arrow schema it holds.
+
+    The footer is changed as bytes: to read it with Arrow makes the types that it names.
+    """
+    size = file.size()
+    file.seek(max(size - _TAIL_BYTES, 0))
+    length = int.from_bytes(file.read(4), "little")
+    if length + _TAIL_BYTES > size or file.read() != _MAGIC:
+        file.seek(0)
+        return pq.read_metadata(file)  # says what is wrong with it
+    file.seek(size - _TAIL_BYTES - length)
+    footer, schemas = _ARROW_SCHEMA.subn(_ignore_extensions, file.read())
+    if schemas != footer.count(b"ARROW:schema"):
+        raise pa.ArrowInvalid("an Arrow schema in the footer cannot be read")
+    return pq.read_metadata(pa.BufferReader(_MAGIC + footer))
+
+
+def _ignore_extensions(found: re.Match[bytes]) -> bytes:
+    schema = base64.b64decode(found[2]).replace(_EXTENSION, _EXTENSION_IGNORED)
+    return found[1] + base64.b64encode(schema)

@@ -37,7 +37,15 @@ from covergenre.config import PrepareConfig
 from covergenre.covers import CoverError
 from covergenre.errors import CatalogError, ConfigError, LedgerError
 from covergenre.genre_map import apply_genre_map, load_genre_map
-from covergenre.genres import Genres, Selection, keep_albums, select
+from covergenre.genres import (
+    Genres,
+    Selection,
+    keep_albums,
+    name_warnings,
+    select,
+    split_table,
+    split_warnings,
+)
 from covergenre.ingest import Cover, Source
 from covergenre.leases import lease
 from covergenre.progress import Progress, say
@@ -46,6 +54,7 @@ from covergenre.splits import SplitAssignment, assign_splits
 
 _PLAN = "_state/plan.parquet"
 _DONE = "_state/shards"
+_PICTURES = ("label_distribution.png", "genres_by_split.png")
 _RECORDS_AT_A_TIME = 32
 _SLICE_ROWS = 64  # whose source bytes, 25 MB each at most, are held at once
 
@@ -69,9 +78,14 @@ class Prepared:
         if counts["duplicates"]:
             lines.append(f"  {counts['duplicates']:,} rows repeat an earlier one")
         if counts["rejected"]:
-            why = ", ".join(f"{n:,} {reason}" for reason, n in counts["reasons"].items())
-            lines.append(f"  {counts['rejected']:,} set aside in {m.uri}/rejected: {why}")
-        lines.append(f"  look at {storage.join(m.uri, 'label_distribution.png')}")
+            why = schema.counted_reasons(counts["reasons"])
+            lines.append(f"  {counts['rejected']:,} rejected, see {m.uri}/rejected: {why}")
+        by_split, rows = counts["genres_by_split"], counts["splits"]
+        lines += [f"  {line}" for line in split_table(by_split, rows)]
+        lines += [f"  warning: {line}" for line in split_warnings(by_split, rows)]
+        lines += schema.reason_warnings(counts["reasons"])
+        pictures = (storage.join(m.uri, name) for name in _PICTURES)
+        lines.append(f"  see {' and '.join(pictures)}")
         return "\n".join(lines)
 
 
@@ -104,6 +118,8 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
         min_share=config.min_share,
         explicit=config.genres,
     )
+    for warning in name_warnings(selection.counts):
+        say(f"warning: {warning}")
     reasons = _reasons(plan, first, keep_albums(albums, selection.kept, config.keep == "all"))
     wanted = [is_first and r is None for is_first, r in zip(first, reasons, strict=True)]
     assigned = _splits(plan, config, wanted)
@@ -322,6 +338,7 @@ def _pack_shard(
         "shard": shard and vars(shard),
         "duplicates": len(duplicates),
         "reasons": Counter(record["reason"] for record in rejected),
+        "genres": Counter(genre for album in albums for genre in album["genres"]),
     }
     storage.put_json(storage.join(out, _DONE, _part(job)), done)
     return done
@@ -381,6 +398,11 @@ def _finish(
             f"{config.catalog}: no album can be used; {n:,} of {rows:,} rows: {most}"
             f" ({schema.REASONS[most]}); see {storage.join(out, 'rejected')}"
         )
+    kept = selection.kept
+    in_split: dict[str, Counter[str]] = {split: Counter() for split in schema.SPLITS}
+    for result in done:
+        in_split[result["split"]].update(result["genres"])
+    genres_by_split = {g: {s: in_split[s][g] for s in schema.SPLITS} for g in kept.names}
     counts = {
         "rows": rows,
         "source_rows": catalog.source_rows,
@@ -392,12 +414,14 @@ def _finish(
         "bytes": sum(s.bytes for part in by_split.values() for s in part),
         "labelled": selection.albums,
         "raw_genres": selection.counts,
+        "genres_by_split": genres_by_split,
         "albums_without_group": assigned.alone,
     }
-    kept = selection.kept
     manifest = Manifest(out, kept, by_split, shards.dataset_id(kept, by_split), counts)
     picture = report.label_distribution(selection.counts, selection.albums, set(kept.names))
-    storage.put(storage.join(out, "label_distribution.png"), picture)
+    storage.put(storage.join(out, _PICTURES[0]), picture)
+    picture = report.genres_by_split(genres_by_split, counts["splits"])
+    storage.put(storage.join(out, _PICTURES[1]), picture)
     extra = {
         "catalog": {"fingerprint": catalog.fingerprint, "place": redacted(config.catalog)},
         "settings": config.saved(),

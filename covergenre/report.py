@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from covergenre.genres import RARE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -115,6 +117,54 @@ def label_distribution(counts: Mapping[str, int], albums: int, selected: Collect
             loc="outside lower right",
             ncols=2,
         )
+        return png()
+
+
+def genres_by_split(by_split: Mapping[str, Mapping[str, int]], albums: Mapping[str, int]) -> bytes:
+    """Percent of the albums of each split that have each genre; few or none are marked.
+
+    by_split: genre -> split -> albums that have it; albums: split -> albums. Returns a PNG with at
+    most the `MOST_BARS` least common genres.
+    """
+    splits = [split for split in albums if albums[split]]
+    if not by_split or not splits:
+        return _message("Genres by split", "no genre to show")
+    ranked = sorted(by_split, key=lambda genre: (-sum(by_split[genre].values()), genre))
+    shown = ranked[-MOST_BARS:]
+    height = 0.8 / len(splits)
+    with _figure(9, 1.6 + 0.2 * len(splits) * len(shown)) as (figure, png):
+        title = "Genres by split"
+        if len(shown) < len(ranked):
+            title += f": the {len(shown)} least common of {len(ranked):,}"
+        _title(figure, title)
+        axes = figure.add_subplot()
+        longest = 0.0
+        for at, split in enumerate(splits):
+            rows = [row - 0.4 + (at + 0.5) * height for row in range(len(shown))]
+            counts = [by_split[genre][split] for genre in shown]
+            percents = [100 * count / albums[split] for count in counts]
+            color = {"train": GREY, "dev": BLUE, "test": GREEN}.get(split, ORANGE)
+            label = f"{split} ({albums[split]:,} albums)"
+            axes.barh(rows, percents, height=height * 0.9, color=color, label=label)
+            longest = max(longest, *percents)
+            for row, count, percent in zip(rows, counts, percents, strict=True):
+                axes.annotate(
+                    f"{count:,}" if count else "none",
+                    (percent, row),
+                    xytext=(3, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7,
+                    color=RED if count < RARE else MUTED,
+                )
+        axes.set_yticks(range(len(shown)), [_name(genre) for genre in shown])
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.set_xlim(0, longest * 1.15 or 1)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(
+            f"albums of the split that have the genre, in percent; red: fewer than {RARE}"
+        )
+        figure.legend(loc="outside lower right", ncols=len(splits))
         return png()
 
 

@@ -1,5 +1,7 @@
 """Names and Arrow schemas of every table that covergenre reads or writes. Nothing else."""
 
+from collections.abc import Mapping
+
 import pyarrow as pa
 
 SPLITS = ("train", "dev", "test")
@@ -27,6 +29,24 @@ REASONS = {
     "no_selected_genre": "none of the album's genres was selected (prepare only)",
     "genre_not_selected": "one of the album's genres was not selected, and --keep is all",
 }
+
+
+def counted_reasons(reasons: Mapping[str, int]) -> str:
+    """`3 missing_file, 1 not_an_image`: the most common first."""
+    ranked = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {reason}" for reason, count in ranked)
+
+
+def reason_warnings(reasons: Mapping[str, int]) -> list[str]:
+    """A line for each reason of many rows that one change of the catalog would remove."""
+    count = reasons.get("unsupported_scheme", 0)
+    if not count:
+        return []
+    return [
+        f"  warning: {count:,} covers have a URL whose scheme cannot be read (unsupported_scheme);"
+        " copy them to a folder or to s3://, or give their http(s):// URLs"
+    ]
+
 
 # One row an album: what prepare writes under DATASET/<split>/.
 DATASET = pa.schema(

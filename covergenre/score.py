@@ -29,7 +29,7 @@ from covergenre import ingest, parquet, places, predict, runtime, schema, shards
 from covergenre.bundle import Bundle, check_weights, read_bundle
 from covergenre.catalog import catalog_stamps, scan_catalog
 from covergenre.config import ScoreConfig
-from covergenre.errors import LedgerError
+from covergenre.errors import LedgerError, RejectedError
 from covergenre.genres import over_threshold
 from covergenre.ingest import Source
 from covergenre.leases import Lease, lease
@@ -38,6 +38,8 @@ from covergenre.predict import Scored
 from covergenre.progress import Progress, say
 
 _PLAN = "_state/plan"
+_LEDGER = "ledger.json"
+_SUCCESS = "_SUCCESS"
 _FOOTER = b"covergenre"
 _FOOTERS_AT_A_TIME = 32
 
@@ -59,9 +61,12 @@ class Labelled:
             f" + {led['duplicates']:,} duplicates",
         ]
         if led["rejected"]:
-            why = ", ".join(f"{n:,} {reason}" for reason, n in led["reasons"].items())
-            lines.append(f"  rejected, with reasons, in {self.uri}/rejected: {why}")
-        return "\n".join(lines)
+            share = led["rejected"] / (led["rows"] - led["duplicates"])
+            lines.append(
+                f"  rejected ({share:.1%}), with reasons, in {self.uri}/rejected:"
+                f" {schema.counted_reasons(led['reasons'])}"
+            )
+        return "\n".join([*lines, *schema.reason_warnings(led["reasons"])])
 
 
 def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
@@ -74,22 +79,35 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
     places.check_free(out)
     if places.is_claimed(out):  # refuse another run before anything of this one is touched
         _claim(out, config, bundle, _identity(rows, read_plan(storage.join(out, _PLAN))))
-    if storage.exists(storage.join(out, "_SUCCESS")):
-        remark = ": already labelled by this same command"
-        return Labelled(out, storage.read_json(storage.join(out, "ledger.json")), remark)
+    if storage.exists(storage.join(out, _SUCCESS)):
+        ledger = storage.read_json(storage.join(out, _LEDGER))
+        _check_rejected(out, ledger, config.max_rejected)
+        return Labelled(out, ledger, ": already labelled by this same command")
     with lease(out) as held:
         plan = _plan(out, config, bundle, rows)
-        runtime.start_ray(verbose=verbose)
-        reached = {"--out": out, "MODEL": bundle.uri, "the cover": plan.local_cover}
-        places.check_shared(reached, config.shared_filesystem)
-        ledger = _score(out, config, bundle, plan, held)
+        ledger = _score(out, config, bundle, plan, held, verbose=verbose)
     accounted = ledger["scored"] + ledger["rejected"] + ledger["duplicates"]
     if accounted != plan.rows:
         raise LedgerError(
             f"{out}: {plan.rows:,} rows went in and {accounted:,} came out; see ledger.json"
         )
-    storage.put(storage.join(out, "_SUCCESS"), b"")
+    _check_rejected(out, ledger, config.max_rejected)
+    storage.put(storage.join(out, _SUCCESS), b"")
     return Labelled(out, ledger)
+
+
+def _check_rejected(out: str, ledger: dict[str, Any], limit: float | None) -> None:
+    """Raises RejectedError where more rows were rejected than `limit`; None: where all were."""
+    rejected, tried = ledger["rejected"], ledger["rows"] - ledger["duplicates"]
+    if rejected <= (limit * tried if limit is not None else tried - 1):
+        return
+    storage.delete_file(storage.join(out, _SUCCESS))  # of a command with a higher limit
+    over = "all of them" if limit is None else f"over --max-rejected {limit:g}"
+    raise RejectedError(
+        f"{out}: {rejected:,} of {tried:,} rows were rejected ({rejected / tried:.1%}), {over}:"
+        f" {schema.counted_reasons(ledger['reasons'])}; see {storage.join(out, 'rejected')}; to"
+        " accept it, run the same command with a higher --max-rejected: nothing is scored again"
+    )
 
 
 @dataclass(frozen=True)
@@ -164,21 +182,25 @@ def _counted(parts: Iterable[pa.Table], progress: Progress) -> Iterator[pa.Table
 
 
 def _score(
-    out: str, config: ScoreConfig, bundle: Bundle, plan: Plan, held: Lease
+    out: str, config: ScoreConfig, bundle: Bundle, plan: Plan, held: Lease, *, verbose: bool
 ) -> dict[str, Any]:
-    """Do the units that are not done yet; the ledger of all."""
-    workers = runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
+    """Do the units that are not done yet, on Ray; the ledger of all."""
+    ledger_file = storage.join(out, _LEDGER)
     every = np.arange(-(-plan.rows // config.unit_rows))
     done = finished_units(out)
     pending = np.setdiff1d(every, done, assume_unique=True)
     starts = pending * config.unit_rows
     units = np.stack([pending, starts, np.minimum(starts + config.unit_rows, plan.rows)], axis=1)
     total: Counter[str] = Counter()
-    rate = None
+    speed = {"covers_per_second": None, "workers": None}
     if len(done):
         say(f"score: {len(done):,} of {len(every):,} units were done before")
         count_rows(out, done, total)
     if len(pending):
+        runtime.start_ray(verbose=verbose)
+        reached = {"--out": out, "MODEL": bundle.uri, "the cover": plan.local_cover}
+        places.check_shared(reached, config.shared_filesystem)
+        workers = runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
         rows = int((units[:, 2] - units[:, 1]).sum())
         with runtime.waiting_said(*workers.wait_for), Progress("score", rows, "covers") as progress:
             batches = predict.score_plan(
@@ -187,7 +209,10 @@ def _score(
             for unit, parts in _whole_units(batches, units, progress):
                 held.check()
                 total.update(_commit(out, unit, parts, bundle))
-            rate = round(progress.rate, 1)
+            speed = {"covers_per_second": round(progress.rate, 1), "workers": workers.count}
+    elif storage.exists(ledger_file):
+        known = storage.read_json(ledger_file)
+        speed = {name: known.get(name) for name in speed}
     reasons = {name.partition(":")[2]: n for name, n in total.items() if ":" in name}
     ledger = {
         "rows": plan.rows,
@@ -200,10 +225,9 @@ def _score(
         "weights_id": bundle.weights_id,
         "decision_id": bundle.decision_id,
         "genres": list(bundle.genres.names),
-        "covers_per_second": rate,
-        "workers": workers.count,
+        **speed,
     }
-    storage.put_json(storage.join(out, "ledger.json"), ledger)
+    storage.put_json(ledger_file, ledger)
     if ledger["units_written"] != len(every):
         raise LedgerError(f"{out}: {len(every):,} units, {ledger['units_written']:,} are there")
     return ledger
@@ -222,7 +246,7 @@ def count_rows(out: str, units: NDArray[np.int64], total: Counter[str]) -> None:
     def counts(unit: int) -> dict[str, int]:
         uri = storage.join(out, "labels", _part(unit))
         with storage.open_input(uri) as file, storage.named(uri, "read as Parquet"):
-            found: dict[str, int] = json.loads(parquet.opened(uri, file).metadata.metadata[_FOOTER])
+            found: dict[str, int] = json.loads(parquet.opened(file).metadata.metadata[_FOOTER])
         return found
 
     with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:

@@ -167,7 +167,7 @@ def write_shard(root: str, path: str, table: pa.Table) -> Shard:
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """All rows of the Parquet file `uri`."""
     with storage.open_input(uri) as file, storage.named(uri, "read as Parquet"):
-        return parquet.opened(uri, file).read(columns=columns)
+        return parquet.opened(file).read(columns=columns)
 
 
 @lru_cache(maxsize=16)
@@ -175,7 +175,7 @@ def _open(uri: str, stamp: tuple[int, int], buffered: bool) -> pq.ParquetFile:
     # A worker reads many parts of one file: its footer is read once, until the file is another.
     # Buffered, a column of a row group passes by; else all of it is fetched at once.
     settings = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False} if buffered else {}
-    return parquet.opened(uri, storage.open_input(uri), **settings)
+    return parquet.opened(storage.open_input(uri), **settings)
 
 
 def open_parquet(uri: str, buffered: bool = False) -> pq.ParquetFile:

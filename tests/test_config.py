@@ -279,6 +279,7 @@ def test_the_default_is_the_papers_model() -> None:
 
 UNCHANGED = {
     "fetches",
+    "max_rejected",
     "shared_filesystem",
     "covers",
     "genre_map",
