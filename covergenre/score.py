@@ -192,7 +192,7 @@ def _score(
     starts = pending * config.unit_rows
     units = np.stack([pending, starts, np.minimum(starts + config.unit_rows, plan.rows)], axis=1)
     total: Counter[str] = Counter()
-    speed = {"covers_per_second": None, "workers": None}
+    speed: dict[str, float | None] = {"covers_per_second": None, "workers": None}
     if len(done):
         say(f"score: {len(done):,} of {len(every):,} units were done before")
         count_rows(out, done, total)

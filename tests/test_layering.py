@@ -31,7 +31,7 @@ LAYERS = (
     }
     | {"progress", "s3"},
     # one idea each, with errors of their own
-    {"covers", "genres", "registry", "runtime", "sample", "splits", "storage", "submit"}
+    {"covers", "genres", "registry", "runtime", "sample", "splits", "storage", "submit"},
     # files, settings and networks
     {"catalog_files", "checkpoints", "config", "decoding", "doctor", "fetch", "genre_map"}
     | {"models", "shards"}
