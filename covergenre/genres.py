@@ -157,8 +157,9 @@ def split_table(by_split: Mapping[str, Mapping[str, int]], albums: Mapping[str, 
     """
     ranked = sorted(by_split, key=lambda genre: (-sum(by_split[genre].values()), genre))
     shown = ranked if len(ranked) <= _MOST_ROWS else ranked[-_MOST_ROWS:]
-    width = max(len("genre"), *(len(genre) for genre in shown), 0)
-    lines = [f"{'albums of each genre':{width}}" + "".join(f"{split:>9}" for split in albums)]
+    title = "albums of each genre"
+    width = max(len(name) for name in (title, *shown))
+    lines = [f"{title:{width}}" + "".join(f"{split:>9}" for split in albums)]
     if len(shown) < len(ranked):
         lines.append(f"({len(ranked) - len(shown):,} more common genres: see manifest.json)")
     for genre in shown:

@@ -224,6 +224,35 @@ def test_extension_types_of_unused_columns_are_ignored(tmp_path: Path) -> None:
     assert column(read(tmp_path / "json.parquet"), "album_id") == ["1"]
 
 
+def test_the_code_of_a_registered_extension_type_is_not_called(tmp_path: Path) -> None:
+    class Noisy(pa.ExtensionType):  # type: ignore[misc]
+        made = 0
+
+        def __init__(self) -> None:
+            super().__init__(pa.binary(), "covergenre.test.noisy")
+
+        def __arrow_ext_serialize__(self) -> bytes:
+            return b""
+
+        @classmethod
+        def __arrow_ext_deserialize__(cls, storage_type: pa.DataType, data: bytes) -> "Noisy":
+            cls.made += 1
+            return cls()
+
+    table = pa.table({"album_id": ["1"], "cover": ["a"]})
+    noisy = pa.ExtensionArray.from_storage(Noisy(), pa.array([b"x"]))
+    pq.write_table(table.append_column("noisy", noisy), tmp_path / "x.parquet")
+    pa.register_extension_type(Noisy())
+    try:
+        pq.read_schema(tmp_path / "x.parquet")
+        assert Noisy.made > 0  # what reading it as usual does
+        before = Noisy.made
+        assert column(read(tmp_path / "x.parquet"), "album_id") == ["1"]
+        assert Noisy.made == before
+    finally:
+        pa.unregister_extension_type("covergenre.test.noisy")
+
+
 def test_a_canonical_extension_type_is_read_as_what_it_stores(tmp_path: Path) -> None:
     genres = pa.array(['["a", "b"]'], pa.json_())
     table = pa.table({"album_id": ["1"], "cover": ["a"], "genres": genres})

@@ -297,6 +297,7 @@ OTHER = {
     "split_fractions": (0.5, 0.25, 0.25),
     "genres": ("Rock",),
     "min_share": 0.5,
+    "max_rejected": 0.5,
     "epochs": 3,
     "max_steps": 3,
     "checkpoint_every": 3,

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from covergenre.errors import ConfigError, DatasetError
-from covergenre.genres import Genres, Selection, keep_albums, over_threshold, select
+from covergenre.genres import (
+    Genres,
+    Selection,
+    keep_albums,
+    name_warnings,
+    over_threshold,
+    select,
+    split_table,
+    split_warnings,
+)
 from covergenre.schema import REASONS
 
 # Rock on 4 albums, Jazz and Pop on 3, Folk on 1; one album has no genre.
@@ -190,3 +199,49 @@ def test_thresholds_compare_as_float32() -> None:
 def test_a_genre_without_threshold_is_an_error() -> None:
     with pytest.raises(KeyError, match="B"):
         over_threshold(np.zeros((1, 2), np.float32), Genres(("A", "B")), {"A": 0.5})
+
+
+# Warnings
+
+
+def test_names_that_may_be_mistakes_are_warned_about() -> None:
+    assert name_warnings({"Rock": 3, "Pop": 1, "R&B": 1, "Folk (US)": 1, "&c": 1}) == []
+    case, entities, separators = name_warnings(
+        {"Rock": 3, "rock": 1, "ROCK": 1, "R&amp;B": 2, "Ol&#233;": 1, "Jazz; Funk": 1, "A,B": 1}
+    )
+    assert "'Rock' (3) / 'rock' (1) / 'ROCK' (1)" in case and "--genre-map" in case
+    assert "'R&amp;B' (R&B), 'Ol&#233;' (Olé)" in entities
+    assert "'Jazz; Funk', 'A,B'" in separators and "--genres-separator" in separators
+    (many,) = name_warnings({f"{word}{n}": 1 for n in range(8) for word in ("a", "A")})
+    assert "and 3 more" in many
+
+
+BY_SPLIT = {
+    "Country": {"train": 179, "dev": 0, "test": 12},
+    "Reggae": {"train": 45, "dev": 9, "test": 10},
+    "Rock": {"train": 1500, "dev": 200, "test": 190},
+}
+
+
+def test_genres_that_are_missing_or_rare_in_a_split_are_warned_about() -> None:
+    albums = {"train": 2000, "dev": 250, "test": 250}
+    missing, rare = split_warnings(BY_SPLIT, albums)
+    assert missing.startswith("no album in dev has Country: ") and "--split-seed" in missing
+    assert rare.startswith("fewer than 10 albums in dev have Reggae (9): ")
+    # a split that was not asked for lacks nothing
+    assert (
+        split_warnings({"Rock": {"train": 20, "dev": 0, "test": 0}}, {"train": 20, "dev": 0}) == []
+    )
+    (never,) = split_warnings({"Rock": {"train": 0, "dev": 20}}, {"train": 5, "dev": 20})
+    assert "no album in train has Rock: it is never learned" in never
+
+
+def test_the_table_of_genres_by_split() -> None:
+    albums = {"train": 2000, "dev": 250, "test": 250}
+    lines = split_table(BY_SPLIT, albums)
+    assert [line.split()[0] for line in lines] == ["albums", "Rock", "Country", "Reggae"]
+    assert lines[1].split()[1:] == ["1,500", "200", "190"]
+    assert len({len(line) for line in lines}) == 1
+    many = {f"{n:02d}": {"train": 100 - n, "dev": 1, "test": 1} for n in range(60)}
+    lines = split_table(many, albums)
+    assert len(lines) == 42 and "20 more common genres" in lines[1] and lines[-1].startswith("59")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from covergenre import schema, storage
+from covergenre import predict, schema, storage
 from covergenre.bundle import Bundle, load_model, read_bundle
 from covergenre.cli import main
 from covergenre.config import EvaluateConfig, PrepareConfig, ScoreConfig, TrainConfig
@@ -24,13 +24,14 @@ from covergenre.errors import (
     ConfigError,
     DatasetError,
     ModelError,
+    RejectedError,
     StorageError,
     UserError,
 )
 from covergenre.evaluate import evaluate
 from covergenre.predict import normalise, to_unit
 from covergenre.prepare import prepare
-from covergenre.score import score
+from covergenre.score import Labelled, score
 from covergenre.shards import read_manifest, read_table
 from covergenre.train import train
 
@@ -99,7 +100,17 @@ def test_prepare_keeps_every_album_once_with_its_genres(drawn: Path, dataset: Pa
     assert set(seen.values()) == {1}
     assert len(seen) + len(rejected) == len(source)
     assert manifest.counts["rows"] == len(source)
-    assert (dataset / "label_distribution.png").stat().st_size > 5_000
+    by_split = manifest.counts["genres_by_split"]
+    for split in schema.SPLITS:
+        tables = map(read_table, manifest.shard_uris(split))
+        found = Counter(
+            genre for table in tables for row in table["genres"].to_pylist() for genre in row
+        )
+        assert {genre: by_split[genre][split] for genre in by_split} == {
+            genre: found[genre] for genre in manifest.genres.names
+        }
+    for picture in ("label_distribution.png", "genres_by_split.png"):
+        assert (dataset / picture).stat().st_size > 5_000
 
 
 def test_prepare_again_changes_nothing_and_other_settings_are_refused(
@@ -452,6 +463,54 @@ def test_score_labels_every_row_and_agrees_with_a_run_by_hand(
     assert lost.read_bytes() == before
     assert again.ledger["scored"] == len(labels)
     assert "already labelled" in score(config).account()
+
+
+def test_a_job_with_too_many_rejected_rows_fails_until_the_limit_is_raised(
+    drawn: Path, one_worker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with drawn.open() as file:
+        good = next(csv.DictReader(file))["cover"]
+    catalog, out = tmp_path / "catalog.csv", tmp_path / "labels"
+    covers = [str(drawn.parent / good), "gone.jpg", "gone too.jpg", "gs://bucket/a.jpg"]
+    rows = [(f"album {n}", cover) for n, cover in enumerate([*covers, covers[0]])]
+    with catalog.open("w", newline="") as file:
+        csv.writer(file).writerows([("album_id", "cover"), *rows, rows[0]])
+
+    def run(limit: float | None, catalog: Path = catalog, out: Path = out) -> Labelled:
+        given = {"model": str(one_worker), "catalog": str(catalog), "out": str(out)}
+        return score(ScoreConfig(**given, max_rejected=limit))
+
+    with pytest.raises(RejectedError) as caught:
+        run(0.5)
+    line = str(caught.value)
+    assert "3 of 5 rows were rejected (60.0%), over --max-rejected 0.5: " in line
+    assert "\n" not in line and caught.value.exit_code == 3
+    ledger = json.loads((out / "ledger.json").read_text())
+    assert (ledger["rows"], ledger["scored"], ledger["duplicates"]) == (6, 2, 1)
+    assert not (out / "_SUCCESS").exists()
+
+    monkeypatch.setattr(predict, "score_plan", None)  # nothing is scored again
+    with pytest.raises(RejectedError):
+        run(0.5)
+    assert json.loads((out / "ledger.json").read_text()) == ledger
+    assert "rejected (60.0%)" in run(0.6).account()
+    assert (out / "_SUCCESS").exists()
+    assert "already labelled" in run(None).account()
+    with pytest.raises(RejectedError):
+        run(0.5)
+    assert not (out / "_SUCCESS").exists()
+
+
+def test_a_catalog_of_which_every_row_is_rejected_is_an_error_unless_allowed(
+    one_worker: Path, tmp_path: Path
+) -> None:
+    catalog = tmp_path / "catalog.csv"
+    catalog.write_text("album_id,cover\na,gone.jpg\nb,gone.jpg\na,gone.jpg\n")
+    config = ScoreConfig(model=str(one_worker), catalog=str(catalog), out=str(tmp_path / "out"))
+    with pytest.raises(RejectedError, match=r"2 of 2 rows were rejected \(100.0%\), all of them"):
+        score(config)
+    done = score(config.model_copy(update={"max_rejected": 1.0}))
+    assert done.ledger["scored"] == 0 and (tmp_path / "out" / "_SUCCESS").exists()
 
 
 def test_scoring_a_dataset_scores_all_its_splits(

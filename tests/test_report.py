@@ -158,6 +158,29 @@ def test_label_distribution_has_the_longest_bar_on_top(figures: list[Figure]) ->
     assert max(axes.get_xticks()) <= 100
 
 
+def test_genres_by_split_marks_what_is_missing_or_rare(figures: list[Figure]) -> None:
+    by_split = {
+        "Rock": {"train": 800, "dev": 100, "test": 0},
+        "Jazz": {"train": 90, "dev": 0, "test": 0},
+        "Folk": {"train": 50, "dev": 4, "test": 0},
+    }
+    report.genres_by_split(by_split, {"train": 1000, "dev": 120, "test": 0})
+    check_layout(figures[0])
+    said = words(figures[0])
+    assert {"none", "4", "800", "train (1,000 albums)", "dev (120 albums)"} <= set(said)
+    assert not any("test" in text for text in said)
+    marked = [
+        text.get_text() for text in figures[0].findobj(Text) if text.get_color() == report.RED
+    ]
+    assert marked == ["none", "4"]
+    many = {f"Genre {n}": {"train": 900 - n, "dev": 50, "test": 50} for n in range(60)}
+    report.genres_by_split(many, dict.fromkeys(("train", "dev", "test"), 1000))
+    check_layout(figures[1])
+    assert "Genres by split: the 40 least common of 60" in words(figures[1])
+    assert not [text for text in figures[1].findobj(Text) if text.get_color() == report.RED]
+    assert pixels(report.genres_by_split({}, {"train": 1})).shape[2] == 3
+
+
 def test_loss_curve_marks_the_best_epoch(figures: list[Figure]) -> None:
     report.loss_curve(epochs(5))
     loss, scores = figures[0].axes
