@@ -24,17 +24,17 @@ LAYERS = (
         "drawing",
         "pacing",
         "genre_lists",
-        "metrics",
+        "messages",
         "order",
     }
-    | {"progress", "report", "s3"},
+    | {"progress", "s3"},
     # one idea each, with errors of their own
-    {"covers", "genres", "registry", "runtime", "sample", "splits", "storage", "submit"}
+    {"covers", "genres", "metrics", "registry", "runtime", "sample", "splits", "storage", "submit"}
     | {"parquet"},
     # files, settings and networks
     {"catalog_files", "checkpoints", "config", "decoding", "doctor", "fetch", "genre_map"}
     | {"models", "shards"}
-    | {"leases"},
+    | {"leases", "report"},
     {"bundle", "dataset", "ingest", "model_card", "mumu", "places", "summary", "weights"},
     {"catalog", "plan"},
     {"predict", "prepare"},
