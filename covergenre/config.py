@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from covergenre.errors import ConfigError, did_you_mean
 from covergenre.genre_text import MISSING_VALUES, clean_name
@@ -248,20 +248,29 @@ class TrainConfig(StageConfig):
 
     @field_validator("workers")
     @classmethod
-    def _workers_are_a_range(cls, workers: str | None) -> str | None:
+    def _workers_are_a_range(cls, workers: str | None, info: ValidationInfo) -> str | None:
         low, _, high = (workers or "1").partition(":")
         if not re.fullmatch(r"[1-9][0-9]*(:[1-9][0-9]*)?", workers or "1") or (
             high and int(low) > int(high)
         ):
             raise ValueError("give a number, or MIN:MAX")
+        batch_size = info.data.get("batch_size")  # missing where it is wrong itself
+        if workers is not None and batch_size is not None and int(low) > batch_size:
+            raise ValueError(
+                f"each worker needs at least one album of each step, and --batch-size is"
+                f" {batch_size}; ask for fewer workers, or raise --batch-size"
+            )
         return workers
 
     def worker_range(self) -> tuple[int, int] | None:
-        """(fewest, most) workers; None: one a GPU, or one CPU process."""
+        """(fewest, most) workers; None: one a GPU, or one CPU process.
+
+        Never more than --batch-size: each needs an album of each step.
+        """
         if self.workers is None:
             return None
         low, _, high = self.workers.partition(":")
-        return int(low), int(high or low)
+        return int(low), min(int(high or low), self.batch_size)
 
     @field_validator("model")
     @classmethod

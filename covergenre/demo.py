@@ -12,6 +12,8 @@ from covergenre import storage
 from covergenre.config import EvaluateConfig, PrepareConfig, ScoreConfig, TrainConfig
 from covergenre.errors import StorageError
 from covergenre.evaluate import evaluate
+from covergenre.messages import plural
+from covergenre.metrics import macro_over
 from covergenre.prepare import prepare
 from covergenre.progress import say
 from covergenre.sample import write_sample
@@ -46,7 +48,8 @@ def make_sample(out: str, albums: int, seed: int) -> str:
             list(pool.map(upload, others))
             upload(catalog)  # last, so that a sample with a catalog is a whole one
     path = storage.join(place, "catalog.csv")
-    return f"catalog {path}\n  {albums:,} drawn covers; they show no real album"
+    about = plural(albums, "drawn cover shows", "drawn covers show")
+    return f"catalog {path}\n  {about} no real album"
 
 
 def run_demo(out: str, *, verbose: bool) -> None:
@@ -97,13 +100,17 @@ def run_demo(out: str, *, verbose: bool) -> None:
     say(labelled.account())
     minutes = (time.monotonic() - began) / 60
     albums, genres = prepared.manifest.counts["albums"], len(prepared.manifest.genres)
-    auc = evaluated.metrics["roc_auc_macro"]
+    auc, over = evaluated.metrics["roc_auc_macro"], macro_over(evaluated.metrics)
     made = (
         ("catalog/catalog.csv", f"catalog: {_ALBUMS:,} labelled albums, drawn by a program"),
-        ("dataset", f"dataset: {albums:,} albums, {genres} genres, no artist in two splits"),
-        ("model", f"MODEL: the best of {trained.epochs} epochs of the model `tiny`"),
-        ("metrics", f"metrics: macro ROC AUC {auc:.3f} on albums it has not seen"),
-        ("labels/labels", f"labels: {labelled.ledger['scored']:,} new albums labelled"),
+        (
+            "dataset",
+            f"dataset: {plural(albums, 'album')}, {plural(genres, 'genre')}, no artist in two"
+            " splits",
+        ),
+        ("model", f"MODEL: the best of {plural(trained.epochs, 'epoch')} of the model `tiny`"),
+        ("metrics", f"metrics: macro ROC AUC {auc:.3f} over {over}, on albums it has not seen"),
+        ("labels/labels", f"labels: {plural(labelled.ledger['scored'], 'new album')} labelled"),
     )
     pictures = (
         ("metrics/covers.png", "covers, their genres, and what the model says"),

@@ -13,6 +13,7 @@ from typing import Any
 from covergenre import __version__, runtime, storage
 from covergenre.autoscaling import most
 from covergenre.errors import ConfigError, CovergenreError, StorageError
+from covergenre.messages import plural
 
 _PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "pillow")
 _LEAST_SHM_BYTES = 2 * 2**30
@@ -58,8 +59,8 @@ def _findings(storage_uri: str | None, workers: int | None) -> Iterator[Finding]
     here = look(None)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     token = "with" if is_token_auth_enabled() else "without"
-    size = f"{most('CPU'):g} CPUs, {most('GPU'):g} GPUs at most"
-    yield f"cluster: {len(nodes)} machines now, {size}, {token} a token", ""
+    size = f"{plural(most('CPU'), 'CPU')}, {plural(most('GPU'), 'GPU')} at most"
+    yield f"cluster: {plural(len(nodes), 'machine')} now, {size}, {token} a token", ""
     task = ray.remote(num_cpus=0, max_retries=0)(look)
     asked = {
         node["NodeManagerHostname"]: task.options(
@@ -78,7 +79,7 @@ def _findings(storage_uri: str | None, workers: int | None) -> Iterator[Finding]
         yield "workers", str(error)
     else:
         kind = "GPU" if placed.use_gpu else "CPU"
-        yield f"workers: {placed.count} {kind} workers can be placed", ""
+        yield f"workers: {plural(placed.count, f'{kind} worker')} can be placed", ""
 
 
 def _of_node(

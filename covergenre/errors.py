@@ -7,7 +7,7 @@ CovergenreError
 │   ├── DatasetError     a prepared dataset
 │   ├── ModelError       a MODEL folder, a model name, or weights
 │   ├── StorageError     a place that cannot be read or written
-│   ├── TrainingDivergedError   the loss became infinite or no number
+│   ├── TrainingDivergedError   the loss is not finite, or far above a baseline's
 │   └── DeviceMemoryError       a step does not fit the memory of the GPU
 ├── RejectedError        exit code 3: the job finished, but rejected more rows than is allowed
 └── LedgerError          exit code 1: the counts of a finished job do not add up
@@ -50,7 +50,7 @@ class StorageError(UserError):
 
 
 class TrainingDivergedError(UserError):
-    """The loss became infinite or no number: the settings do not suit the data."""
+    """The loss is not finite (NaN or Inf), or far above that of predicting the base rates."""
 
 
 class DeviceMemoryError(UserError):

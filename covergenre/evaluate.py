@@ -14,7 +14,14 @@ from covergenre.bundle import Bundle, check_weights, read_bundle
 from covergenre.config import EvaluateConfig
 from covergenre.errors import DatasetError, LedgerError
 from covergenre.leases import lease
-from covergenre.metrics import Metrics, multilabel_metrics, nan_to_none
+from covergenre.messages import plural
+from covergenre.metrics import (
+    Metrics,
+    chance_warning,
+    macro_over,
+    multilabel_metrics,
+    nan_to_none,
+)
 from covergenre.plan import write_plan
 from covergenre.progress import Progress
 from covergenre.shards import Manifest, read_manifest
@@ -42,16 +49,18 @@ class Evaluated:
 
         lines = [
             f"metrics {storage.join(self.uri, 'metrics.json')}{self.remark}",
-            f"  {m['albums']:,} albums of the {self.split} split",
+            f"  {plural(m['albums'], 'album')} of the {self.split} split",
             f"  ROC AUC {shown('roc_auc_macro')} macro, {shown('roc_auc_micro')} micro;"
             f" PR AUC {shown('pr_auc_macro')} macro, {shown('pr_auc_micro')} micro;"
             f" at 0.5 precision {shown('precision')}, recall {shown('recall')} (micro)",
         ]
-        if m["genres_without_auc"]:
-            names = ", ".join(m["genres_without_auc"])
-            lines.append(f"  without AUC, as no album or every album has them: {names}")
+        if over := macro_over(m):
+            why = " (no album or every album has it)" if m["genres_without_auc"] else ""
+            lines.append(f"  macro over {over}{why}")
+        if warning := chance_warning(m, self.split):
+            lines.append(f"  {warning}")
         pictures = ", ".join(storage.join(self.uri, name) for name in _PICTURES)
-        return "\n".join([*lines, f"  look at {pictures}"])
+        return "\n".join([*lines, f"  see {pictures}"])
 
 
 def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
@@ -104,7 +113,9 @@ def _evaluate(
             progress.advance(len(at))
     if (times_scored != 1).any():
         wrong = int((times_scored != 1).sum())
-        raise LedgerError(f"{wrong} of {rows} albums were not scored exactly once")
+        raise LedgerError(
+            f"{wrong:,} of {plural(rows, 'album')} not scored exactly once: a defect of covergenre"
+        )
 
     albums = table["genres"].to_pylist()
     truth = bundle.genres.multi_hot(albums)

@@ -6,10 +6,12 @@ from typing import Any
 
 from covergenre import __version__
 from covergenre.config import TrainConfig
+from covergenre.messages import plural
+from covergenre.metrics import chance_warning, dev_metrics, macro_over
 from covergenre.registry import model_spec
 from covergenre.shards import Manifest
 
-_FIGURES = (
+_METRICS = (
     ("pr_auc_micro", "PR AUC, micro"),
     ("pr_auc_macro", "PR AUC, macro"),
     ("roc_auc_micro", "ROC AUC, micro"),
@@ -23,17 +25,25 @@ def model_card(
     config: TrainConfig, manifest: Manifest, best: dict[str, Any], epochs: int, origin: str
 ) -> str:
     """Markdown. best: the record of the best epoch."""
+    dev = dev_metrics(best)
 
     def shown(name: str) -> str:
-        value = best[f"dev_{name}"]
+        value = dev[name]
         return "n/a" if value is None or math.isnan(value) else f"{value:.4f}"
 
-    figures = "\n".join(f"| {label} | {shown(name)} |" for name, label in _FIGURES)
+    figures = "\n".join(f"| {label} | {shown(name)} |" for name, label in _METRICS)
+    warning = chance_warning(dev, "dev")
+    warning = f"**{warning[0].upper()}{warning[1:]}.**\n\n" if warning else ""
+    without = [_plain(name) for name in dev["genres_without_auc"]]
+    over = macro_over(dev | {"genres_without_auc": without}, most=len(without))
+    reason = (
+        " (a genre that no dev album has, or that all of them have, has no AUC)" if without else ""
+    )
     splits = ", ".join(f"{manifest.rows(s):,} {s}" for s in manifest.shards)
     return f"""# {config.model}: an album's genres from its cover
 
 Made by covergenre {__version__}. Given a cover, it gives a score from 0 to 1 for each of
-{len(manifest.genres)} genres; an album may have several.
+{plural(len(manifest.genres), "genre")}; an album may have several.
 
     covergenre score THIS_FOLDER CATALOG --out LABELS
 
@@ -41,20 +51,21 @@ Made by covergenre {__version__}. Given a cover, it gives a score from 0 to 1 fo
 - Model: {config.model} ({model_spec(config.model).about}).
 - Trunk: {origin} weights, freeze {config.freeze}. Head: new.
 - Trained on dataset `{manifest.dataset_id}` ({splits} albums).
-- {config.epochs} epochs at most, {epochs} done, batch {config.batch_size}, Adam at
+- {plural(config.epochs or 0, "epoch")} at most, {epochs} done, batch {config.batch_size}, Adam at
   {config.learning_rate:g} ({config.schedule}), L2 {config.l2:g}, augmentation {config.augment},
   {config.precision}, seed {config.seed}.
-- This is epoch {best["epoch"]}, the best by micro PR AUC on the dev split.
+- This is epoch {best["epoch"]}, the best by micro PR AUC over all genres on the dev split.
 
 ## How good it is
 On the dev split, which chose the epoch, so a little flattering; for an honest figure run
 `covergenre evaluate` on the test split.
 
-| metric | dev |
+{warning}| metric | dev |
 |---|---|
 {figures}
 
-Micro counts every album-genre pair as one decision; macro is the plain mean over genres.
+Micro counts every album-genre pair as one decision; macro is the plain mean over
+{over}{reason}.
 
 ## Genres
 {", ".join(map(_plain, manifest.genres.names))}

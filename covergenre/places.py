@@ -13,6 +13,7 @@ from typing import Any
 from covergenre import __version__, runtime, storage
 from covergenre.config import StageConfig, flag
 from covergenre.errors import ConfigError, StorageError
+from covergenre.messages import with_article
 
 STATE = "_state"
 _RUN = f"{STATE}/run.json"
@@ -99,6 +100,7 @@ def check_shared(reached: Mapping[str, str | None], shared_filesystem: bool) -> 
 def _difference(found: dict[str, Any], run: dict[str, Any], config: StageConfig) -> str:
     """In what the run that is there differs from this one; empty where it is the same."""
     stage = run["stage"]
+    run_name = with_article(f"{stage} run")
     if found.get("stage") != stage:
         return f"a run of {found.get('stage')}"
     if found.get("fingerprint") != run["fingerprint"]:
@@ -106,10 +108,10 @@ def _difference(found: dict[str, Any], run: dict[str, Any], config: StageConfig)
         was = was if isinstance(was, dict) else {}
         names = sorted(n for n in config.deciding() if was.get(n) != settings[n])
         changes = ", ".join(f"{flag(n)} {was.get(n)}, not {settings[n]}" for n in names[:3])
-        return f"a {stage} run with other settings" + (f" ({changes})" if changes else "")
+        return f"{run_name} with other settings" + (f" ({changes})" if changes else "")
     if found.get("inputs") != run["inputs"]:
         was = found.get("inputs")
         was = was if isinstance(was, dict) else {}
         names = [name for name, value in run["inputs"].items() if was.get(name) != value]
-        return f"a {stage} run on other inputs ({', '.join(names)}), or they have changed since"
+        return f"{run_name} on other inputs ({', '.join(names)}), or they have changed since"
     return ""

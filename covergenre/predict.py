@@ -19,6 +19,7 @@ from covergenre.covers import CoverError, Preprocessing
 from covergenre.decoding import decode
 from covergenre.errors import CovergenreError, DeviceMemoryError
 from covergenre.ingest import Cover, Duplicate, Source
+from covergenre.messages import plural
 from covergenre.plan import Plan
 from covergenre.progress import say
 from covergenre.runtime import Workers, data_context, own_errors, use_cores
@@ -67,15 +68,18 @@ class Predictor:
 
     def scores_of(self, images_BCHW: "torch.Tensor") -> "torch.Tensor":
         """The same of images in 0 to 1 that are on the device already; stays there."""
+        return self.logits_of(images_BCHW).sigmoid()
+
+    def logits_of(self, images_BCHW: "torch.Tensor") -> "torch.Tensor":
+        """The logits of the scores: float32, also where a score would round to 0 or 1."""
         import torch
 
         training = self._model.training
         self._model.eval()
         with torch.inference_mode(), autocast(self._device, self._precision):
-            logits = self._model(normalise(images_BCHW, self._preprocessing))
-            scores: torch.Tensor = logits.float().sigmoid()
+            logits: torch.Tensor = self._model(normalise(images_BCHW, self._preprocessing)).float()
         self._model.train(training)
-        return scores
+        return logits
 
 
 def autocast(device: str, precision: str) -> "torch.autocast":
@@ -152,7 +156,7 @@ def score_plan(
                 " same command goes on from here"
             )
         count = int((units[:, 2] - units[:, 1]).sum())
-        say(f"workers died over {count:,} rows: finding out over which")
+        say(f"workers died over {plural(count, 'row')}: finding out over which")
     for unit, start, stop in units.tolist():
         yield _set_aside(plan, bundle, unit, start, stop)
 

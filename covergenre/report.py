@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covergenre.genres import RARE
+from covergenre.messages import plural
+from covergenre.metrics import dev_metrics, macro_over
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,6 +67,7 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.8,
     "legend.fontsize": 8.5,
     "legend.frameon": False,
+    "legend.title_fontsize": 8.5,
     "lines.linewidth": 2,
     "savefig.bbox": None,
     "text.color": INK,
@@ -94,7 +97,7 @@ def label_distribution(counts: Mapping[str, int], albums: int, selected: Collect
     percents = [100 * counts[genre] / albums for genre in shown]
     chosen = set(selected)
     with _figure(9, 1.4 + 0.25 * len(shown)) as (figure, png):
-        title = f"Genres of {albums:,} albums before filtering"
+        title = f"Genres of {plural(albums, 'album')} before filtering"
         if len(ranked) > len(shown):
             title += f": the {len(shown)} most common ({len(ranked) - len(shown):,} more not shown)"
         _title(figure, title)
@@ -168,13 +171,14 @@ def genres_by_split(by_split: Mapping[str, Mapping[str, int]], albums: Mapping[s
         return png()
 
 
-def loss_curve(history: Sequence[Mapping[str, float | None]]) -> bytes:
+def loss_curve(history: Sequence[Mapping[str, Any]]) -> bytes:
     """Loss by epoch, Figure 3 of the paper, and beside it the dev scores by epoch.
 
     One mapping an epoch, with `epoch` (from 1), `train_loss`, `dev_loss`, and
     `dev_pr_auc_micro`, `dev_pr_auc_macro`, `dev_roc_auc_micro`, `dev_roc_auc_macro`; all but
-    `epoch` may be missing, None or NaN. The epoch with the highest dev_pr_auc_micro is marked.
-    Returns a PNG.
+    `epoch` may be missing, None or NaN. Where `dev_macro_genres` and `dev_genres_without_auc` say
+    which genres the macro means are over, the legend does too. The epoch with the highest
+    dev_pr_auc_micro is marked. Returns a PNG.
     """
     if not history:
         return _message("Training", "no epoch was finished")
@@ -220,7 +224,16 @@ def loss_curve(history: Sequence[Mapping[str, float | None]]) -> bytes:
             # Below the axes, where no line can run into it.
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
         both[1].set_ylim(0, 1.02)
+        if drawn and (over := _macro_over(history[-1])):
+            both[1].get_legend().set_title(f"macro over {over}")
         return png()
+
+
+def _macro_over(record: Mapping[str, Any]) -> str:
+    """What the macro means in an epoch's record are over, short enough for half of a figure."""
+    dev = dev_metrics(record)
+    names = [_name(genre, 16) for genre in dev.get("genres_without_auc", ())]
+    return macro_over(dev | {"genres_without_auc": names}, most=2)
 
 
 def genre_bars(per_genre: Mapping[str, Mapping[str, float | None]]) -> bytes:
@@ -247,7 +260,7 @@ def genre_bars(per_genre: Mapping[str, Mapping[str, float | None]]) -> bytes:
     with _figure(10.5, 1.6 + 0.25 * len(shown)) as (figure, png):
         title = "Scores by genre, most common first"
         if len(ranked) > len(shown):
-            title += f": {len(shown)} of {len(ranked):,} genres"
+            title += f": {len(shown)} of {plural(len(ranked), 'genre')}"
         _title(figure, title)
         panels = figure.subplots(1, 2, sharey=True)
         for axes, key, color in zip(panels, ("roc_auc", "pr_auc"), (GREEN, BLUE), strict=True):

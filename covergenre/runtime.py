@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from covergenre import autoscaling
 from covergenre.addresses import redacted
 from covergenre.errors import ConfigError, CovergenreError
+from covergenre.messages import plural
 from covergenre.progress import say
 
 _EMBEDDED_OBJECT_STORE_BYTES = 2 * 2**30
@@ -297,7 +298,7 @@ def place_workers(
     each = cpus_per_worker + reading
     if low * each > have - 1:
         raise ConfigError(
-            f"--workers {low}: {each:g} CPUs each and one to decode covers need"
+            f"--workers {low}: {plural(each, 'CPU')} each and one to decode covers need"
             f" {low * each + 1:g}, and the cluster has {have:g} at most; ask for fewer"
         )
     room = int((float(ray.cluster_resources().get("CPU", 0)) - 1) / each)
@@ -323,7 +324,8 @@ def waiting_said(kind: str, need: float) -> Iterator[None]:
     def all_there() -> bool:
         have = ray.cluster_resources().get(kind, 0.0)
         if have < need:
-            say(f"waiting for machines: {need:g} {kind}s are needed, {have:g} are there")
+            needed = plural(need, f"{kind} is", f"{kind}s are")
+            say(f"waiting for machines: {needed} needed, {have:g} there")
         return bool(have >= need)
 
     # Said at once: a job that waits shall not look like one that hangs.

@@ -35,9 +35,11 @@ from covergenre.errors import (
     TrainingDivergedError,
 )
 from covergenre.leases import lease
+from covergenre.messages import plural
+from covergenre.metrics import base_rate_loss, chance_warning, dev_metrics, macro_over
 from covergenre.model_card import model_card
 from covergenre.progress import Progress, say
-from covergenre.shards import Manifest, read_manifest
+from covergenre.shards import Manifest, genre_counts, read_manifest
 
 if TYPE_CHECKING:
     from covergenre.training import Job
@@ -64,12 +66,15 @@ class Trained:
     def account(self) -> str:
         """What the user is told at the end."""
         best = self.best
-        return (
-            f"MODEL {self.uri} ({self.weights_id}){self.remark}\n"
-            f"  best of {self.epochs} epochs: {best['epoch']}, on dev: {_figures(best)}\n"
-            f"  look at {storage.join(self.uri, 'loss.png')}"
-            f" and {storage.join(self.uri, 'README.md')}"
-        )
+        lines = [
+            f"MODEL {self.uri} ({self.weights_id}){self.remark}",
+            f"  best of {plural(self.epochs, 'epoch')}, by micro PR AUC over all genres on dev:"
+            f" epoch {best['epoch']}, {_figures(best)}",
+        ]
+        if warning := chance_warning(dev_metrics(best), "dev"):
+            lines.append(f"  {warning}")
+        pictures = [storage.join(self.uri, name) for name in ("loss.png", "README.md")]
+        return "\n".join([*lines, f"  see {' and '.join(pictures)}"])
 
 
 def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
@@ -94,7 +99,8 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
     workers = _place(config)
     if config.batch_size < workers.count:
         raise ConfigError(
-            f"--batch-size {config.batch_size}: each of {workers.count} workers needs a row a step"
+            f"--batch-size {config.batch_size}: each of {plural(workers.count, 'worker')} needs at"
+            " least one album of each step; raise it, or ask for fewer --workers"
         )
     places.claim(state, "train", config, inputs)
     try:
@@ -233,8 +239,8 @@ def _opening(config: TrainConfig, manifest: Manifest, workers: runtime.Workers, 
     kind = "GPU" if workers.use_gpu else "CPU"
     return (
         f"train {config.model} ({origin} weights, freeze {config.freeze}) on"
-        f" {manifest.rows('train'):,} albums, {len(manifest.genres)} genres; {workers.count} {kind}"
-        f" worker{'s' if workers.count > 1 else ''}, {config.epochs} epochs,"
+        f" {plural(manifest.rows('train'), 'album')}, {plural(len(manifest.genres), 'genre')};"
+        f" {plural(workers.count, f'{kind} worker')}, {plural(config.epochs or 0, 'epoch')},"
         f" batch {config.batch_size}, Adam {config.learning_rate:g}"
     )
 
@@ -261,6 +267,7 @@ def _fit(
         config=config,
         manifest=manifest,
         preprocessing=preprocessing,
+        baseline_loss=base_rate_loss(genre_counts(manifest, "train"), manifest.rows("train")),
         workers=workers,
         trunk=[ray.put(trunk)] if trunk is not None else None,
         checkpoints=folder,
@@ -422,7 +429,7 @@ def _resizes(config: TrainConfig, job: "Job") -> Iterator[None]:
                 return False
             if count != asked:
                 only = "only " if count < job.workers.count else ""
-                room = f"{only}{count} worker{'s' if count > 1 else ''}"
+                room = f"{only}{plural(count, 'worker')}"
                 job.monitor.say.remote(f"there is room for {room}: regrouping")
                 job.monitor.regroup.remote()
                 asked = count
@@ -465,7 +472,8 @@ def _smaller_parts(job: "Job", error: DeviceMemoryError) -> "Job":
         raise DeviceMemoryError(f"{error}, not even a cover at a time; choose a smaller --model")
     accumulate = min(2 * job.accumulate, share)
     say(
-        f"{error}: computing it {-(-share // accumulate)} covers at a time, gradients accumulated;"
+        f"{error}: computing it {plural(-(-share // accumulate), 'cover')} at a time, gradients"
+        " accumulated;"
         f" the batch stays {job.config.batch_size}"
     )
     return dataclasses.replace(job, accumulate=accumulate)
@@ -571,13 +579,17 @@ class _shown:  # noqa: N801 - reads as a verb where it is used
 
 
 def _figures(record: dict[str, Any]) -> str:
+    """The dev metrics of an epoch's record, and which genres the macro means are over."""
+
     def shown(name: str) -> str:
         value = record[f"dev_{name}"]
         return "n/a" if value is None or math.isnan(value) else f"{value:.3f}"
 
+    over = macro_over(dev_metrics(record))
     return (
         f"loss {shown('loss')}, PR AUC {shown('pr_auc_micro')} micro {shown('pr_auc_macro')} macro,"
         f" ROC AUC {shown('roc_auc_micro')} micro {shown('roc_auc_macro')} macro"
+        f"{f' (macro over {over})' if over else ''}"
     )
 
 

@@ -21,6 +21,7 @@ from covergenre.config import TrainConfig
 from covergenre.covers import Preprocessing
 from covergenre.dataset import Batch, BatchStream, TrainingData
 from covergenre.errors import DeviceMemoryError, TrainingDivergedError
+from covergenre.messages import plural
 from covergenre.metrics import multilabel_metrics, nan_to_none
 from covergenre.predict import Predictor, autocast, normalise, to_device, to_unit
 from covergenre.runtime import Workers, quieten, use_cores
@@ -29,8 +30,27 @@ from covergenre.shards import Manifest
 BETAS = (0.9, 0.999)
 EPSILON = 1e-7
 """Of Adam: Keras's default, which the paper used; torch's is 1e-8."""
+DEV_METRICS = (
+    *("roc_auc_micro", "roc_auc_macro", "pr_auc_micro", "pr_auc_macro", "precision", "recall"),
+    *("macro_genres", "genres_without_auc", "chance_standard_error", "better_than_chance"),
+)
+"""What the record of an epoch has of the dev split, each name with dev_ before it."""
 _TELL_EVERY_SECONDS = 1.0
-_CHECK_EVERY_STEPS = 16  # the loss for NaN, and the driver's wishes: each look waits for the step
+_CHECK_EVERY_STEPS = 16  # the losses, and the driver's wishes: each look waits for the step
+_DIVERGED = 10.0
+"""Times the loss of always predicting the base rates: beyond that, training has diverged."""
+_UNTRAINED_LOSS = math.log(2)
+"""Of a model that scores everything 0.5, as an untrained one nearly does."""
+
+
+def largest_loss(baseline: float) -> float:
+    """The mean loss of an epoch, or of the dev split, over which training counts as diverged.
+
+    baseline: the loss of always predicting the base rates. Where genres are very rare (or all
+    albums have them) it is near 0, and a model that has yet to learn that is far above it: the
+    limit is at least twice the loss of an untrained model.
+    """
+    return max(_DIVERGED * baseline, 2 * _UNTRAINED_LOSS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +61,8 @@ class Job:
     """Resolved: nothing is None but max_steps, workers and checkpoint_every."""
     manifest: Manifest
     preprocessing: Preprocessing
+    baseline_loss: float
+    """Of always predicting the training split's base rates: see metrics.base_rate_loss."""
     workers: Workers
     trunk: Any
     """ObjectRef of the trunk's weights, in a list (a bare reference would be resolved), or None."""
@@ -120,6 +142,7 @@ class _Worker:
             fused=True,
         )
         self._predictor = Predictor(self._model, job.preprocessing, device, config.precision)
+        self._largest_loss = largest_loss(job.baseline_loss)
         self._all_steps = sum(steps for _, steps in self._epochs)
         self._steps_done = 0
         # Where training stands, beside weights and Adam's state; what a checkpoint keeps of it.
@@ -163,7 +186,8 @@ class _Worker:
         losses: list[torch.Tensor] = []
         while self._step < steps:
             batch, size = self._stream.step(self._step)
-            losses.append(self._train_step(batch, size, epoch))
+            loss = self._train_step(batch, size, epoch)
+            losses.append(loss)
             self._step += 1
             self._steps_done += 1
             rows += size
@@ -171,27 +195,28 @@ class _Worker:
                 break
             regroup = False
             if (self._step - first) % _CHECK_EVERY_STEPS == 1:
-                regroup = self._agree(losses, epoch)
+                self._gather(losses, epoch, steps)
+                regroup = self._wants_regroup()
             now = time.monotonic()
             if self.rank == 0 and now - told > _TELL_EVERY_SECONDS:
                 # This rank's share of the loss, scaled up: near enough for a progress bar.
-                self._tell(epoch, float(losses[-1]) * self.world)
+                self._tell(epoch, float(loss) * self.world)
                 told = now
             if regroup or (every and self._steps_done % every == 0):
-                self._gather(losses, epoch)
-                self._save()
-            if regroup:
-                return False
-        self._gather(losses, epoch)
+                self._gather(losses, epoch, steps)
+                if self._step_losses[-1] <= self._largest_loss:  # else nothing to resume from
+                    self._save()
+                    if regroup:
+                        return False
+        self._gather(losses, epoch, steps)
         seconds = time.monotonic() - began
         if self.rank == 0:
             self._tell(epoch, self._step_losses[-1])
-        sizes = [self._rows_of(step) for step in range(steps)]
         record: dict[str, Any] = {
             "epoch": epoch + 1,
             "steps": steps,
-            "train_loss": float(np.average(self._step_losses[-steps:], weights=sizes)),
-            **self._evaluate(),
+            "train_loss": self._loss_sum(steps) / self._rows_in(steps),
+            **self._evaluate(epoch),
             "images_per_second": rows / seconds,
             "seconds": time.monotonic() - began,
         }
@@ -209,9 +234,16 @@ class _Worker:
             self._job.monitor.epoch.remote(record)
         return True
 
-    def _rows_of(self, step: int) -> int:
+    def _rows_in(self, steps: int) -> int:
+        """Albums in the first `steps` steps of an epoch."""
+        return min(steps * self._config.batch_size, self._job.manifest.rows("train"))
+
+    def _loss_sum(self, steps: int) -> float:
+        """Sum of the losses of all albums in the `steps` steps of this epoch that are recorded."""
         size = self._config.batch_size
-        return min(size, self._job.manifest.rows("train") - step * size)
+        sizes = np.full(steps, size)
+        sizes[-1] = self._rows_in(steps) - (steps - 1) * size
+        return float(np.dot(self._step_losses[-steps:], sizes))
 
     def _tell(self, epoch: int, loss: float) -> None:
         """Where the run stands, for the progress bar."""
@@ -220,30 +252,37 @@ class _Worker:
         done = sum(min(rows, count * size) for count in steps)
         self._job.monitor.at.remote(epoch, done, loss)
 
-    def _gather(self, losses: list[torch.Tensor], epoch: int) -> None:
-        """Move this rank's parts of the steps' losses, summed over ranks, into the run's record."""
+    def _gather(self, losses: list[torch.Tensor], epoch: int, steps: int) -> None:
+        """Move this rank's parts of the steps' losses, summed over ranks, into the run's record.
+
+        Raises TrainingDivergedError, on every rank, where a loss is not finite, or as soon as the
+        mean loss of the epoch, which has `steps` steps, is bound to be too large: no loss is
+        negative, so what is gathered already can be enough. Where a run is resumed, and how often
+        this is called, makes no difference to whether an epoch passes.
+        """
         if not losses:
             return
         summed = self._sum(torch.stack(losses).double()).tolist()
         losses.clear()
         for step, loss in enumerate(summed, self._step - len(summed)):
             if not math.isfinite(loss):
-                raise self._diverged(f"from step {step + 1} of epoch {epoch + 1} on")
+                raise self._diverged(
+                    f"the loss is not finite from step {step + 1} of epoch {epoch + 1} on"
+                )
             self._step_losses.append(loss)
+        total = self._loss_sum(self._step)
+        if total > self._largest_loss * self._rows_in(steps):
+            raise self._diverged(
+                f"the mean training loss over {plural(self._step, 'step')} of epoch {epoch + 1} is"
+                f" {total / self._rows_in(self._step):.3g}"
+            )
 
-    def _agree(self, losses: list[torch.Tensor], epoch: int) -> bool:
-        """Whether the driver wants the run regrouped; the same on every rank.
-
-        Raises TrainingDivergedError, on every rank, where the loss is no number.
-        """
+    def _wants_regroup(self) -> bool:
+        """Whether the driver wants the run regrouped; the same on every rank."""
         import ray
 
         wish = self.rank == 0 and ray.get(self._job.monitor.wants_regroup.remote())
-        flags = torch.tensor([float(losses[-1]) * 0.0, float(wish)], dtype=torch.float64)
-        diverged, regroup = self._sum(flags.to(self._device)).tolist()
-        if math.isnan(diverged):
-            self._gather(losses, epoch)
-        return bool(regroup)
+        return bool(self._sum(torch.tensor(float(wish), device=self._device)).item())
 
     def _train_step(self, batch: Batch, size: int, epoch: int) -> torch.Tensor:
         """One step; gives this rank's part of the step's mean loss, detached."""
@@ -298,17 +337,18 @@ class _Worker:
         total.backward()
         return loss.detach()
 
-    def _diverged(self, when: str) -> TrainingDivergedError:
-        rate = self._learning_rate()
+    def _diverged(self, what: str) -> TrainingDivergedError:
         kept = checkpoints.latest_step(self._job.checkpoints)
         last = (
-            f"the last good checkpoint is of step {kept}, in {self._job.checkpoints}"
+            f"the last good checkpoint is of step {kept}, in {self._job.checkpoints}; lower"
+            " --learning-rate, and choose another --out"
             if kept
-            else "there is no checkpoint yet"
+            else "there is no checkpoint yet; lower --learning-rate"
         )
         return TrainingDivergedError(
-            f"the loss is no number {when}, at learning rate {rate:g}; {last};"
-            " lower --learning-rate"
+            f"training diverged: {what}, where always predicting the base rates of the genres has"
+            f" a loss of {self._job.baseline_loss:.3g} (limit {self._largest_loss:.3g}); the"
+            f" learning rate is {self._config.learning_rate:g}; {last}"
         )
 
     def _learning_rate(self) -> float:
@@ -322,35 +362,47 @@ class _Worker:
             distributed.all_reduce(values)
         return values
 
-    def _evaluate(self) -> dict[str, float]:
-        """Metrics of the whole dev split, every album once; the same on every rank."""
+    def _evaluate(self, epoch: int) -> dict[str, Any]:
+        """Metrics of the whole dev split, every album once; the same on every rank.
+
+        Raises TrainingDivergedError, on every rank, where the loss is not finite or too large.
+        """
         genres = len(self._job.manifest.genres)
         rows, scores, targets = [np.empty(0, np.int64)], [], []
         scores.append(np.empty((0, genres), np.float32))
         targets.append(np.empty((0, genres), np.float32))
+        # From logits, not from scores: those of a diverged model round to 0 and 1.
+        losses = [np.empty(0)]
         self._share_buffers()
         for batch in self._stream.dev():
+            logits = self._predictor.logits_of(to_unit(batch.pixels, self._device))
             rows.append(batch.rows)
-            scores.append(self._predictor(batch.pixels))
+            scores.append(logits.sigmoid().cpu().numpy())
             targets.append(batch.targets)
-        mine = (np.concatenate(rows), np.concatenate(scores), np.concatenate(targets))
+            by_pair = functional.binary_cross_entropy_with_logits(
+                logits.cpu().double(),
+                torch.from_numpy(batch.targets.astype(np.float64)),
+                reduction="none",
+            )
+            losses.append(by_pair.mean(1).numpy())
+        columns = (rows, scores, targets, losses)
+        mine = tuple(np.concatenate(column) for column in columns)
         parts: list[Any] = [mine]
         if self.world > 1:
             parts = [None] * self.world
             distributed.all_gather_object(parts, mine)
-        seen, y_score, y_true = (np.concatenate(column) for column in zip(*parts, strict=True))
+        seen, y_score, y_true, losses_by_album = (
+            np.concatenate(column) for column in zip(*parts, strict=True)
+        )
         if len(seen) != self._job.manifest.rows("dev") or len(np.unique(seen)) != len(seen):
             raise AssertionError(f"dev split: {len(seen)} rows were evaluated")
-        if not np.isfinite(y_score).all():
-            raise self._diverged("after the last step")
+        loss = float(losses_by_album.mean())
+        if not math.isfinite(loss):
+            raise self._diverged(f"the dev loss is not finite after epoch {epoch + 1}")
+        if loss > self._largest_loss:
+            raise self._diverged(f"the dev loss after epoch {epoch + 1} is {loss:.3g}")
         measured = multilabel_metrics(y_true, y_score, self._job.manifest.genres.names)
-        names = ("roc_auc_micro", "roc_auc_macro", "pr_auc_micro", "pr_auc_macro")
-        p = np.clip(y_score.astype(np.float64), EPSILON, 1 - EPSILON)
-        loss = -np.mean(y_true * np.log(p) + (1 - y_true) * np.log(1 - p))
-        return {
-            "dev_loss": float(loss),
-            **{f"dev_{name}": measured[name] for name in (*names, "precision", "recall")},
-        }
+        return {"dev_loss": loss, **{f"dev_{name}": measured[name] for name in DEV_METRICS}}
 
     def _share_buffers(self) -> None:
         """Each rank's batch norm has seen its own rows last; rank 0's is what is saved."""
@@ -363,7 +415,7 @@ class _Worker:
         self._share_buffers()
         weights = self._model.state_dict()
         if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
-            raise self._diverged(f"after step {self._steps_done} of the run")
+            raise self._diverged(f"weights are not finite after step {self._steps_done} of the run")
         if self.rank != 0:
             return
         folder = self._job.checkpoints

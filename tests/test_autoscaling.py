@@ -182,7 +182,7 @@ def test_more_than_there_can_ever_be_is_refused_with_the_numbers(
         assert last.startswith("covergenre: --workers ") and said in last
     looked = cluster.run("doctor", "--workers", "4")
     assert looked.returncode == 2, looked.stdout + looked.stderr
-    assert "1 machines now, 10 CPUs, 3 GPUs at most" in looked.stdout
+    assert "1 machine now, 10 CPUs, 3 GPUs at most" in looked.stdout
     assert "MEND  workers: --workers 4: one GPU each" in looked.stdout
     # Nor is a disk taken for shared because there is one machine now.
     local = cluster.run(*score[:-1])
@@ -197,7 +197,7 @@ def test_preparing_and_scoring_wait_for_machines_that_are_still_to_be_started(
         *("prepare", str(drawn), "--out", str(tmp_path / "dataset"), "--shared-filesystem")
     )
     assert prepared.returncode == 0, prepared.stdout + prepared.stderr
-    assert "waiting for machines: 1 CPUs are needed, 0 are there" in prepared.stdout
+    assert "waiting for machines: 1 CPU is needed, 0 there" in prepared.stdout
     scored = cluster.run(
         *("score", model, str(drawn), "--out", str(tmp_path / "labels"), "--shared-filesystem"),
         *("--workers", "2", "--device", "cpu"),

@@ -123,6 +123,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, bool]]:
         ("prepare c --out o --split-fractions 0.5,0.4,0.3", "must sum to 1"),
         ("score m c --out o --format xlsx", "--format: 'xlsx' is no valid value; valid: auto, csv"),
         ("evaluate m d --out o --split tset", "--split: 'tset' is no valid value; did you mean"),
+        (
+            "train d --out o --batch-size 1 --workers 2",
+            "--workers: '2': each worker needs at least",
+        ),
+        ("train d --out o --batch-size 3 --workers 4:8", "and --batch-size is 3; ask for fewer"),
         ("train d --out o --config none.yaml", "none.yaml: no such file or folder"),
         ("train d --out o --config=", "--config: is empty; name a file"),
         ("train d --out o --epochs 99999999999", "--epochs: '99999999999': "),

@@ -141,6 +141,25 @@ def test_a_mistake_names_the_flag_or_the_file(
     assert text.startswith(f"{flag(name)}: ")
 
 
+@pytest.mark.parametrize(("workers", "size"), [("2", 1), ("3:8", 2)])
+def test_more_workers_than_albums_in_a_step_are_refused(
+    workers: str, size: int, tmp_path: Path
+) -> None:
+    part = f"each worker needs at least one album of each step, and --batch-size is {size}"
+    text = refused(TrainConfig, {**TRAIN, "workers": workers, "batch_size": size}, None, part)
+    assert text.startswith(f"--workers: '{workers}': ")
+    file = written(tmp_path, f"workers: '{workers}'\nbatch_size: {size}\n")
+    assert refused(TrainConfig, TRAIN, file, part).startswith(f"{file}: workers: ")
+    refused(TrainConfig, {**TRAIN, "batch_size": size}, written(tmp_path, "workers: '9'"), part)
+
+
+def test_range_of_workers_ends_at_the_albums_in_a_step() -> None:
+    settings = parse(TrainConfig, {**TRAIN, "workers": "2:8", "batch_size": 3})
+    assert settings.worker_range() == (2, 3)
+    assert parse(TrainConfig, {**TRAIN, "workers": "2:8"}).worker_range() == (2, 8)
+    assert parse(TrainConfig, {**TRAIN, "workers": "2"}).worker_range() == (2, 2)
+
+
 def test_fractions_may_be_rounded_and_may_be_nought() -> None:
     for shares in ((0.7, 0.2, 0.1), (1, 0, 0), (1 / 3, 1 / 3, 1 / 3), (0.1, 0.2, 0.7)):
         parse(PrepareConfig, {**PREPARE, "split_fractions": shares})

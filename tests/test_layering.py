@@ -26,12 +26,12 @@ LAYERS = (
         "genre_lists",
         "genre_text",
         "parquet",
-        "metrics",
+        "messages",
         "order",
     }
     | {"progress", "s3"},
     # one idea each, with errors of their own
-    {"covers", "genres", "registry", "runtime", "sample", "splits", "storage", "submit"},
+    {"covers", "genres", "metrics", "registry", "runtime", "sample", "splits", "storage", "submit"},
     # files, settings and networks
     {"catalog_files", "checkpoints", "config", "decoding", "doctor", "fetch", "genre_map"}
     | {"models", "shards"}

@@ -13,7 +13,14 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from covergenre.metrics import multilabel_metrics, nan_to_none
+from covergenre.metrics import (
+    base_rate_loss,
+    chance_warning,
+    macro_auc_standard_error,
+    macro_over,
+    multilabel_metrics,
+    nan_to_none,
+)
 
 NAMES = ("Folk", "Jazz", "Rock")
 
@@ -96,6 +103,8 @@ def test_a_genre_of_one_kind_has_no_auc_and_spoils_no_mean(fill: int) -> None:
     truth[:, 1] = fill
     found = multilabel_metrics(truth, scores, NAMES)
     assert found["genres_without_auc"] == ["Jazz"]
+    assert found["macro_genres"] == 2
+    assert macro_over(found) == "2 of 3 genres, without Jazz"
     assert math.isnan(found["genres"]["Jazz"]["roc_auc"])
     assert math.isnan(found["genres"]["Jazz"]["pr_auc"])
     assert found["genres"]["Jazz"]["positives"] == fill * 40
@@ -114,6 +123,10 @@ def test_nothing_to_tell_apart_is_nan_throughout(albums: int, fill: int) -> None
     for key in ("roc_auc_macro", "roc_auc_micro", "pr_auc_macro", "pr_auc_micro"):
         assert math.isnan(found[key])
     assert found["genres_without_auc"] == list(NAMES)
+    assert (found["macro_genres"], found["better_than_chance"]) == (0, None)
+    assert macro_over(found) == "0 of 3 genres, without Folk, Jazz and Rock"
+    for metrics in (found, nan_to_none(found)):
+        assert "cannot tell this model from chance" in chance_warning(metrics, "dev")
     assert (found["precision"], found["recall"], found["albums"]) == (0.0, 0.0, albums)
     text = json.dumps(nan_to_none(found), allow_nan=False)
     assert json.loads(text)["roc_auc_macro"] is None
@@ -142,3 +155,76 @@ def test_nan_to_none_goes_all_the_way_down() -> None:
     }
     assert nan_to_none(np.float64("nan")) is None
     assert nan_to_none(math.inf) == math.inf
+
+
+def test_standard_error_of_one_genre_is_that_of_the_mann_whitney_test() -> None:
+    for positives, negatives in ((1, 1), (3, 7), (20, 5)):
+        truth = np.arange(positives + negatives)[:, None] < positives
+        scores = np.random.default_rng(0).permutation(len(truth))[:, None]
+        expected = math.sqrt((positives + negatives + 1) / (12 * positives * negatives))
+        assert macro_auc_standard_error(truth, scores) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_standard_error_is_that_over_all_permutations_of_the_albums(ties: bool) -> None:
+    """With genres that depend on each other, as both the labels and the scores do here."""
+    truth = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 1], [0, 1, 1], [1, 1, 1]]) > 0
+    scores = np.array([[5, 4, 1], [4, 5, 2], [1, 1, 6], [2, 0, 3], [6, 6, 0], [3, 2, 4]])
+    scores = scores // 3 if ties else scores
+    aucs = [
+        roc_auc_score(truth, scores[list(order)], average="macro")
+        for order in itertools.permutations(range(6))
+    ]
+    assert np.mean(aucs) == pytest.approx(0.5)
+    assert macro_auc_standard_error(truth, scores) == pytest.approx(np.std(aucs))
+
+
+def test_scores_that_are_the_base_rates_are_no_better_than_chance_whatever_micro_says() -> None:
+    truth, _ = random_case(0, albums=400)
+    found = multilabel_metrics(truth, np.tile(truth.mean(axis=0), (400, 1)), NAMES)
+    assert found["roc_auc_micro"] > 0.7
+    assert found["roc_auc_macro"] == 0.5
+    assert found["better_than_chance"] is False
+    warning = chance_warning(found, "dev")
+    assert warning.startswith("no better than chance on the dev split: macro ROC AUC 0.500")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_that_follow_the_genres_are_better_than_chance(seed: int) -> None:
+    truth, scores = random_case(seed, albums=200)
+    found = multilabel_metrics(truth, scores, NAMES)
+    assert found["better_than_chance"] is True
+    assert chance_warning(found, "dev") == ""
+    worse = multilabel_metrics(truth, 1 - scores, NAMES)
+    assert worse["better_than_chance"] is False
+
+
+def test_random_scores_pass_for_better_than_chance_about_one_time_in_twenty() -> None:
+    rng = np.random.default_rng(0)
+    truth, _ = random_case(0)
+    passed = 0
+    for _ in range(200):
+        # One random number for each album moves the scores of all genres together.
+        scores = rng.random((40, 1)) + 0.1 * rng.random((40, 3))
+        passed += multilabel_metrics(truth, scores, NAMES)["better_than_chance"]
+    assert 2 <= passed <= 20
+
+
+def test_macro_says_over_which_genres() -> None:
+    assert macro_over({"macro_genres": 6, "genres_without_auc": []}) == "6 genres"
+    assert macro_over({"macro_genres": 1, "genres_without_auc": []}) == "1 genre"
+    many = {"macro_genres": 2, "genres_without_auc": list("ABCDE")}
+    assert macro_over(many) == "2 of 7 genres, without A, B, C and 2 more"
+    assert macro_over(many, most=5) == "2 of 7 genres, without A, B, C, D and E"
+
+
+def test_metrics_of_an_older_version_are_read_without_what_they_lack() -> None:
+    assert macro_over({"roc_auc_macro": 0.5}) == ""
+    assert chance_warning({"roc_auc_macro": 0.5}, "dev") == ""
+
+
+def test_base_rate_loss_is_the_mean_entropy_of_the_shares() -> None:
+    assert base_rate_loss(np.array([5, 5]), 10) == pytest.approx(math.log(2))
+    quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert base_rate_loss(np.array([1, 3, 2]), 4) == pytest.approx((2 * quarter + math.log(2)) / 3)
+    assert base_rate_loss(np.array([0, 4]), 4) == 0  # what all or none have is known

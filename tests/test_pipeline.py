@@ -31,6 +31,7 @@ from covergenre.errors import (
 from covergenre.evaluate import evaluate
 from covergenre.predict import normalise, to_unit
 from covergenre.prepare import prepare
+from covergenre.runtime import Workers
 from covergenre.score import Labelled, score
 from covergenre.shards import read_manifest, read_table
 from covergenre.train import train
@@ -627,11 +628,18 @@ def test_mistakes_are_one_line(
         score(ScoreConfig(model=str(one_worker), catalog=str(drawn), out=out, workers=50))
     assert not (tmp_path / "out" / "labels").exists()
     shutil.rmtree(out)
-    with pytest.raises(ConfigError, match="batch-size 1"):
-        train(train_config(dataset, tmp_path / "m", workers=2, batch_size=1))
     # Four would leave their readers no CPU to decode on.
-    with pytest.raises(ConfigError, match="workers 4: 1 CPUs each and one to decode covers need 5"):
+    with pytest.raises(ConfigError, match="workers 4: 1 CPU each and one to decode covers need 5"):
         train(train_config(dataset, tmp_path / "m", workers=4))
+
+
+def test_workers_placed_by_default_are_refused_where_a_step_has_fewer_albums(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = Workers(count=2, use_gpu=True, cpus=0.5, per_node=2)  # one for each GPU
+    monkeypatch.setattr("covergenre.train._place", lambda config: two)
+    with pytest.raises(ConfigError, match="--batch-size 1: each of 2 workers needs at least one"):
+        train(train_config(dataset, tmp_path / "m", batch_size=1))
 
 
 def test_a_split_without_albums_is_named(drawn: Path, tmp_path: Path) -> None:

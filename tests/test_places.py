@@ -67,6 +67,14 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     assert "holds a run of train" in refused(tmp_path, stage="evaluate")
 
 
+def test_message_about_an_evaluate_run_says_an(tmp_path: Path) -> None:
+    config = EvaluateConfig(model="m", dataset="d", out=str(tmp_path))
+    places.claim(str(tmp_path), "evaluate", config, INPUTS)
+    other = config.model_copy(update={"split": "dev"})
+    with pytest.raises(StorageError, match=r"holds an evaluate run with other settings \(--split"):
+        places.claim(str(tmp_path), "evaluate", other, INPUTS)
+
+
 def test_another_stage_of_the_same_settings_is_refused(tmp_path: Path) -> None:
     config = EvaluateConfig(model="m", dataset="d", out=str(tmp_path))
     places.claim(str(tmp_path), "evaluate", config, {})

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def check_layout(figure: Figure) -> None:
     assert not len(clash), [(names[i], names[j]) for i, j in clash]
 
 
-def epochs(number: int) -> list[dict[str, float | None]]:
+def epochs(number: int) -> list[dict[str, Any]]:
     return [
         {
             "epoch": i,
@@ -205,6 +206,23 @@ def test_loss_curve_without_dev_scores(figures: list[Figure]) -> None:
     report.loss_curve([{"epoch": 1, "train_loss": 0.3}, {"epoch": 2, "train_loss": math.inf}])
     assert "n/a" in words(figures[0])
     assert not any("best" in text for text in words(figures[0]))
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        ([], "macro over 5 genres"),
+        (["Country"], "macro over 5 of 6 genres, without Country"),
+        (LONG, "macro over 5 of 45 genres, without Contemporary Fo…, Contemporary Fo… and 38 more"),
+    ],
+)
+def test_loss_curve_says_which_genres_macro_is_over(
+    figures: list[Figure], without: list[str], said: str
+) -> None:
+    kept = {"dev_macro_genres": 5, "dev_genres_without_auc": without}
+    report.loss_curve([record | kept for record in epochs(3)])
+    assert said in words(figures[0])
+    check_layout(figures[0])
 
 
 def test_genre_bars_show_numbers_chance_and_gaps(figures: list[Figure]) -> None:

@@ -76,6 +76,33 @@ def test_what_is_written_is_read(table: pa.Table, tmp_path: Path) -> None:
     assert columns.column_names == ["row", "genres"]
 
 
+def test_genres_are_counted_over_all_shards_of_a_split_without_reading_covers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = (
+        shards.write_shard(str(tmp_path), "train/a.parquet", albums([1] * 5)),
+        shards.write_shard(str(tmp_path), "train/b.parquet", albums([1] * 4, first=5)),
+    )
+    manifest = Manifest(
+        uri=str(tmp_path),
+        genres=Genres(("Blues", "Jazz", "Rock")),
+        shards={"train": parts, "dev": (), "test": ()},
+        dataset_id="x",
+        counts={},
+    )
+    columns_read = []
+    read = shards.read_table
+
+    def spy(uri: str, columns: Any = None) -> pa.Table:
+        columns_read.append(columns)
+        return read(uri, columns)
+
+    monkeypatch.setattr(shards, "read_table", spy)
+    # Rows 0, 3, 6 have no genre; 1, 4, 7 are Jazz; 2, 5, 8 are Jazz and Rock.
+    assert shards.genre_counts(manifest, "train").tolist() == [0, 6, 3]
+    assert columns_read == [["genres"], ["genres"]]
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [(0, []), (1, [1]), (255, [255]), (256, [256]), (257, [256, 1]), (600, [256, 256, 88])],
