@@ -24,8 +24,10 @@ LAYERS = (
         "drawing",
         "pacing",
         "genre_lists",
+        "jpeg_repair",
         "metrics",
         "order",
+        "repair",
     }
     | {"progress", "report", "s3"},
     # one idea each, with errors of their own
