@@ -18,6 +18,8 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from covergenre.errors import ModelError
+from covergenre.jpeg_repair import repaired_jpeg
+from covergenre.repair import repaired, without_stray_bytes
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is opened: raster formats that Pillow decodes itself. It would run Ghostscript on an EPS."""
@@ -105,7 +107,7 @@ def sha256(data: bytes) -> str:
 
 def decode(data: bytes, spec: Preprocessing) -> NDArray[np.uint8]:
     """Pixels of an encoded cover, uint8 [side, side, 3]. Raises CoverError."""
-    image = _load_rgb(_open(data), at_least=2 * spec.side)
+    image, _ = _read(data, at_least=2 * spec.side)
     if image.size != (spec.side, spec.side):
         image = image.resize((spec.side, spec.side), _FILTERS[spec.filter])
     return np.asarray(image)
@@ -117,13 +119,10 @@ def pack(data: bytes, max_side: int | None) -> bytes:
     A cover whose longer side is above `max_side` (pixels) is re-encoded at that size, keeping its
     aspect ratio; others, and all where `max_side` is None, keep their bytes. Raises CoverError.
     """
-    header = _open(data)
-    keep = max_side is None or max(header.size) <= max_side
     # Twice the side it is stored at, so that the reduction costs no sharpness.
-    image = _load_rgb(header, at_least=2 * max_side if max_side else None)
-    if keep:
+    image, size = _read(data, at_least=2 * max_side if max_side else None)
+    if max_side is None or max(size) <= max_side:
         return data
-    assert max_side is not None
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=None)
     out = io.BytesIO()
     image.save(out, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
@@ -138,9 +137,31 @@ def check_size(data: bytes) -> None:
         raise CoverError("file_too_large", f"{len(data):,} bytes, limit {MAX_BYTES:,}")
 
 
+def _read(data: bytes, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    """The image upright, in RGB, and the size that its file states; see _load_rgb."""
+    check_size(data)
+    data = without_stray_bytes(data)
+    try:
+        return _read_as_is(data, at_least)
+    except CoverError as error:
+        if error.reason not in ("not_an_image", "truncated_image"):
+            raise
+        # Not the error itself: it would keep the pixels of the first attempt in memory.
+        failure = CoverError(error.reason, error.detail)
+    again = repaired_jpeg(data) or repaired(data)
+    if again is None:
+        raise failure
+    return _read_as_is(again, at_least)
+
+
+def _read_as_is(data: bytes, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    image = _open(data)
+    size = image.size
+    return _load_rgb(image, at_least), size
+
+
 def _open(data: bytes) -> ImageFile:
     """The image with its header read, its pixels not yet."""
-    check_size(data)
     with warnings.catch_warnings():
         # Pillow warns about damaged metadata and many pixels: the checks here are what counts.
         warnings.simplefilter("ignore")
@@ -158,7 +179,7 @@ def _open(data: bytes) -> ImageFile:
     return image
 
 
-def _load_rgb(image: ImageFile, at_least: int | None = None) -> Image.Image:
+def _load_rgb(image: ImageFile, at_least: int | None) -> Image.Image:
     """The image upright, in RGB; a JPEG may come reduced, but no side below `at_least` pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -27,7 +27,9 @@ LAYERS = (
         "genre_text",
         "parquet",
         "messages",
+        "jpeg_repair",
         "order",
+        "repair",
     }
     | {"progress", "s3"},
     # one idea each, with errors of their own
