@@ -9,6 +9,7 @@ CovergenreError
 │   ├── StorageError     a place that cannot be read or written
 │   ├── TrainingDivergedError   the loss became infinite or no number
 │   └── DeviceMemoryError       a step does not fit the memory of the GPU
+├── RayStartError        exit code 1: Ray does not start on this machine
 └── LedgerError          exit code 1: the counts of a finished job do not add up
 """
 
@@ -54,6 +55,10 @@ class TrainingDivergedError(UserError):
 
 class DeviceMemoryError(UserError):
     """A step, or the part of it that a worker computes at a time, does not fit the GPU's memory."""
+
+
+class RayStartError(CovergenreError):
+    """Ray does not start: a limit of this machine, or one that is too busy."""
 
 
 class LedgerError(CovergenreError):

@@ -29,13 +29,13 @@ LAYERS = (
     }
     | {"progress", "report", "s3"},
     # one idea each, with errors of their own
-    {"covers", "genres", "registry", "runtime", "sample", "splits", "storage", "submit"}
+    {"covers", "embedded_ray", "genres", "registry", "sample", "splits", "storage", "submit"}
     | {"parquet"},
     # files, settings and networks
-    {"catalog_files", "checkpoints", "config", "decoding", "doctor", "fetch", "genre_map"}
-    | {"models", "shards"}
+    {"catalog_files", "checkpoints", "config", "decoding", "fetch", "genre_map"}
+    | {"models", "runtime", "shards"}
     | {"leases"},
-    {"bundle", "dataset", "ingest", "model_card", "mumu", "places", "summary", "weights"},
+    {"bundle", "dataset", "doctor", "ingest", "model_card", "mumu", "places", "summary", "weights"},
     {"catalog", "plan"},
     {"predict", "prepare"},
     # the stages; training is what train's workers do
