@@ -25,13 +25,13 @@ _RANDOM_CHARACTERS = 8
 """That mkdtemp appends to the prefix."""
 _SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
 """The longest path of a Unix domain socket."""
-_SOCKET_NAME = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-"""The longest that Ray appends to its temporary directory; the number is a process id."""
+_SOCKET_NAME = "/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""The longest path below the directory; the number is a process id."""
 MAX_BASE_BYTES = (
     _SOCKET_PATH_BYTES - len(_SOCKET_NAME) - len("/") - len(_PREFIX) - _RANDOM_CHARACTERS
 )
 _MIN_FREE_BYTES = 32 * 2**20
-_LOCK, _TOKEN, _CODE = "lock", "auth_token", "code"
+_LOCK, _TOKEN, _CODE, _RAY = "lock", "auth_token", "code", "r"
 _UNLOCKED_SECONDS = 3600.0
 """Age at which a directory without a lock file is a leftover."""
 
@@ -96,9 +96,14 @@ class EmbeddedRayDirectory:
         return self.path / _CODE
 
     @property
+    def ray(self) -> Path:
+        """Ray's own temporary directory; Ray lets everybody write to it, unlike the one above."""
+        return self.path / _RAY
+
+    @property
     def logs(self) -> Path:
         """Where Ray writes its logs."""
-        return self.path / "session_latest" / "logs"
+        return self.ray / "session_latest" / "logs"
 
     def keep(self) -> None:
         """Do not remove it at exit: an error message names the logs. The next run removes it."""
@@ -154,8 +159,6 @@ def environment(directory: EmbeddedRayDirectory) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(directory.token),
         # Empty: gRPC uses no proxy. It would ask that of http_proxy to connect to this machine.
         "grpc_proxy": "",
-        # What Python starts by `-c` would import from the current directory first.
-        "PYTHONSAFEPATH": "1",
     }
     if "PYTHONPATH" in os.environ:
         # An empty entry, as in `PYTHONPATH=$PYTHONPATH:/more`, means the current directory.
@@ -165,6 +168,20 @@ def environment(directory: EmbeddedRayDirectory) -> dict[str, str]:
         # No HOME, and no such user: Ray Train and others want one when they are imported.
         variables["HOME"] = str(directory.path)
     return variables
+
+
+@contextlib.contextmanager
+def safe_import_path() -> Iterator[None]:
+    """Let Python processes that are started meanwhile, and those they start, import nothing from
+    the current directory, which Python would put first for `python -c`."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 @contextlib.contextmanager

@@ -111,7 +111,10 @@ def _embed(verbose: bool) -> None:
     for attempts_left in reversed(range(_START_ATTEMPTS)):
         children = set(psutil.Process().children(recursive=True))
         try:
-            with embedded_ray.without_unused_processes(keep_log_monitor=verbose):
+            with (
+                embedded_ray.safe_import_path(),
+                embedded_ray.without_unused_processes(keep_log_monitor=verbose),
+            ):
                 _init(
                     verbose,
                     address="local",
@@ -119,7 +122,7 @@ def _embed(verbose: bool) -> None:
                     num_cpus=max(4, _cores()),
                     object_store_memory=_EMBEDDED_OBJECT_STORE_BYTES,
                     include_dashboard=False,
-                    _temp_dir=str(directory.path),
+                    _temp_dir=str(directory.ray),
                     job_config=_job_config(directory.code),
                 )
             return

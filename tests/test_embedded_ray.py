@@ -114,9 +114,21 @@ def test_the_environment_names_no_proxy_and_no_current_directory(
     found = embedded_ray.environment(directory)
     assert found["RAY_AUTH_TOKEN_PATH"] == str(directory.token)
     assert found["grpc_proxy"] == ""
-    assert found["PYTHONSAFEPATH"] == "1"
     assert found["PYTHONPATH"] == "/opt/a:/opt/b"
     assert "HOME" not in found
+
+
+@pytest.mark.parametrize("before", ["", "1"])
+def test_only_processes_of_ray_have_the_safe_import_path(
+    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", before)
+    (tmp_path / "beside.py").touch()
+    command = [sys.executable, "-c", "import beside"]
+    with embedded_ray.safe_import_path():
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "No module named 'beside'" in done.stderr
+    assert os.environ["PYTHONSAFEPATH"] == before
 
 
 def test_a_user_without_a_home_gets_one(

@@ -100,7 +100,7 @@ def test_a_job_needs_no_home_trusts_no_current_directory_and_uses_no_network(
         "TMPDIR": str(tmp_path / "missing"),
         "RAY_TMPDIR": str(short),
     }
-    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "PYTHONSAFEPATH", "XDG_CONFIG_HOME"):
+    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "XDG_CONFIG_HOME"):
         environment.pop(name, None)  # a Ray of this process may have set them
     done = subprocess.run(
         [sys.executable, str(script), json.dumps([stage.split() for stage in stages])],
@@ -128,6 +128,13 @@ def test_the_command_line_as_a_module_imports_nothing_from_the_current_directory
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not list(markers.iterdir())
+
+
+def test_only_this_user_can_enter_the_directory_of_a_running_ray(local_ray: None) -> None:
+    directory = runtime._embedded_directory
+    assert directory is not None
+    assert directory.logs.is_dir()
+    assert directory.path.stat().st_mode & 0o777 == 0o700
 
 
 def test_workers_import_this_package_and_not_what_lies_beside_it(local_ray: None) -> None:
@@ -160,7 +167,7 @@ def embed(short: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[st
                 raise error
 
         said: list[str] = []
-        for name in ("RAY_AUTH_TOKEN_PATH", "grpc_proxy", "PYTHONSAFEPATH", "PYTHONPATH"):
+        for name in ("RAY_AUTH_TOKEN_PATH", "grpc_proxy", "PYTHONPATH"):
             monkeypatch.setenv(name, os.environ.get(name, ""))  # to be undone
         monkeypatch.setenv("RAY_TMPDIR", str(short))
         monkeypatch.setattr(runtime, "_init", init)
