@@ -6,6 +6,7 @@ reason; the child is replaced, and work goes on.
 """
 
 import atexit
+import contextlib
 import ctypes
 import errno
 import json
@@ -40,6 +41,8 @@ _CLOCK = 4
 _ATTEMPTS = 2
 """Before a cover is blamed: the child may have been killed, or the machine have stood still."""
 _START_SECONDS = 120.0
+_END_SECONDS = 10.0
+"""For a child that failed to start to end by itself, with its exit code."""
 _ALARM_SECONDS = 5.0
 """After the parent's patience: the child ends itself where no parent is left to do it."""
 
@@ -47,6 +50,20 @@ _ALARM_SECONDS = 5.0
 # that a hostile cover took over should find none.
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+# Python's isolated mode leaves the standard library and installed packages on the import path. No
+# directory of the parent's is added, be it the current one: only these packages, each by its path.
+_IMPORT_AND_SERVE = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+for name, directory in {packages}.items():
+    spec = spec_from_file_location(
+        name, directory + "/__init__.py", submodule_search_locations=[directory]
+    )
+    sys.modules[name] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+from covergenre import decoding
+decoding.serve({memory})
+"""
 _SIZES = struct.Struct("!II")  # of a message's JSON, and of the bytes that go with it
 
 
@@ -135,45 +152,69 @@ def _died(code: int, seconds: float) -> CoverError:
     """Why, of the exit code of a child that ended of itself or by a signal."""
     if code == -signal.SIGPROF:
         return CoverError("decode_timeout", f"not decoded in {seconds:g} s of CPU time")
-    how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
-    return CoverError("decoder_crashed", f"the decoder ended: {how}")
+    return CoverError("decoder_crashed", f"the decoder ended: {_how_it_ended(code)}")
+
+
+def _how_it_ended(code: int) -> str:
+    """`code` is negative for a signal, as subprocess has it."""
+    return str(signal.strsignal(-code)) if code < 0 else f"exit code {code}"
+
+
+def _package_directories() -> dict[str, str]:
+    """Name of each package that the child imports from where this process has it."""
+    import PIL
+
+    own = Path(__file__).resolve().parent
+    return {
+        module.__name__: os.path.dirname(os.path.abspath(module.__file__))
+        for module in (np, PIL)
+        if module.__file__
+    } | {own.name: str(own)}
 
 
 class _Child:
     """The process, and the socket that is its standard input."""
 
     def __init__(self, memory: int) -> None:
-        # The parent's way to the packages, but for what depends on the current directory.
-        path = [entry for entry in sys.path if os.path.isabs(entry)]
-        path.append(str(Path(__file__).resolve().parents[1]))
-        code = (
-            f"import sys; sys.path[:] = {path!r}; from covergenre import decoding;"
-            f" decoding.serve({memory})"
-        )
+        code = _IMPORT_AND_SERVE.format(packages=_package_directories(), memory=memory)
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         self._socket, its = socket.socketpair()
         with its:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-c", code],
-                stdin=its.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                cwd="/",
-                env=environment | _ONE_THREAD,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-c", code],
+                    stdin=its.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    cwd="/",
+                    env=environment | _ONE_THREAD,
+                )
+            except OSError as error:
+                self._socket.close()
+                raise CovergenreError(f"the decoder did not start: {error}") from error
         try:
             _receive(self._socket, time.monotonic() + _START_SECONDS)
-        except (OSError, EOFError) as error:
-            raise CovergenreError(f"the decoder did not start: {self._last_words(error)}") from None
+        except TimeoutError:
+            self.end()
+            words = self._last_words()
+            raise CovergenreError(
+                f"the decoder did not start: no answer in {_START_SECONDS:g} s{words}"
+            ) from None
+        except (OSError, EOFError):
+            # It has closed its socket, and is about to end, or has ended.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_SECONDS)
+            how = _how_it_ended(self.end())
+            raise CovergenreError(f"the decoder did not start: {how}{self._last_words()}") from None
         finally:
             assert self._process.stderr is not None
             self._process.stderr.close()
 
-    def _last_words(self, error: Exception) -> str:
-        code = self.end()
+    def _last_words(self) -> str:
+        """`: ` and the last line that it wrote on its standard error, if any."""
         assert self._process.stderr is not None
-        lines = self._process.stderr.read().decode(errors="replace").splitlines()
-        return lines[-1] if lines else f"{error or 'it ended'}, exit code {code}"
+        lines = self._process.stderr.read().decode(errors="replace").split("\n")
+        return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
 
     def ask(
         self, question: dict[str, Any], data: bytes, seconds: float

@@ -10,6 +10,7 @@ CovergenreError
 │   ├── TrainingDivergedError   the loss is not finite, or far above a baseline's
 │   └── DeviceMemoryError       a step does not fit the memory of the GPU
 ├── RejectedError        exit code 3: the job finished, but rejected more rows than is allowed
+├── RayStartError        exit code 1: Ray does not start on this machine
 └── LedgerError          exit code 1: the counts of a finished job do not add up
 """
 
@@ -61,6 +62,10 @@ class RejectedError(CovergenreError):
     """A finished job rejected more rows than --max-rejected allows."""
 
     exit_code = 3
+
+
+class RayStartError(CovergenreError):
+    """Ray does not start: a limit of this machine, or one that is too busy."""
 
 
 class LedgerError(CovergenreError):

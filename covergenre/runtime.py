@@ -9,13 +9,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
 from typing import Any, NoReturn
 
-from covergenre import autoscaling
+from covergenre import autoscaling, embedded_ray
 from covergenre.addresses import redacted
-from covergenre.errors import ConfigError, CovergenreError
+from covergenre.embedded_ray import EmbeddedRayDirectory
+from covergenre.errors import ConfigError, CovergenreError, RayStartError
 from covergenre.messages import plural
 from covergenre.progress import say
 
@@ -25,19 +28,51 @@ PIPELINE_BYTES = 384 * 2**20
 """What one Ray Data pipeline may hold in the object store before its readers wait."""
 
 _CONNECT_SECONDS = 10
+_START_ATTEMPTS = 3
+"""Of an embedded Ray: its processes have 15 s to start, which no setting of Ray's changes."""
 _MOST_UNASKED = 64
 """GPUs that are used without being asked for; an autoscaler may have no limit of its own."""
 _LOOK_EVERY_SECONDS = 15.0
 _LOOK_AT_RAY_SECONDS = 1.0
 
 
+_embedded_directory: EmbeddedRayDirectory | None = None
+
+
 def start_ray(*, verbose: bool = False) -> None:
     """Connect to the cluster of RAY_ADDRESS, or embed a Ray here; once a process.
 
     Stages call it after they have checked what they can, so that a mistake is answered at once.
-    Ray ends with the process.
+    Ray ends with the process. Raises ConfigError or RayStartError where it does not start.
     """
-    # Read when ray is imported. Under `uv run` Ray would rebuild the environment in each worker.
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address == "local":  # Ray's own word for an embedded one
+        address = os.environ["RAY_ADDRESS"] = ""
+    _set_environment(verbose, embedded=not address)
+    import ray
+
+    if not ray.is_initialized():
+        if address:
+            if address != "auto":
+                _check_address(address)
+            _connect(address, verbose)
+        else:
+            _embed(verbose)
+            threading.Thread(target=_end_with_ray, daemon=True).start()
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own handler writes a stack of its C++ part.
+            signal.signal(signal.SIGTERM, _terminated)
+            # Registered after Ray's, and so called before: ^C is too late to stop anything then.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    quieten(verbose)
+
+
+def _set_environment(verbose: bool, *, embedded: bool) -> None:
+    """Every environment variable that this process sets for Ray, except those of one directory.
+
+    Ray reads some of them when it is imported.
+    """
+    # Under `uv run` Ray would rebuild the environment in each worker.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     # Ask for tomorrow's behaviour today, so that Ray need not warn about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -48,43 +83,114 @@ def start_ray(*, verbose: bool = False) -> None:
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
         # Ray Data's actor pools log an error of the C++ kind at every start, for nothing.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if embedded:
+        # Processes that do nothing here, each of which imports for seconds.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
+
+
+def _connect(address: str, verbose: bool) -> None:
+    """Raises ConfigError where no cluster answers, or one that refuses this process."""
+    try:
+        _init(verbose, job_config=_job_config(None), runtime_env=_shipped_code())
+    except ConnectionError as error:
+        raise _no_cluster(address) from error
+    # Ray raises RuntimeError for another version, AuthenticationError, and a bare Exception.
+    except Exception as error:
+        raise ConfigError(f"RAY_ADDRESS {redacted(address)}: {_one_line(error)}") from error
+
+
+def _embed(verbose: bool) -> None:
+    """Raises RayStartError with the cause and the place of Ray's logs."""
+    import psutil
+
+    global _embedded_directory
+    if _embedded_directory is not None:  # of a Ray that was shut down
+        _embedded_directory.remove()
+    directory = _embedded_directory = EmbeddedRayDirectory()
+    os.environ.update(embedded_ray.environment(directory))
+    for attempts_left in reversed(range(_START_ATTEMPTS)):
+        children = set(psutil.Process().children(recursive=True))
+        try:
+            with (
+                embedded_ray.safe_import_path(),
+                embedded_ray.without_unused_processes(keep_log_monitor=verbose),
+            ):
+                _init(
+                    verbose,
+                    address="local",
+                    # Logical CPUs: even on a small machine a model and its readers must both fit.
+                    num_cpus=max(4, _cores()),
+                    object_store_memory=_EMBEDDED_OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    _temp_dir=str(directory.ray),
+                    job_config=_job_config(directory.code),
+                )
+            return
+        # Whatever keeps a process from starting; Ray raises a bare Exception when time is up.
+        except Exception as error:
+            cause = _one_line(error)
+            timed_out = "timed out" in cause.lower()
+            if not (timed_out and attempts_left):
+                directory.keep()
+                advice = "; run the same command again when it is less busy" if timed_out else ""
+                raise RayStartError(
+                    f"Ray did not start on this machine: {cause}{advice}; its logs are in"
+                    f" {directory.logs}"
+                ) from error
+        say("Ray did not start in its time on this busy machine; trying again")
+        _kill(set(psutil.Process().children(recursive=True)) - children)
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _init(verbose: bool, **settings: Any) -> None:
     import ray
 
-    if not ray.is_initialized():
-        settings: dict[str, Any] = {}
-        address = os.environ.get("RAY_ADDRESS", "")
-        if address == "local":  # Ray's own word for an embedded one
-            address = os.environ["RAY_ADDRESS"] = ""
-        if address not in ("", "auto"):
-            _check_address(address)
-        if not address:
-            # Processes that do nothing here, each of which imports for seconds.
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
-            settings = {
-                "address": "local",
-                # Logical CPUs: even on a small machine a model and its readers must both fit.
-                "num_cpus": max(4, _cores()),
-                "object_store_memory": _EMBEDDED_OBJECT_STORE_BYTES,
-                "include_dashboard": False,
-            }
-        with contextlib.nullcontext() if verbose else _silent_stderr():
-            try:
-                ray.init(
-                    log_to_driver=verbose,
-                    logging_level=logging.INFO if verbose else logging.ERROR,
-                    **settings,
-                )
-            except ConnectionError as error:
-                raise _no_cluster(address) from error
-        if not address:
-            threading.Thread(target=_end_with_ray, daemon=True).start()
-        if threading.current_thread() is threading.main_thread():
-            # Ray's own handler writes a stack of its C++ part.
-            signal.signal(signal.SIGTERM, _terminated)
-            # Registered after Ray's, and so called before: ^C is too late to stop anything then.
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    quieten(verbose)
+    with contextlib.nullcontext() if verbose else _silent_stderr():
+        ray.init(
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            **settings,
+        )
+
+
+def _job_config(code: Path | None) -> Any:
+    """A job whose workers import from `code` and from what is installed.
+
+    Ray would put the script's and the current directory before both, so that a token.py or
+    torch.py beside a catalog hides a module of that name, and is run.
+    """
+    from ray.job_config import JobConfig
+
+    class InstalledCodeOnly(JobConfig):
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True  # where there is one, Ray adds neither of the two directories
+
+    return InstalledCodeOnly(_py_driver_sys_path=[str(code)] if code else [])
+
+
+def _shipped_code() -> dict[str, list[str]] | None:
+    """Runtime environment that sends this package to a cluster's workers.
+
+    None where it is installed, or where a submitted job has sent it already.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return None
+    # RECORD: what an installer writes; a folder of sources may have metadata, too.
+    if any(found.read_text("RECORD") for found in distributions(name="covergenre")):
+        return None
+    return {"py_modules": [str(Path(__file__).resolve().parent)]}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _terminated(*_: object) -> None:
@@ -129,9 +235,9 @@ def end_now(code: int) -> NoReturn:
     children = psutil.Process().children(recursive=True)
     if not any(child.name() == "raylet" for child in children):
         sys.exit(code)
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
+    _kill(children)
+    if _embedded_directory is not None:
+        _embedded_directory.delete()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -226,7 +332,8 @@ def quieten(verbose: bool = False) -> None:
     context.enable_operator_progress_bars = verbose
     context.print_on_execution_start = verbose
     if not verbose:
-        for name in ("ray", "ray.train", "ray.tune"):
+        # matplotlib's: that it cannot write its cache to HOME.
+        for name in ("ray", "ray.train", "ray.tune", "matplotlib"):
             logging.getLogger(name).setLevel(logging.ERROR)
         # What is an error to Ray Data is an exception to us, or is made good.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)

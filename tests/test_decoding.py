@@ -274,17 +274,65 @@ def test_an_interrupt_does_not_give_the_next_cover_this_ones_pixels() -> None:
         assert child not in children()
 
 
-def test_a_decoder_that_cannot_start_is_no_covers_fault(
+@pytest.mark.parametrize(
+    ("script", "cause"),
+    [
+        ("echo one line >&2; echo no such module >&2; exit 3", "exit code 3: no such module"),
+        ("echo cause >&2; echo >&2; exit 1", "exit code 1: cause"),
+        ("exit 0", "exit code 0"),
+        ("kill -KILL $$", "Killed"),
+    ],
+)
+def test_the_cause_is_told_when_the_decoder_does_not_start(
+    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, cause: str
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(CovergenreError) as caught:
+        decoder.decode(GOOD, SMALL)
+    assert str(caught.value) == f"the decoder did not start: {cause}"
+    monkeypatch.undo()
+    assert decoder.decode(GOOD, SMALL).shape == (16, 16, 3)
+
+
+def test_a_decoder_that_cannot_be_spawned_is_told(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(CovergenreError, match=r"did not start: .*No such file.*/nowhere/python"):
+        decoder.decode(GOOD, SMALL)
+
+
+def test_a_decoder_that_does_not_answer_is_told(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "python"
-    program.write_text("#!/bin/sh\necho one line >&2\necho no such module >&2\nexit 3\n")
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    with pytest.raises(CovergenreError, match=r"^the decoder did not start: no such module$"):
+    monkeypatch.setattr(decoding, "_START_SECONDS", 0.1)
+    with pytest.raises(CovergenreError, match=r"^the decoder did not start: no answer in 0\.1 s$"):
         decoder.decode(GOOD, SMALL)
-    monkeypatch.undo()
-    assert decoder.decode(GOOD, SMALL).shape == (16, 16, 3)
+
+
+def test_the_decoder_imports_nothing_from_the_parents_import_path(tmp_path: Path) -> None:
+    """PIL tries defusedxml and others where they are installed."""
+    for name in ("token", "string", "random", "numpy", "PIL", "covergenre", "defusedxml", "cffi"):
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'a').write('{name}')"
+        )
+    done = run(
+        f"""
+        sys.path.insert(0, {str(tmp_path)!r})
+        sys.path.append({str(tmp_path)!r})
+        print(decoding.decode(encoded(Image.new("RGB", (9, 9)), "WEBP"), SMALL).shape)
+        """,
+        cwd=tmp_path.parent,
+    )
+    assert done.stdout == "(16, 16, 3)\n", done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 # What it does to its surroundings

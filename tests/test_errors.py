@@ -7,7 +7,7 @@ from inspect import getmembers, isclass
 import pytest
 
 from covergenre import errors
-from covergenre.errors import CovergenreError, LedgerError, UserError, did_you_mean
+from covergenre.errors import CovergenreError, LedgerError, RejectedError, UserError, did_you_mean
 
 ERRORS = [e for _, e in getmembers(errors, isclass) if issubclass(e, CovergenreError)]
 
@@ -25,7 +25,8 @@ def test_the_docstring_draws_the_tree() -> None:
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_exit_codes(error: type[CovergenreError]) -> None:
-    assert error.exit_code == (2 if issubclass(error, UserError) else 1)
+    other = {RejectedError: 3}
+    assert error.exit_code == (2 if issubclass(error, UserError) else other.get(error, 1))
     again = pickle.loads(pickle.dumps(error("one line")))  # workers send them to the driver
     assert type(again) is error and str(again) == "one line"
 

@@ -33,12 +33,13 @@ LAYERS = (
     }
     | {"progress", "s3"},
     # one idea each, with errors of their own
-    {"covers", "genres", "metrics", "registry", "runtime", "sample", "splits", "storage", "submit"},
+    {"covers", "embedded_ray", "genres", "metrics", "registry", "sample", "splits", "storage"}
+    | {"submit"},
     # files, settings and networks
-    {"catalog_files", "checkpoints", "config", "decoding", "doctor", "fetch", "genre_map"}
-    | {"models", "shards"}
+    {"catalog_files", "checkpoints", "config", "decoding", "fetch", "genre_map"}
+    | {"models", "runtime", "shards"}
     | {"leases", "report"},
-    {"bundle", "dataset", "ingest", "model_card", "mumu", "places", "summary", "weights"},
+    {"bundle", "dataset", "doctor", "ingest", "model_card", "mumu", "places", "summary", "weights"},
     {"catalog", "plan"},
     {"predict", "prepare"},
     # the stages; training is what train's workers do
