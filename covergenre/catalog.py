@@ -337,7 +337,7 @@ def _resolve(covers: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
     base = storage.join(folder, "")
 
     def resolved(cover: pa.Array) -> pa.Array:
-        is_absolute = pc.or_(pc.starts_with(cover, "/"), pc.match_substring(cover, "://"))
+        is_absolute = pc.match_substring_regex(cover, storage.ABSOLUTE)
         relative = pc.replace_substring_regex(cover, r"^(\./+)+", "")  # S3 knows no `./`
         return pc.if_else(is_absolute, cover, pc.binary_join_element_wise(base, relative, ""))
 

@@ -278,6 +278,7 @@ def test_the_default_is_the_papers_model() -> None:
 # Fingerprints
 
 UNCHANGED = {
+    "contact",
     "fetches",
     "shared_filesystem",
     "covers",
