@@ -38,8 +38,6 @@ from covergenre.schema import CATALOG
 _OPTIONAL = ("genres", "title", "artist", "split", "group")
 
 _SEPARATOR = "|"
-# A path from the root, on Windows too; a URL of any scheme.
-_ABSOLUTE = r"^/|^[A-Za-z]:[/\\]|^(?i:data|file):|://"
 _HASHED_ROWS = 65_536
 
 
@@ -461,7 +459,7 @@ def _resolve(covers: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
         # Browsers and urllib strip white space around an address, too.
         cover = pc.utf8_trim_whitespace(cover)
         cover = pc.if_else(pc.equal(cover, ""), None, cover)
-        is_absolute = pc.match_substring_regex(cover, _ABSOLUTE)
+        is_absolute = pc.match_substring_regex(cover, storage.ABSOLUTE)
         relative = pc.replace_substring_regex(cover, r"^(\./+)+", "")  # S3 knows no `./`
         return pc.if_else(is_absolute, cover, pc.binary_join_element_wise(base, relative, ""))
 

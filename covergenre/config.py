@@ -25,7 +25,7 @@ Place = Annotated[str, Field(min_length=1)]
 # so that a job may be taken up again on another machine.
 _HOW_FIELDS = {
     *("workers", "cpus_per_worker", "device", "fetches", "shared_filesystem"),
-    *("checkpoint_every", "resume", "max_rejected"),
+    *("checkpoint_every", "resume", "max_rejected", "contact"),
 }
 # Known by what they hold, which is among the inputs of a run, and not by where it lies.
 _PLACES = {"out", "covers", "genre_map", "weights"}
@@ -105,6 +105,20 @@ class CatalogSettings(StageConfig):
     allow_private_addresses: bool = Field(
         False, description="let http covers be in a private network or on this machine"
     )
+    contact: str | None = Field(
+        None,
+        description="your URL or mail address, sent to the hosts of http covers in User-Agent (some"
+        " refuse programs that do not say whose they are)",
+    )
+
+    @field_validator("contact")
+    @classmethod
+    def _contact_fits_a_header(cls, contact: str | None) -> str | None:
+        if contact is None:
+            return None
+        if not re.fullmatch(r"[ -~]+", contact) or not contact.strip():
+            raise ValueError("give a URL or mail address in printable ASCII, on one line")
+        return contact.strip()
 
     def needed_columns(self) -> set[str]:
         """Optional columns of a catalog that these settings use, such as "artist"."""

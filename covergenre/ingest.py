@@ -4,6 +4,7 @@ Every row ends in exactly one of three ways: its cover's bytes, a reason why it 
 the earlier row that it repeats.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from covergenre import fetch, schema, shards, storage
+from covergenre.addresses import redacted
 from covergenre.covers import MAX_BYTES, CoverError, sha256
 from covergenre.errors import StorageError
 
@@ -42,6 +44,8 @@ class Source:
     """Covers that one task fetches at a time."""
     allow_private: bool = False
     """Whether http covers may be asked for in private networks."""
+    contact: str | None = None
+    """What the hosts of http covers are told of who asks."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,19 @@ def _shard_parts(uris: list[str]) -> Iterator[pa.Table]:
 def local_cover(rows: pa.Table) -> str | None:
     """A cover of `rows` that lies on this machine's disk; None where none does."""
     covers = rows["cover"].filter(pc.is_null(rows["source"])).drop_null()
-    local = covers.filter(pc.invert(pc.match_substring(covers, "://")))
+    elsewhere = pc.match_substring_regex(covers, r"(?i)^(data:|[a-z][a-z0-9+.-]+://)")
+    is_file = pc.match_substring_regex(covers, "(?i)^file:/")
+    local = covers.filter(pc.or_(is_file, pc.invert(elsewhere)))
     return local[0].as_py() if len(local) else None
+
+
+def web_schemes(rows: pa.Table) -> list[str]:
+    """Which of "http" and "https" the covers' URLs have."""
+    return [
+        scheme
+        for scheme in ("http", "https")
+        if pc.any(pc.match_substring_regex(rows["cover"], f"(?i)^{scheme}://")).as_py()
+    ]
 
 
 def first_rows(plan_rows: pa.Table) -> pa.Array:
@@ -180,12 +195,57 @@ def _repeated(
     raise CoverError("conflicting_cover", f"row {first_row} came first")
 
 
+_WINDOWS_PATH = re.compile(r"(?:\A|/)(?:[A-Za-z]:[\\/]|\\\\)")
+"""A drive or a server's share, at the start or where it was joined to a folder."""
+_MAYBE_ELSEWHERE = ("missing_file", "access_denied")
+"""S3 denies access to what is missing, to those who may not list."""
+
+
 def _fetch(path: str | None, source: Source) -> Cover:
     if path is None:
         raise CoverError("no_cover")
+    try:
+        return _fetch_exactly(path, source)
+    except CoverError as error:
+        as_posix = _without_backslashes(path)
+        if error.reason not in _MAYBE_ELSEWHERE:
+            raise
+        if as_posix != path:
+            try:
+                return _fetch_exactly(as_posix, source)
+            except CoverError as other:
+                if other.reason not in _MAYBE_ELSEWHERE:
+                    raise
+        if _WINDOWS_PATH.search(path):
+            hint = "a Windows path means nothing here; write it relative to the catalog or --covers"
+            raise CoverError(error.reason, f"{error.detail}; {hint}") from error
+        raise
+
+
+def _without_backslashes(path: str) -> str:
+    """`path` with / for each backslash, as Windows means them; a query keeps its own."""
+    end = len(path)
     if fetch.is_web(path):
-        data = fetch.web_covers(source.fetches, source.allow_private)(path)
+        end = next((match.start() for match in re.finditer(r"[?#]", path)), end)
+    if "\\" not in path[:end]:
+        return path
+    # S3 knows no `./`
+    return re.sub(r"/(\./)+", "/", path[:end].replace("\\", "/")) + path[end:]
+
+
+def _fetch_exactly(path: str, source: Source) -> Cover:
+    if fetch.is_data(path):
+        data = fetch.data_cover(path)
         return Cover(data, sha256(data))
+    if fetch.is_web(path):
+        get = fetch.web_covers(source.fetches, source.allow_private, source.contact)
+        data = get(path)
+        return Cover(data, sha256(data))
+    if (scheme := storage.scheme(path)) not in ("", "file", "s3"):
+        raise CoverError(
+            "unsupported_scheme",
+            f"{redacted(path)}: {scheme}:// cannot be read; copy the covers to a folder or s3://",
+        )
     try:
         with storage.open_input(path) as file, storage.named(path, "read"):
             if file.size() > MAX_BYTES:  # before it fills the memory
@@ -201,7 +261,7 @@ def _reason(path: str, error: StorageError) -> str:
         return "missing_file"
     if "access denied" in str(error):
         return "access_denied"
-    return "fetch_failed" if path.startswith("s3://") else "unreadable_file"
+    return "fetch_failed" if storage.scheme(path) == "s3" else "unreadable_file"
 
 
 def _embedded(places: Sequence[tuple[int, int]], source: Source) -> Iterator[Cover | None]:

@@ -26,8 +26,10 @@ def is_claimed(place: str) -> bool:
 
 def check_apart(place: str, inputs: Mapping[str, str]) -> None:
     """Raises StorageError where `place` lies in one of `inputs` (what it is -> where it is), which
-    would be another one then."""
+    would be another one then, and where nothing can be stored at URIs like one of them."""
+    storage.check_scheme(place)
     for what, where in inputs.items():
+        storage.check_scheme(where)
         where = storage.absolute(where)
         if place == where or place.startswith(f"{where}/"):
             raise StorageError(f"{place}: lies in the {what} {where}; choose another --out")
@@ -88,7 +90,7 @@ def check_shared(reached: Mapping[str, str | None], shared_filesystem: bool) -> 
     alone. Ray has been started.
     """
     for what, place in reached.items():
-        if place is None or storage.is_uri(place) or shared_filesystem:
+        if place is None or storage.scheme(place) not in ("", "file") or shared_filesystem:
             continue
         if (count := runtime.machines()) > 1:
             raise ConfigError(

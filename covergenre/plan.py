@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from covergenre import schema, shards, storage
 from covergenre.content import hash_rows
 from covergenre.errors import StorageError
-from covergenre.ingest import FIRST, Source, local_cover
+from covergenre.ingest import FIRST, Source, local_cover, web_schemes
 
 _COVER = ("cover", "source", "source_row")
 ROWS = pa.schema([schema.CATALOG.field(name) for name in ("row", "album_id", *_COVER)])
@@ -57,6 +57,8 @@ class Plan:
     """What it was made of, as far as can be told without reading it."""
     local_cover: str | None
     """A cover that lies on this machine's disk, if any does."""
+    web_schemes: tuple[str, ...] = ()
+    """"http" and "https", as far as covers have such URLs."""
 
     def read(self, start: int, stop: int) -> pa.Table:
         """Rows `start` to `stop`: columns ROWS, and ingest.FIRST where a row repeats another."""
@@ -130,6 +132,7 @@ def read_plan(uri: str) -> Plan | None:
             value["identity"],
             value["key"],
             value["local_cover"],
+            tuple(value.get("web_schemes", ())),  # plans of older versions have none
         )
     except (KeyError, TypeError) as error:
         raise StorageError(f"{meta}: was not written by this covergenre; remove {uri}") from error
@@ -146,12 +149,14 @@ def write_plan(
     source: where image bytes are; asked when all parts have been gone through.
     """
     rows, local = 0, None
+    schemes: set[str] = set()
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as temporary:
         seen = _Seen(Path(temporary))
         for number, part in enumerate(_even(parts)):
             rows += part.num_rows
             local = local or local_cover(part)
+            schemes.update(web_schemes(part))
             hash_rows(digest, part)
             storage.put(_part_uri(uri, number), shards.to_parquet(part))
             with storage.named(temporary, "write"):
@@ -168,8 +173,10 @@ def write_plan(
         _identity(digest, made_of),
         key,
         next((file for file in made_of.files if not storage.is_uri(file)), local),
+        tuple(sorted(schemes)),
     )
-    value = {name: getattr(plan, name) for name in ("rows", "identity", "key", "local_cover")}
+    names = ("rows", "identity", "key", "local_cover", "web_schemes")
+    value = {name: getattr(plan, name) for name in names}
     storage.put_json(storage.join(uri, _META), value | {"source": asdict(made_of)})
     return plan
 

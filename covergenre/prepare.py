@@ -49,6 +49,7 @@ from covergenre.genres import (
 from covergenre.ingest import Cover, Source
 from covergenre.leases import lease
 from covergenre.progress import Progress, say
+from covergenre.proxies import check_proxies
 from covergenre.shards import Manifest, Shard
 from covergenre.splits import SplitAssignment, assign_splits
 
@@ -127,11 +128,13 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
     if shards.is_dataset(out):
         return Prepared(shards.read_manifest(out), ": already prepared by this same command")
 
+    check_proxies(ingest.web_schemes(plan))
     source = Source(
         catalog.files,
         catalog.image_column,
         fetches=config.fetches,
         allow_private=config.allow_private_addresses,
+        contact=config.contact,
     )
     with lease(out):
         if shards.is_dataset(out):  # since we looked

@@ -12,6 +12,7 @@ REASONS = {
     "no_cover": "the row names no cover",
     "missing_file": "the cover is not there",
     "unreadable_file": "the cover is there but cannot be read",
+    "unsupported_scheme": "the cover is at a kind of URL that cannot be read (gs://, ftp:// ...)",
     "access_denied": "whoever keeps the cover does not give it out (401, 403)",
     "fetch_failed": "the cover did not come, however often it was asked for",
     "address_refused": "the address is in a private network (see --allow-private-addresses)",

@@ -36,6 +36,7 @@ from covergenre.leases import Lease, lease
 from covergenre.plan import ROWS, Plan, identify, read_plan, write_plan
 from covergenre.predict import Scored
 from covergenre.progress import Progress, say
+from covergenre.proxies import check_proxies
 
 _PLAN = "_state/plan"
 _LEDGER = "ledger.json"
@@ -169,8 +170,12 @@ def _plan(out: str, config: ScoreConfig, bundle: Bundle, rows: _Rows) -> Plan:
         with Progress("catalog", None, "rows") as progress:
             plan = write_plan(uri, _counted(parts, progress), source, rows.key)
     _claim(out, config, bundle, rows.identity or plan.identity)
+    check_proxies(plan.web_schemes)
     source_now = dataclasses.replace(
-        plan.source, fetches=config.fetches, allow_private=config.allow_private_addresses
+        plan.source,
+        fetches=config.fetches,
+        allow_private=config.allow_private_addresses,
+        contact=config.contact,
     )
     return dataclasses.replace(plan, source=source_now)
 

@@ -10,12 +10,13 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -29,27 +30,68 @@ _TEMPORARY = ".covergenre-writing-"
 """How the name of a half-written local file begins; the dot keeps it out of listings by pattern."""
 
 
+ABSOLUTE = r"(?i)^(/|data:|file:/|[a-z][a-z0-9+.-]+://)"
+"""What begins like this is not relative to a folder. Not one letter: `C:/` is a Windows drive."""
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_FILE_URI = re.compile(r"file:(?://([^/]*))?(/.*)?\Z", re.IGNORECASE | re.DOTALL)
+_S3_SCHEMES = ("s3", "s3a", "s3n")
+"""The last two are Hadoop's names for S3."""
+
+
 def is_uri(text: str) -> bool:
     """Whether `text` has a scheme, as s3://bucket/key has."""
-    return "://" in text
+    return _SCHEME.match(text) is not None
+
+
+def scheme(uri: str) -> str:
+    """The scheme of `uri` in lower case: "" for a path, "s3" for s3a:// and s3n:// too."""
+    if uri[:6].lower() == "file:/":
+        return "file"
+    match = _SCHEME.match(uri)
+    found = match[1].lower() if match else ""
+    return "s3" if found in _S3_SCHEMES else found
 
 
 def absolute(uri: str) -> str:
     """`uri` as a path or URI that means the same in every process of this host.
 
-    Raises StorageError for a URI that names no bucket: as a path it would be a folder `s3:`.
+    The scheme of a URI is written in one way: s3:// for S3A://; a file: URI becomes a path. Raises
+    StorageError for a URI that names no bucket: as a path it would be a folder `s3:`.
     """
-    if uri.startswith("file://"):
-        uri = unquote(urlparse(uri).path)
-    if re.match(r"s3:(/[^/]|/*$)", uri):
+    if re.match(r"(?i)s3[an]?:(/[^/]|/*$)", uri):
         raise StorageError(f"{uri}: names no bucket; write s3://bucket/prefix")
-    return uri.rstrip("/") if is_uri(uri) else os.path.abspath(os.path.expanduser(uri))
+    found = scheme(uri)
+    if found == "file":
+        uri = _path_of_file_uri(uri)
+    elif found:
+        return f"{found}://{uri.partition('://')[2]}".rstrip("/")
+    return os.path.abspath(os.path.expanduser(uri))
+
+
+def _path_of_file_uri(uri: str) -> str:
+    match = _FILE_URI.match(uri)
+    if match is None or not match[2] or (match[1] or "localhost").lower() != "localhost":
+        raise StorageError(
+            f"{redacted(uri)}: not a file on this machine; write file:///folder/file"
+        )
+    return unquote(match[2])
+
+
+def check_scheme(uri: str) -> None:
+    """Raises StorageError where nothing can be stored at URIs like `uri`."""
+    found = scheme(uri)
+    if found in ("", "file", "s3"):
+        return
+    advice = "use a local path or s3://"
+    if found in ("http", "https"):
+        advice = "download it first, and use a local path or s3://"
+    raise StorageError(f"{redacted(uri)}: no storage for {found}://; {advice}")
 
 
 def join(base: str, *parts: str) -> str:
     """`base/part/...`; a part that is itself absolute or a URI replaces what is before it."""
     for part in parts:
-        base = part if is_uri(part) or part.startswith("/") else f"{base.rstrip('/')}/{part}"
+        base = part if re.match(ABSOLUTE, part) else f"{base.rstrip('/')}/{part}"
     return base
 
 
@@ -66,18 +108,16 @@ def name(uri: str) -> str:
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The Arrow filesystem of `uri` and the path in it. Raises StorageError for other schemes."""
-    if not is_uri(uri) or uri.startswith("file://"):
+    check_scheme(uri)
+    if scheme(uri) != "s3":
         return _local(), absolute(uri)
-    if uri.startswith("s3://"):
-        path = uri.removeprefix("s3://").rstrip("/")
-        bucket = path.partition("/")[0]
-        try:
-            s3.check(bucket)
-        except OSError as error:
-            raise StorageError(f"{redacted(f's3://{bucket}')}: {error}") from error
-        return s3.filesystem(), path
-    scheme = uri.partition("://")[0]
-    raise StorageError(f"{redacted(uri)}: no storage for {scheme}://; use a local path or s3://")
+    path = uri.partition("://")[2].rstrip("/")
+    bucket = path.partition("/")[0]
+    try:
+        s3.check(bucket)
+    except OSError as error:
+        raise StorageError(f"{redacted(f's3://{bucket}')}: {error}") from error
+    return s3.filesystem(), path
 
 
 @lru_cache(maxsize=1)
@@ -92,7 +132,7 @@ def named(uri: str, verb: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise StorageError(f"{redacted(uri)}: no such file or folder") from error
-    except (OSError, pa.ArrowException, UnicodeError) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: a NUL, half a character
         reason, *_ = str(getattr(error, "strerror", None) or error or repr(error)).splitlines()
         raise StorageError(f"{redacted(uri)}: cannot {verb}: {reason}") from error
 
@@ -126,16 +166,41 @@ def stamp(uri: str) -> tuple[int, int]:
     system, path = filesystem(uri)
     with named(uri, "read"):
         info = system.get_file_info(path)
+        if info.type == fs.FileType.Unknown:
+            _check_regular(path)
         if info.type != fs.FileType.File:
             raise FileNotFoundError(uri)
     return int(info.size), int(info.mtime_ns)
 
 
 def open_input(uri: str) -> pa.NativeFile:
-    """`uri` opened for reading at any place. Raises StorageError where it cannot be."""
+    """`uri` opened for reading at any place. Raises StorageError where it cannot be.
+
+    Of local files only regular ones are opened: a pipe would wait for its writer, and to open a
+    device can do something to it.
+    """
     system, path = filesystem(uri)
     with named(uri, "read"):
+        if isinstance(system, fs.LocalFileSystem):
+            _check_regular(path)
         return system.open_input_file(path)
+
+
+def _check_regular(path: str) -> None:
+    """Raises OSError where the local `path`, symbolic links followed, is not a regular file."""
+    mode = os.stat(path.encode()).st_mode  # UTF-8, as Arrow has paths
+    if stat.S_ISREG(mode) or path == os.devnull:  # the usual name of an empty file
+        return
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    kind = kinds.get(stat.S_IFMT(mode), "a special file")
+    advice = "; write what it gives to a file, and name that" if kind == "a pipe" else ""
+    raise OSError(f"it is {kind}, not a regular file{advice}")
 
 
 def read_bytes(uri: str) -> bytes:
@@ -161,7 +226,7 @@ def list_files(uri: str) -> list[str]:
     system, path = filesystem(uri)
     with named(uri, "list"):
         found = system.get_file_info(fs.FileSelector(path, recursive=True))
-    prefix = "s3://" if uri.startswith("s3://") else ""
+    prefix = "" if isinstance(system, fs.LocalFileSystem) else "s3://"
     return sorted(prefix + info.path for info in found if _is_whole_file(info))
 
 

@@ -103,7 +103,7 @@ def _imagenet(name: str) -> tuple[str, Mapping[Any, object]]:
 
 def _read(weights: str, shown: str) -> bytes:
     """The bytes of a file at any place."""
-    if weights.startswith(_WEB):
+    if weights.lower().startswith(_WEB):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "weights")
             try:
@@ -114,7 +114,7 @@ def _read(weights: str, shown: str) -> bytes:
     if "/" not in weights and not storage.exists(weights):
         hint = did_you_mean(weights, ("imagenet", "none"))
         raise ModelError(f"--weights: there is no file {weights!r}{hint}")
-    if not weights.startswith("s3://") and storage.is_folder(weights):
+    if storage.scheme(weights) != "s3" and storage.is_folder(weights):
         raise ModelError(f"{weights}: is a folder; name a file (of a MODEL, its model.safetensors)")
     return storage.read_bytes(weights)
 
@@ -244,7 +244,7 @@ def _download_failed(url: str, error: Exception) -> str:
 
 def _without_secrets(uri: str) -> str:
     """A signed address carries its key in the query, others a password before the host."""
-    if not uri.startswith(_WEB):
+    if not uri.lower().startswith(_WEB):
         return uri
     parts = urlsplit(uri)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

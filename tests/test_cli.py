@@ -1,5 +1,6 @@
 """The command line: a mistake is one line and exit code 2; no stage of these runs, and no Ray."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -148,6 +149,63 @@ def test_a_mistake_is_one_line_that_says_what(
     assert said in mistake(run, *line.split())
     assert not calls
     assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("prepare", "{}", "--out", "o"),
+        ("prepare", "c.csv", "--out", "{}"),
+        ("prepare", "c.csv", "--out", "o", "--genre-map", "{}.csv"),
+        ("prepare", "c.csv", "--out", "o", "--config", "{}"),
+        ("train", "{}", "--out", "o"),
+        ("train", "dataset", "--out", "{}"),
+        ("evaluate", "{}", "dataset", "--out", "o"),
+        ("evaluate", "model", "{}", "--out", "o"),
+        ("evaluate", "model", "dataset", "--out", "{}"),
+        ("score", "{}", "c.csv", "--out", "o"),
+        ("score", "model", "{}", "--out", "o"),
+        ("score", "model", "c.csv", "--out", "{}"),
+        ("sample", "--out", "{}"),
+        ("demo", "--out", "{}"),
+    ],
+)
+def test_place_with_an_unsupported_scheme_is_one_line(
+    args: tuple[str, ...], run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "c.csv").write_text("album_id,cover,genres\na,1.jpg,Rock\n")
+    for uri, advice in (
+        ("gs://bucket/x", "no storage for gs://; use a local path or s3://"),
+        ("https://host/x", "no storage for https://; download it first"),
+    ):
+        line = mistake(run, *(arg.format(uri) for arg in args))
+        assert uri in line and advice in line
+
+
+def test_catalog_that_is_a_pipe_is_one_line(run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "c.csv").write_text("album_id,cover,genres\na,1.jpg,Rock\n")
+    for args in (
+        ("pipe.csv",),
+        ("c.csv", "--genre-map", "pipe.csv"),
+        ("c.csv", "--config", "pipe.csv"),
+    ):
+        line = mistake(run, "prepare", *args, "--out", "o")
+        assert "pipe.csv" in line and "it is a pipe, not a regular file" in line
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+def test_invalid_proxy_is_told_before_ray_is_started(
+    variable: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [*os.environ]:
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    (tmp_path / "c.csv").write_text("album_id,cover,genres\na,http://host.invalid/1.jpg,Rock\n")
+    monkeypatch.setenv(variable, "socks5://user:hidden@host:1")
+    line = mistake(run, "prepare", "c.csv", "--out", "o")
+    assert line.startswith(f"{variable}: socks5:// proxies are not supported")
+    assert "hidden" not in line
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -297,6 +297,7 @@ def test_the_default_is_the_papers_model() -> None:
 # Fingerprints
 
 UNCHANGED = {
+    "contact",
     "fetches",
     "max_rejected",
     "shared_filesystem",

@@ -25,8 +25,8 @@ def test_the_docstring_draws_the_tree() -> None:
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_exit_codes(error: type[CovergenreError]) -> None:
-    other = {RejectedError: 3}
-    assert error.exit_code == (2 if issubclass(error, UserError) else other.get(error, 1))
+    other = 3 if error is RejectedError else 1
+    assert error.exit_code == (2 if issubclass(error, UserError) else other)
     again = pickle.loads(pickle.dumps(error("one line")))  # workers send them to the driver
     assert type(again) is error and str(again) == "one line"
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from covergenre import ingest, schema, shards
+from covergenre import ingest, schema, shards, storage
 from covergenre.catalog import read_catalog
 from covergenre.config import CatalogSettings
 from covergenre.covers import CoverError, sha256
@@ -126,9 +126,100 @@ def test_every_outcome_of_a_row(covers: dict[str, str]) -> None:
 )
 def test_no_name_of_a_cover_ends_the_job(cover: str, covers: dict[str, str]) -> None:
     bad, good = outcomes({"album_id": "x", "cover": cover}, {"album_id": "y", "cover": covers["a"]})
-    assert shown(bad) == "unreadable_file"
+    is_gs = cover.startswith("gs://")
+    assert shown(bad) == ("unsupported_scheme" if is_gs else "unreadable_file")
     assert isinstance(bad, CoverError) and bad.detail.startswith(f"{cover}: ")
     assert shown(good) == b"AAA"
+
+
+@pytest.mark.parametrize(
+    "scheme", ["gs", "gcs", "az", "abfs", "abfss", "hdfs", "ftp", "hf", "ipfs", "GS", "x-y+z.1"]
+)
+def test_cover_with_an_unsupported_scheme(scheme: str) -> None:
+    (outcome,) = outcomes({"album_id": "x", "cover": f"{scheme}://user:hidden@bucket/x.jpg"})
+    assert isinstance(outcome, CoverError)
+    assert outcome.reason == "unsupported_scheme"
+    assert f"{scheme.lower()}:// cannot be read" in outcome.detail
+    assert "hidden" not in outcome.detail
+
+
+def test_cover_that_is_no_regular_file_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for cover, kind in (
+        (str(tmp_path / "pipe"), "a pipe"),
+        (str(tmp_path / "link"), "a pipe"),
+        ("/dev/zero", "a device"),
+        (str(tmp_path), "a folder"),
+    ):
+        (outcome,) = outcomes({"album_id": "x", "cover": cover})
+        assert isinstance(outcome, CoverError)
+        assert outcome.reason == "unreadable_file"
+        assert f"it is {kind}, not a regular file" in outcome.detail
+
+
+def test_file_uri_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "a b#c.jpg").write_bytes(b"AAA")
+    covers = [
+        f"file://{tmp_path}/a%20b%23c.jpg",
+        f"file://localhost{tmp_path}/a b#c.jpg",
+        f"FILE:{tmp_path}/a%20b%23c.jpg",
+        "file://elsewhere/a.jpg",
+        f"file://{tmp_path}/missing.jpg",
+    ]
+    found = outcomes(*({"album_id": str(n), "cover": c} for n, c in enumerate(covers)))
+    assert list(map(shown, found)) == [*[b"AAA"] * 3, "unreadable_file", "missing_file"]
+
+
+def test_data_uri_is_a_cover_and_never_copied(tmp_path: Path) -> None:
+    catalog_file = tmp_path / "c.csv"
+    bad = "data:image/jpeg;base64," + "*" * 20_000
+    lines = ['a,"data:image/jpeg;base64,QUFB"', 'b,"DATA:,BBB"', f'c,"{bad}"']
+    catalog_file.write_text("\n".join(["album_id,cover", *lines]))
+    plan = ingest.plan(read_catalog(str(catalog_file), CatalogSettings()).table)
+    *good, rejected = load(plan)
+    assert list(map(shown, good)) == [b"AAA", b"BBB"]
+    assert isinstance(rejected, CoverError)
+    assert rejected.reason == "unreadable_file" and len(rejected.detail) < 200
+    assert ingest.local_cover(plan) is None
+
+
+@pytest.mark.parametrize("place", ["folder", "s3"])
+def test_windows_separators_are_tried_as_slashes(place: str, tmp_path: Path, s3: str) -> None:
+    base = str(tmp_path) if place == "folder" else f"{s3}/windows"
+    for name in ("covers/1.jpg", "covers/2\\.jpg", "3\\x.jpg", "3/x.jpg"):
+        storage.put(f"{base}/{name}", name.encode())
+    wanted = {
+        r"covers\1.jpg": b"covers/1.jpg",
+        r".\covers\1.jpg": b"covers/1.jpg",
+        r"covers/2\.jpg": rb"covers/2\.jpg",
+        r"3\x.jpg": rb"3\x.jpg",  # literally, before anything else
+        r"covers\missing.jpg": "missing_file",
+    }
+    found = outcomes(*({"album_id": c, "cover": f"{base}/{c}"} for c in wanted))
+    assert list(map(shown, found)) == list(wanted.values())
+
+
+@pytest.mark.parametrize("cover", [r"C:\x\y.jpg", "C:/x/y.jpg", r"\\server\share\y.jpg"])
+def test_absolute_windows_path_is_told(cover: str, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text(f"album_id,cover\na,{cover}\n")
+    plan = ingest.plan(read_catalog(str(tmp_path / "c.csv"), CatalogSettings()).table)
+    (outcome,) = load(plan)
+    assert isinstance(outcome, CoverError)
+    assert outcome.reason == "missing_file" and "Windows path" in outcome.detail
+
+
+def test_local_and_web_covers_of_a_table_are_known() -> None:
+    def table(*covers: str | None) -> pa.Table:
+        return catalog(*({"album_id": "x", "cover": cover} for cover in covers))
+
+    elsewhere = ["s3://b/k", "http://h/x", "data:,x", "gs://b/x", None]
+    assert ingest.local_cover(table(*elsewhere)) is None
+    for cover in ("/x", "file:///x", "file:/x"):
+        assert ingest.local_cover(table(*elsewhere, cover)) == cover
+    assert ingest.web_schemes(table("/x", None)) == []
+    assert ingest.web_schemes(table("HTTPS://h/x", "/http://x")) == ["https"]
+    assert ingest.web_schemes(table("https://h/x", "http://h/x")) == ["http", "https"]
 
 
 def test_outcomes_come_in_the_order_of_rows(tmp_path: Path) -> None:

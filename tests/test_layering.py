@@ -34,7 +34,7 @@ LAYERS = (
     | {"progress", "s3"},
     # one idea each, with errors of their own
     {"covers", "embedded_ray", "genres", "metrics", "registry", "sample", "splits", "storage"}
-    | {"submit"},
+    | {"proxies", "submit"},
     # files, settings and networks
     {"catalog_files", "checkpoints", "config", "decoding", "fetch", "genre_map"}
     | {"models", "runtime", "shards"}

@@ -469,7 +469,8 @@ def test_other_schemes_are_refused(uri: str) -> None:
         lambda uri: storage.put_if_absent(uri, b""),
     ):
         text = fails(lambda action=action: action(uri), uri)  # type: ignore[misc]
-        assert text == f"{uri}: no storage for {scheme}://; use a local path or s3://"
+        advice = "download it first, and " if scheme == "http" else ""
+        assert text == f"{uri}: no storage for {scheme}://; {advice}use a local path or s3://"
 
 
 @pytest.mark.parametrize(
@@ -525,22 +526,98 @@ def test_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("~/x", "/home/me/x"),
         ("file:///a/b", "/a/b"),
         ("file:///a%20b", "/a b"),
+        ("file:/a/b", "/a/b"),
+        ("file://localhost/a/b", "/a/b"),
+        ("FILE:///a#b?c;d.jpg", "/a#b?c;d.jpg"),
+        ("S3://bucket/A/", "s3://bucket/A"),
+        ("s3a://bucket/a", "s3://bucket/a"),
+        ("s3n://bucket/a", "s3://bucket/a"),
+        ("HTTPS://host/A", "https://host/A"),
         ("s3://bucket/a/", "s3://bucket/a"),
         ("s3://bucket", "s3://bucket"),
         ("gs://bucket/a", "gs://bucket/a"),
     ):
         assert storage.absolute(uri) == expected
         assert storage.absolute(expected) == expected
-    for uri in ("s3://", "s3:///", "s3:/bucket/a", "s3:"):
+    for uri in ("s3://", "s3:///", "s3:/bucket/a", "s3:", "S3A://"):
         with pytest.raises(StorageError, match=f"{uri}: names no bucket"):
             storage.absolute(uri)
 
 
 def test_is_uri() -> None:
-    assert [storage.is_uri(text) for text in ("s3://b/k", "file:///x", "/a", "a:b", "a//b")] == [
-        *(True, True),
-        *(False, False, False),
-    ]
+    uris = ("s3://b/k", "file:///x", "S3A://b/k", "gs://b/k", "svn+ssh://x")
+    assert all(map(storage.is_uri, uris))
+    assert not any(map(storage.is_uri, ("/a", "a:b", "a//b", "/a/b://c", "C://x/y", "C:/x")))
+
+
+@pytest.mark.parametrize(
+    ("uri", "scheme"),
+    [
+        *(("/a", ""), ("a", ""), ("C:/x", ""), ("file:x", ""), ("data:,x", "")),
+        *(("file:///x", "file"), ("FILE:/x", "file"), ("gs://b/k", "gs"), ("HTTP://x", "http")),
+        *(("s3://b/k", "s3"), ("S3://b/k", "s3"), ("s3a://b/k", "s3"), ("s3n://b/k", "s3")),
+    ],
+)
+def test_scheme(uri: str, scheme: str) -> None:
+    assert storage.scheme(uri) == scheme
+
+
+@pytest.mark.parametrize("uri", ["file://host/a", "file://a.jpg", "file://"])
+def test_file_uri_of_another_host_is_refused(uri: str) -> None:
+    fails(lambda: storage.read_bytes(uri), uri)
+
+
+@pytest.mark.parametrize("scheme", ["S3", "s3a", "s3n"])
+def test_other_names_of_s3_are_the_same_place(scheme: str, s3: str) -> None:
+    storage.put(f"{s3}/named/x", b"there")
+    uri = s3.replace("s3", scheme, 1) + "/named"
+    assert storage.read_bytes(f"{uri}/x") == b"there"
+    assert storage.list_files(uri) == [f"{s3}/named/x"]
+    assert storage.is_folder(uri) and storage.size(f"{uri}/x") == 5
+
+
+# Special files
+
+
+def special_files(folder: Path) -> dict[str, str]:
+    """Path -> what it is, of files that are not regular ones."""
+    os.mkfifo(folder / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "socket"))
+    (folder / "link").symlink_to(folder / "pipe")
+    kinds = {"pipe": "a pipe", "link": "a pipe", "socket": "a socket"}
+    return {str(folder / name): kind for name, kind in kinds.items()} | {
+        "/dev/zero": "a device",
+        str(folder): "a folder",
+    }
+
+
+def test_only_regular_files_are_opened(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("f")
+    monkeypatch.chdir(folder)  # the path of a socket must be short
+    for path, kind in special_files(folder).items():
+        for action in (storage.open_input, storage.read_bytes, storage.read_json):
+            text = fails(lambda action=action, path=path: action(path), path)  # type: ignore[misc]
+            assert f"it is {kind}, not a regular file" in text
+        if kind != "a folder":
+            text = fails(lambda path=path: storage.size(path), path)  # type: ignore[misc]
+            assert f"it is {kind}, not a regular file" in text
+    (folder / "file").write_bytes(b"there")
+    (folder / "good-link").symlink_to("file")
+    assert storage.read_bytes(str(folder / "good-link")) == b"there"
+
+
+def test_pipe_of_a_shell_is_refused() -> None:
+    """What `<(...)` is."""
+    read_end, write_end = os.pipe()
+    try:
+        text = fails(lambda: storage.size(f"/dev/fd/{read_end}"), f"/dev/fd/{read_end}")
+        assert "it is a pipe, not a regular file; write what it gives to a file" in text
+    finally:
+        os.close(read_end)
+        os.close(write_end)
 
 
 def test_what_put_json_writes_is_plain_json(tmp_path: Path) -> None:
