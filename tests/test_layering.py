@@ -30,7 +30,7 @@ LAYERS = (
     | {"progress", "report", "s3"},
     # one idea each, with errors of their own
     {"covers", "genres", "registry", "runtime", "sample", "splits", "storage", "submit"}
-    | {"parquet"},
+    | {"parquet", "settings_file"},
     # files, settings and networks
     {"catalog_files", "checkpoints", "config", "decoding", "doctor", "fetch", "genre_map"}
     | {"models", "shards"}
