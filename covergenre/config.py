@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from covergenre.errors import ConfigError, did_you_mean
 from covergenre.registry import MODELS, model_spec
@@ -44,6 +44,15 @@ class StageConfig(BaseModel):
     shared_filesystem: bool = Field(
         False, description="all machines of the cluster see the local paths that are given"
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_not_blank(cls, value: Any, info: ValidationInfo) -> Any:
+        """Columns and numbers of workers; other settings have limits of their own."""
+        is_checked = info.field_name == "workers" or str(info.field_name).endswith("_column")
+        if is_checked and isinstance(value, str) and not value.strip():
+            raise ValueError("is empty")
+        return value
 
     def fingerprint(self) -> str:
         """sha256 over all settings that can change the result.

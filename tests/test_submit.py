@@ -51,6 +51,21 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://127.0.0.1:99999", "http://127.0.0.1:99999: is no Ray dashboard"),
+        ("http://", "no Ray dashboard"),
+        ("127.0.0.1:8265", "--address 127.0.0.1:8265: give the dashboard's"),
+        ("ray://127.0.0.1:10001", "give the dashboard's"),
+    ],
+)
+def test_an_address_that_is_none_is_one_line(address: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        submit.run_job(["x"], address=address, wait=True, working_dir=str(tmp_path))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
 # A dashboard that fails for the moment
 
 
