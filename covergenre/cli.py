@@ -208,8 +208,15 @@ def _own_commands() -> dict[str, click.Command]:
 
     def not_empty(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
         if value == "":
-            raise ConfigError("--address: is empty; give the dashboard's, as http://HEAD:8265")
+            raise ConfigError(f"{parameter.opts[0]}: is empty; give {examples[parameter.opts[0]]}")
         return value
+
+    examples = {
+        "--address": "the dashboard's, as http://HEAD:8265",
+        "--out": "a folder",
+        "--storage": "a folder or s3://BUCKET/PREFIX",
+        "--working-dir": "covergenre's folder",
+    }
 
     address = option(
         "--address",
@@ -222,7 +229,13 @@ def _own_commands() -> dict[str, click.Command]:
         "sample": command(
             sample,
             "Write a catalog of drawn covers, to try things on.",
-            option("--out", required=True, metavar="DIR", help="Folder to write, new or empty."),
+            option(
+                "--out",
+                required=True,
+                metavar="DIR",
+                callback=not_empty,
+                help="Folder to write, new or empty.",
+            ),
             option("--albums", type=click.IntRange(min=1), default=600, show_default=True),
             seed,
         ),
@@ -246,6 +259,7 @@ def _own_commands() -> dict[str, click.Command]:
                     default=".",
                     show_default=True,
                     metavar="DIR",
+                    callback=not_empty,
                     help="covergenre's folder; it is sent to the cluster.",
                 ),
             )
@@ -259,13 +273,24 @@ def _own_commands() -> dict[str, click.Command]:
                 callback=not_empty,
                 help="The dashboard's, to look from a job  [default: RAY_ADDRESS, or from here]",
             ),
-            option("--storage", metavar="URI", help="A place to write to, read and delete again."),
+            option(
+                "--storage",
+                metavar="URI",
+                callback=not_empty,
+                help="A place to write to, read and delete again.",
+            ),
             option("--workers", type=click.IntRange(min=1), help="Could so many be placed?"),
         ),
         "demo": command(
             demo,
             "Do the whole job on a drawn sample, in minutes.",
-            option("--out", default="covergenre-demo", show_default=True, metavar="DIR"),
+            option(
+                "--out",
+                default="covergenre-demo",
+                show_default=True,
+                metavar="DIR",
+                callback=not_empty,
+            ),
             _verbose_option(),
         ),
     }

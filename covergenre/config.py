@@ -46,6 +46,15 @@ class StageConfig(BaseModel):
         False, description="all machines of the cluster see the local paths that are given"
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_not_blank(cls, value: Any, info: ValidationInfo) -> Any:
+        """Columns and numbers of workers; other settings have limits of their own."""
+        is_checked = info.field_name == "workers" or str(info.field_name).endswith("_column")
+        if is_checked and isinstance(value, str) and not value.strip():
+            raise ValueError("is empty")
+        return value
+
     def fingerprint(self) -> str:
         """sha256 over all settings that can change the result.
 
@@ -356,43 +365,29 @@ def parse(stage: type[Stage], flags: Mapping[str, Any], file: str | None = None)
     """Settings from a YAML file and from flags; a flag wins. Raises ConfigError in one line."""
     if file == "":
         raise ConfigError("--config: is empty; name a file")
-    values = _read_yaml(file) if file is not None else {}
+    values, lines = _read_file(file) if file is not None else ({}, {})
     for key in values:
         if key not in stage.model_fields:
-            raise ConfigError(f"{file}: no setting {key!r}{did_you_mean(key, stage.model_fields)}")
+            near = did_you_mean(key, stage.model_fields)
+            raise ConfigError(f"{file} line {lines[key]}: no setting {key!r}{near}")
+    places = {name: f"{file} line {line}: {name}" for name, line in lines.items()}
     try:
         return stage.model_validate(values | dict(flags))
     except ValidationError as error:
-        raise ConfigError(_one_line(error, stage, flags, file)) from error
+        # A flag overrides the file, and so it is the flag that is wrong.
+        raise ConfigError(_one_line(error, stage, places | dict.fromkeys(flags))) from error
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
-    import yaml
-
+def _read_file(file: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The file's settings, and the line of each."""
     from covergenre import storage
+    from covergenre.settings_file import read_settings
 
-    try:
-        values = yaml.safe_load(storage.read_bytes(file))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2020-13-45 is no date
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where else ""
-        raise ConfigError(f"{file}{line}: not valid YAML") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: expected settings as `name: value` lines")
-    settings: dict[str, Any] = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name in settings:
-            raise ConfigError(f"{file}: {name} is set twice, with - and with _")
-        settings[name] = value
-    return settings
+    return read_settings(storage.read_bytes(file), file)
 
 
-def _one_line(
-    error: ValidationError, stage: type[Stage], flags: Mapping[str, Any], file: str | None
-) -> str:
+def _one_line(error: ValidationError, stage: type[Stage], places: Mapping[str, str | None]) -> str:
+    """places: setting -> where in a file it is set; None or absent: by a flag."""
     first = error.errors()[0]
     name = str(first["loc"][0])
     field = stage.model_fields[name]
@@ -400,7 +395,7 @@ def _one_line(
     shown = name.upper() if is_argument else flag(name)
     if first["type"] == "missing" and first["loc"] == (name,):
         return f"{shown} is missing"
-    where = shown if name in flags or file is None else f"{file}: {name}"
+    where = places.get(name) or shown
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         message = "too few values"

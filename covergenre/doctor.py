@@ -6,18 +6,20 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-from covergenre import __version__, runtime, storage
+from covergenre import __version__, environment, runtime, storage
 from covergenre.autoscaling import most
-from covergenre.errors import ConfigError, CovergenreError, StorageError
+from covergenre.errors import ConfigError, StorageError, essential_line
 from covergenre.messages import plural
 
 _PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "pillow")
 _LEAST_SHM_BYTES = 2 * 2**30
 _LEAST_DISK_BYTES = 10 * 2**30
+_NODE_TIMEOUT_SECONDS = 120
 
 Finding = tuple[str, str]
 """(what was looked at and seen, what to do; empty where it is well)"""
@@ -32,6 +34,11 @@ def doctor(address: str | None, storage_uri: str | None, workers: int | None) ->
     if address := address or runtime.dashboard():
         from covergenre.submit import run_job
 
+        if not Path("covergenre", "__main__.py").is_file():
+            raise ConfigError(
+                "doctor --address: sends the current folder, which has no covergenre/__main__.py;"
+                " be in covergenre's folder"
+            )
         arguments = ["python", "-m", "covergenre", "doctor"]
         arguments += ["--storage", storage_uri] if storage_uri else []
         arguments += ["--workers", str(workers)] if workers else []
@@ -49,30 +56,18 @@ def _findings(storage_uri: str | None, workers: int | None) -> Iterator[Finding]
         yield _of_storage("driver", storage_trouble(storage_uri), storage_uri)
     try:
         runtime.start_ray()
-    except CovergenreError as error:
-        yield "cluster", str(error)
+    except Exception as error:  # whatever keeps Ray from starting is a finding
+        yield "cluster", essential_line(str(error) or type(error).__name__)
         return
     import ray
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = look(None)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     token = "with" if is_token_auth_enabled() else "without"
     size = f"{plural(most('CPU'), 'CPU')}, {plural(most('GPU'), 'GPU')} at most"
     yield f"cluster: {plural(len(nodes), 'machine')} now, {size}, {token} a token", ""
-    task = ray.remote(num_cpus=0, max_retries=0)(look)
-    asked = {
-        node["NodeManagerHostname"]: task.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(storage_uri)
-        for node in nodes
-    }
-    for name, answer in asked.items():
-        try:
-            yield from _of_node(name, ray.get(answer, timeout=120), here, storage_uri)
-        except Exception as error:  # whatever a node does is a finding
-            yield f"{name}: no answer", str(error).strip().splitlines()[-1]
+    yield from _of_nodes(nodes, here, storage_uri)
     try:
         placed = runtime.place_workers(workers, "auto", 0.5)
     except ConfigError as error:
@@ -80,6 +75,36 @@ def _findings(storage_uri: str | None, workers: int | None) -> Iterator[Finding]
     else:
         kind = "GPU" if placed.use_gpu else "CPU"
         yield f"workers: {plural(placed.count, f'{kind} worker')} can be placed", ""
+
+
+def _of_nodes(
+    nodes: list[dict[str, Any]], here: dict[str, Any], storage_uri: str | None
+) -> Iterator[Finding]:
+    """What a worker on each node finds: first whether covergenre can be imported there at all."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def on_every_node(function: Callable[..., Any], *args: object) -> list[Any]:
+        task = ray.remote(num_cpus=0, max_retries=0)(function)
+        places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        return [task.options(scheduling_strategy=place).remote(*args) for place in places]
+
+    # By value: by reference, the worker would import covergenre to know the function.
+    ray.cloudpickle.register_pickle_by_value(environment)
+    checks = on_every_node(environment.missing_requirements)
+    ray.cloudpickle.unregister_pickle_by_value(environment)
+    answers = on_every_node(look, storage_uri)
+    for node, check, answer in zip(nodes, checks, answers, strict=True):
+        name = node["NodeManagerHostname"]
+        try:
+            if advice := ray.get(check, timeout=_NODE_TIMEOUT_SECONDS):
+                yield f"{name}: packages", advice
+                continue
+            found = ray.get(answer, timeout=_NODE_TIMEOUT_SECONDS)
+        except Exception as error:  # whatever a node does is a finding
+            yield f"{name}: no answer", essential_line(str(error) or type(error).__name__)
+        else:
+            yield from _of_node(name, found, here, storage_uri)
 
 
 def _of_node(

@@ -14,8 +14,12 @@ CovergenreError
 └── LedgerError          exit code 1: the counts of a finished job do not add up
 """
 
+import re
+import textwrap
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_LONGEST_LINE = 400
 
 
 class CovergenreError(Exception):
@@ -79,3 +83,23 @@ def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; valid: {', '.join(names)}" if names else ""
+
+
+def essential_line(text: str) -> str:
+    """One line of a long message, as Ray's are: what failed (its first line) and why (its last).
+
+    A traceback, which stands between them, is left out.
+    """
+    lines = [_TERMINAL_CODES.sub("", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if any(map(str.isalnum, line))]
+    if not lines:
+        return "no reason was given"
+    first, last = lines[0], lines[-1]
+    if len(lines) > 1:
+        before = _TRACEBACK.split(first)[0].rstrip(" .:")
+        last = f"{before}: {last}" if before else last
+    return textwrap.shorten(last, _LONGEST_LINE, placeholder=" ...")
+
+
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
+_TRACEBACK = re.compile(r"Traceback \(most recent|Full traceback:|^ray::")

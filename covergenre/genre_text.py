@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-MISSING_VALUES = ("nan", "None", "null", "NA", "N/A", "<NA>", "#N/A")
+MISSING_VALUES = ("nan", "none", "null", "na", "n/a", "<na>", "#n/a")
 """What pandas and others write for a missing value. Upper and lower case are the same."""
 
 BRACKETS = frozenset("[]{}")

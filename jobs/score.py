@@ -2,7 +2,7 @@
 
 import sys
 
-from covergenre.cli import main
+from covergenre.__main__ import main
 
 if __name__ == "__main__":
     main(["score", *sys.argv[1:]])

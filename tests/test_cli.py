@@ -134,8 +134,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, bool]]:
         ("train d --out o --epochs 99999999999", "--epochs: '99999999999': "),
         ("score m c --out o --covers=", "--covers: '': "),
         ("doctor --address=", "--address: is empty; give the dashboard's"),
-        ("doctor --address http://127.0.0.1:99999", "http://127.0.0.1:99999: is no Ray dashboard"),
+        ("doctor --address http://127.0.0.1:8265", "be in covergenre's folder"),
         ("submit train d --out o --config /dev/null", "--config /dev/null: the job sees"),
+        ("doctor --storage=", "--storage: is empty; give a folder or s3://BUCKET/PREFIX"),
+        ("doctor --workers 0", "'--workers'"),
+        ("demo --out=", "--out: is empty; give a folder"),
+        ("sample --out=", "--out: is empty; give a folder"),
+        ("submit train d --out o --working-dir=", "--working-dir: is empty; give covergenre's"),
+        ("train d --out o --workers=", "--workers: '': is empty"),
+        ("prepare c --out o --id-column=", "--id-column: '': is empty"),
         ("sample", "'--out'"),
         ("sample --out o --albums 0", "'--albums'"),
         ("sample --out o --albums few", "'--albums'"),
@@ -290,6 +297,7 @@ def test_every_setting_can_be_given_as_a_flag(stage: str, run: Run, calls: list[
     examples = {
         "split_fractions": "0.5,0.3,0.2",
         "genres": "Rock, Jazz,,Soul",
+        "missing_values": "nan, -",
         "freeze": "2",
         "model": "tiny",
         "min_share": "0.25",
@@ -307,6 +315,7 @@ def test_every_setting_can_be_given_as_a_flag(stage: str, run: Run, calls: list[
     expected: dict[str, Any] = {
         "split_fractions": (0.5, 0.3, 0.2),
         "genres": ("Rock", "Jazz", "Soul"),
+        "missing_values": ("nan", "-"),
     }
     for name, field in STAGES[stage].model_fields.items():
         if field.json_schema_extra or name == "out":

@@ -135,7 +135,7 @@ def test_a_mistake_names_the_flag_or_the_file(
     in_yaml = list(value) if isinstance(value, tuple) else value
     file = written(tmp_path, f"{name}: {in_yaml!r}\n")
     text = refused(stage, NEEDED[stage], file, part)
-    assert text.startswith(f"{file}: {name}: ")
+    assert text.startswith(f"{file} line 1: {name}: ")
     # with both, the flag counts, and is what is named
     text = refused(stage, {**NEEDED[stage], name: value}, file, part)
     assert text.startswith(f"{flag(name)}: ")
@@ -149,7 +149,7 @@ def test_more_workers_than_albums_in_a_step_are_refused(
     text = refused(TrainConfig, {**TRAIN, "workers": workers, "batch_size": size}, None, part)
     assert text.startswith(f"--workers: '{workers}': ")
     file = written(tmp_path, f"workers: '{workers}'\nbatch_size: {size}\n")
-    assert refused(TrainConfig, TRAIN, file, part).startswith(f"{file}: workers: ")
+    assert refused(TrainConfig, TRAIN, file, part).startswith(f"{file} line 1: workers: ")
     refused(TrainConfig, {**TRAIN, "batch_size": size}, written(tmp_path, "workers: '9'"), part)
 
 
@@ -201,6 +201,26 @@ def test_what_yaml_makes_of_plain_words_is_understood(tmp_path: Path) -> None:
     assert prepared.split_fractions == (0.6, 0.2, 0.2)
 
 
+def test_a_value_in_a_file_is_the_text_that_is_written(tmp_path: Path) -> None:
+    # YAML 1.1 reads these as 128, a date, 8, true, 1.1, false and an octal number.
+    text = "workers: 2:8\nout: 2020-01-01\nweights: 010\nfreeze: 4\n"
+    settings = parse(TrainConfig, {"dataset": "d"}, written(tmp_path, text))
+    assert (settings.workers, settings.out) == ("2:8", "2020-01-01")
+    assert (settings.weights, settings.freeze) == ("010", "4")
+    text = "id_column: on\ntitle_column: 1.10\ngenres: [No, 1_980, 0o7]\nkeep_original: 'no'\n"
+    prepared = parse(PrepareConfig, PREPARE, written(tmp_path, text))
+    assert (prepared.id_column, prepared.title_column) == ("on", "1.10")
+    assert prepared.genres == ("No", "1_980", "0o7")
+    assert not prepared.keep_original
+    assert parse(PrepareConfig, PREPARE, written(tmp_path, "genres: No\n")).genres == ("No",)
+
+
+def test_merge_keys_and_anchors_of_yaml_work_in_a_file(tmp_path: Path) -> None:
+    text = "<<: {epochs: 3, batch-size: &n 8}\nbatch_size: 16\nseed: *n\n"
+    settings = parse(TrainConfig, TRAIN, written(tmp_path, text))
+    assert (settings.epochs, settings.batch_size, settings.seed) == (3, 16, 8)
+
+
 @pytest.mark.parametrize("text", ["", "# nothing set\n", "---\n", "{}"])
 def test_an_empty_file_sets_nothing(text: str, tmp_path: Path) -> None:
     assert parse(TrainConfig, TRAIN, written(tmp_path, text)) == parse(TrainConfig, TRAIN)
@@ -210,10 +230,16 @@ def test_an_empty_file_sets_nothing(text: str, tmp_path: Path) -> None:
     ("text", "part"),
     [
         ("epochs: 3\nbatch_size: [1\n", "not valid YAML"),
-        ("epochs: 3\n\tbatch_size: 1\n", "line 2: not valid YAML"),
+        ("epochs: 3\n\tbatch_size: 1\n", "line 2: not valid YAML: has a tab; use spaces"),
+        ("epochs:\t3\n", "line 1: not valid YAML: has a tab; use spaces"),
+        ("out: a: b\n", "line 1: not valid YAML: mapping values are not allowed here"),
+        ("epochs: 3\n---\nepochs: 4\n", "line 2: not valid YAML"),
+        ("[" * 5000, "nested too deeply"),
         (b"epochs: \xff\xfe\n", "not valid YAML"),
         (b"\x00\x01", "not valid YAML"),
-        ("seed: 2020-13-45\n", "not valid YAML"),
+        ("seed: 2020-13-45\n", "line 1: seed: '2020-13-45': input should be a valid integer"),
+        ("seed: !!binary AAAA\n", "not valid YAML"),
+        ("seed: !!int x\n", "line 1: seed: 'x': input should be a valid integer"),
         ("seed: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
         ("? [a]\n: 1\n", "not valid YAML"),
         ("- epochs\n- 3\n", "expected settings as `name: value` lines"),
@@ -224,9 +250,26 @@ def test_an_empty_file_sets_nothing(text: str, tmp_path: Path) -> None:
         ("learning-rat: 3\n", "did you mean 'learning_rate'?"),
         ("zzz: 3\n", "no setting 'zzz'; valid: "),
         ("1: 3\n", "no setting '1'"),
-        ("batch_size: 1\nbatch-size: 2\n", "batch_size is set twice"),
+        (
+            "batch_size: 1\n\nbatch-size: 2\n",
+            "line 3: batch-size is set twice, first in line 1 as batch_size",
+        ),
+        ("epochs: 1\nseed: 2\nepochs: 1\n", "line 3: epochs is set twice, first in line 1"),
+        ("{epochs: 1, 'epochs': 2}", "line 1: epochs is set twice"),
+        ("<<: {epochs: 1, epochs: 2}\nseed: 1\n", "line 1: epochs is set twice"),
+        ("<<: {epochs: 1}\n<<: {seed: 2}\n", "line 2: << is set twice"),
+        ("epochs: {a: 1, a: 2}\n", "line 1: a is set twice"),
+        ("epochs: [{a: 1, a: 2}]\n", "line 1: a is set twice"),
+        ("seed: 1\nepochs: [[3]]\n", "line 2: epochs: expected a value or a list of values"),
         ("epochs: [3]\n", "epochs: '3': input should be a valid integer"),
-        ("epochs: {a: 3}\n", "epochs: "),
+        ("epochs: {a: 3}\n", "line 1: epochs: expected a value or a list of values"),
+        ("epochs: true\n", "line 1: epochs: 'true': input should be a valid integer"),
+        ("epochs: 1e1\n", "line 1: epochs: '1e1': input should be a valid integer"),
+        ("epochs: 0x10\n", "line 1: epochs: '0x10': input should be a valid integer"),
+        ("epochs: 1:30\n", "line 1: epochs: '1:30': input should be a valid integer"),
+        ("learning_rate: 1:30\n", "line 1: learning_rate: '1:30': input should be a valid number"),
+        ("resume: 1.0\n", "line 1: resume: '1.0': input should be a valid boolean"),
+        ("workers: 1e1\n", "line 1: workers: '1e1': give a number, or MIN:MAX"),
         ("out: null\n", "out: None: "),
     ],
 )
@@ -239,7 +282,7 @@ def test_a_bad_file_is_told_by_name(text: str | bytes, part: str, tmp_path: Path
 def test_a_setting_of_another_stage_is_told(tmp_path: Path) -> None:
     file = written(tmp_path, "top_genres: 3\n")
     assert parse(PrepareConfig, PREPARE, file).top_genres == 3
-    assert refused(TrainConfig, TRAIN, file).startswith(f"{file}: no setting 'top_genres'")
+    assert refused(TrainConfig, TRAIN, file).startswith(f"{file} line 1: no setting 'top_genres'")
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:

@@ -7,7 +7,14 @@ from inspect import getmembers, isclass
 import pytest
 
 from covergenre import errors
-from covergenre.errors import CovergenreError, LedgerError, RejectedError, UserError, did_you_mean
+from covergenre.errors import (
+    CovergenreError,
+    LedgerError,
+    RejectedError,
+    UserError,
+    did_you_mean,
+    essential_line,
+)
 
 ERRORS = [e for _, e in getmembers(errors, isclass) if issubclass(e, CovergenreError)]
 
@@ -48,3 +55,24 @@ def test_a_lost_row_is_no_mistake_of_the_users() -> None:
 def test_did_you_mean(wrong: str, valid: list[str], said: str) -> None:
     assert did_you_mean(wrong, valid) == said
     assert did_you_mean(wrong, iter(valid)) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("one line.", "one line."),
+        (
+            "what failed.\nTraceback (most recent call last):\n  File x\nOSError: why\n\n",
+            "what failed: OSError: why",
+        ),
+        ("Traceback (most recent call last):\n  File x\nOSError: why\n.", "OSError: why"),
+        ("\x1b[36mray::f()\x1b[39m (pid=1)\n  File x\nOSError: why", "OSError: why"),
+        ("\n \n", "no reason was given"),
+    ],
+)
+def test_the_essential_line_says_what_failed_and_why(text: str, line: str) -> None:
+    assert essential_line(text) == line
+
+
+def test_the_essential_line_is_not_long() -> None:
+    assert len(essential_line("word " * 1000)) <= 400
