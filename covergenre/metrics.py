@@ -147,7 +147,7 @@ def chance_warning(metrics: Mapping[str, Any], split: str) -> str:
     )
 
 
-def base_rate_loss(positives: NDArray[np.int64], albums: int) -> float:
+def base_rate_loss(positives: Sequence[int] | NDArray[Any], albums: int) -> float:
     """Binary cross-entropy of always predicting each genre's share of the albums.
 
     positives: albums that have each genre, of `albums`. The mean over genres of the entropy of

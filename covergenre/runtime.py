@@ -28,6 +28,7 @@ PIPELINE_BYTES = 384 * 2**20
 """What one Ray Data pipeline may hold in the object store before its readers wait."""
 
 _CONNECT_SECONDS = 10
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # RFC 9113, 3.4
 _START_ATTEMPTS = 3
 """Of an embedded Ray: its processes have 15 s to start, which no setting of Ray's changes."""
 _MOST_UNASKED = 64
@@ -289,7 +290,12 @@ def _check_address(address: str) -> None:
         )
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                # What gRPC answers to; Ray itself would wait for minutes on a port that is mute.
+                connection.sendall(_HTTP2_PREFACE)
+                if not connection.recv(1):
+                    raise ConnectionError
     except (OSError, ValueError, OverflowError) as error:
         raise _no_cluster(address) from error
 

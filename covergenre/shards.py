@@ -8,7 +8,6 @@ DATASET/manifest.json              counts, sizes, hashes, settings, versions; wr
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,13 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from covergenre import parquet, schema, storage
 from covergenre.errors import DatasetError
 from covergenre.genres import Genres
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROW_GROUP_ROWS = 256
 """Also the rows that one task of evaluate or score reads."""
 ROW_GROUP_BYTES = 48 * 2**20
@@ -30,7 +28,6 @@ ROW_GROUP_BYTES = 48 * 2**20
 _LARGE_GROUP_BYTES = 64 * 2**20
 _BUFFER_BYTES = 8 * 2**20
 _STREAMED_ROWS = 64
-_READ_THREADS = 16
 TABLE_GROUP_ROWS = 8192
 """Of a table without covers: a plan, labels. A task reads a part of a plan, not all of it."""
 
@@ -64,6 +61,11 @@ class Manifest:
     def shard_uris(self, split: str) -> list[str]:
         """Where the shards of `split` are, in order."""
         return [storage.join(self.uri, shard.path) for shard in self.shards[split]]
+
+    def genre_counts(self, split: str) -> list[int]:
+        """Albums of `split` that have each genre, in the order of `genres`."""
+        by_split = self.counts["genres_by_split"]
+        return [by_split[genre][split] for genre in self.genres.names]
 
     def require(self, split: str) -> None:
         """Raises DatasetError where `split` has no album."""
@@ -171,23 +173,6 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """All rows of the Parquet file `uri`."""
     with storage.open_input(uri) as file, storage.named(uri, "read as Parquet"):
         return parquet.opened(file).read(columns=columns)
-
-
-def genre_counts(manifest: Manifest, split: str) -> NDArray[np.int64]:
-    """Albums of `split` that have each genre, in the order of the manifest's genres.
-
-    Reads the genres column of every shard, and no cover.
-    """
-
-    def count(uri: str) -> NDArray[np.int64]:
-        albums = read_table(uri, ["genres"])["genres"].to_pylist()
-        counts: NDArray[np.int64] = manifest.genres.multi_hot(albums).sum(axis=0, dtype=np.int64)
-        return counts
-
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        shards = list(pool.map(count, manifest.shard_uris(split)))
-    total: NDArray[np.int64] = np.sum(shards, axis=0)
-    return total
 
 
 @lru_cache(maxsize=16)

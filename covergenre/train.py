@@ -39,7 +39,7 @@ from covergenre.messages import plural
 from covergenre.metrics import base_rate_loss, chance_warning, dev_metrics, macro_over
 from covergenre.model_card import model_card
 from covergenre.progress import Progress, say
-from covergenre.shards import Manifest, genre_counts, read_manifest
+from covergenre.shards import Manifest, read_manifest
 
 if TYPE_CHECKING:
     from covergenre.training import Job
@@ -267,7 +267,7 @@ def _fit(
         config=config,
         manifest=manifest,
         preprocessing=preprocessing,
-        baseline_loss=base_rate_loss(genre_counts(manifest, "train"), manifest.rows("train")),
+        baseline_loss=base_rate_loss(manifest.genre_counts("train"), manifest.rows("train")),
         workers=workers,
         trunk=[ray.put(trunk)] if trunk is not None else None,
         checkpoints=folder,

@@ -301,6 +301,7 @@ def test_every_setting_can_be_given_as_a_flag(stage: str, run: Run, calls: list[
         "freeze": "2",
         "model": "tiny",
         "min_share": "0.25",
+        "max_rejected": "0.25",
         "learning_rate": "1e-5",
         "weights": "none",
         "l2": "0.5",

@@ -13,7 +13,7 @@ from covergenre.cli import main
 from covergenre.config import TrainConfig
 from covergenre.errors import TrainingDivergedError
 from covergenre.metrics import base_rate_loss
-from covergenre.shards import genre_counts, read_manifest
+from covergenre.shards import read_manifest
 from covergenre.train import train
 from covergenre.training import _Worker, largest_loss
 
@@ -148,7 +148,7 @@ def test_far_too_high_a_learning_rate_fails_in_one_line_without_a_model(
     assert said.out == "" and "Traceback" not in said.err
     line = said.err.splitlines()[-1]
     manifest = read_manifest(str(dataset))
-    baseline = base_rate_loss(genre_counts(manifest, "train"), manifest.rows("train"))
+    baseline = base_rate_loss(manifest.genre_counts("train"), manifest.rows("train"))
     assert "training diverged: " in line
     assert f"has a loss of {baseline:.3g} (limit {10 * baseline:.3g})" in line
     assert "the learning rate is 1000; there is no checkpoint yet; lower --learning-rate" in line

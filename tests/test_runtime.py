@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -246,3 +247,19 @@ def test_a_cluster_that_refuses_this_process_is_one_line(monkeypatch: pytest.Mon
     with pytest.raises(ConfigError) as caught:
         runtime._connect("head:6379", verbose=False)
     assert str(caught.value) == "RAY_ADDRESS head:6379: Version mismatch: the cluster has Ray 2.9"
+
+
+def test_an_address_that_accepts_and_never_answers_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runtime, "_CONNECT_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"RAY_ADDRESS {address}: no Ray cluster answers"):
+            runtime._check_address(address)
+
+
+def test_the_address_of_a_running_cluster_is_accepted(local_ray: None) -> None:
+    import ray
+
+    runtime._check_address(ray.get_runtime_context().gcs_address)
