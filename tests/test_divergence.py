@@ -155,36 +155,40 @@ def test_far_too_high_a_learning_rate_fails_in_one_line_without_a_model(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dev_loss_that_diverges_alone_fails_without_a_model(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As batch norm can make it, with its running statistics: scores are 0 or 1, logits tell."""
+def scale_dev_logits(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Have every worker of a training run multiply the logits of the dev split."""
 
-    def with_large_dev_logits(settings: dict[str, Any]) -> None:
+    def scaled_loop(settings: dict[str, Any]) -> None:
         from covergenre import predict, training
 
         of = predict.Predictor.logits_of
 
-        def large(self: Any, images_BCHW: torch.Tensor) -> torch.Tensor:
-            return 1e6 * of(self, images_BCHW)
+        def scaled(self: Any, images_BCHW: torch.Tensor) -> torch.Tensor:
+            return factor * of(self, images_BCHW)
 
-        predict.Predictor.logits_of = large  # type: ignore[method-assign]
+        predict.Predictor.logits_of = scaled  # type: ignore[method-assign]
         training.training_loop(settings)
 
-    monkeypatch.setattr("covergenre.training.training_loop", with_large_dev_logits)
+    monkeypatch.setattr("covergenre.training.training_loop", scaled_loop)
+
+
+def test_dev_loss_that_diverges_alone_fails_without_a_model(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As batch norm can make it, with its running statistics: scores are 0 or 1, logits tell."""
+    scale_dev_logits(monkeypatch, 1e6)
     config = TrainConfig(dataset=str(dataset), out=str(tmp_path / "m"), model="tiny", epochs=1)
     with pytest.raises(TrainingDivergedError, match=r"the dev loss after epoch 1 is \S+e\+0"):
         train(config)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_model_that_has_learned_nothing_says_so_in_its_summary_and_its_card(
-    dataset: Path, tmp_path: Path
+def test_model_that_scores_all_covers_alike_says_so_in_its_summary_and_its_card(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    scale_dev_logits(monkeypatch, 0.0)
     out = tmp_path / "m"
-    config = TrainConfig(
-        dataset=str(dataset), out=str(out), model="tiny", max_steps=1, learning_rate=1e-12, epochs=1
-    )
+    config = TrainConfig(dataset=str(dataset), out=str(out), model="tiny", max_steps=1, epochs=1)
     trained = train(config)
     record = json.loads((out / "metrics.json").read_text())
     manifest = read_manifest(str(dataset))
