@@ -10,14 +10,17 @@ import sys
 
 PYTHON = (3, 11)
 PACKAGES = {
+    "backports-zstd": ("backports.zstd", "1.0"),
     "boto3": ("boto3", "1.36"),
+    "brotli": ("brotli", "1.2"),
     "click": ("click", "8.2"),
+    "idna": ("idna", "3.7"),
     "matplotlib": ("matplotlib", "3.8"),
     "numpy": ("numpy", "1.26"),
     "pandas": ("pandas", "2.2"),
     "pillow": ("PIL", "11.3"),
     "psutil": ("psutil", "5.9"),
-    "pyarrow": ("pyarrow", "19.0"),
+    "pyarrow": ("pyarrow", "21.0"),
     "pydantic": ("pydantic", "2.7"),
     "pyyaml": ("yaml", "6.0"),
     "ray": ("ray", "2.60"),
@@ -29,10 +32,15 @@ PACKAGES = {
     "urllib3": ("urllib3", "2.2"),
 }
 """Package -> (module, oldest version), as pyproject.toml says; a test compares them."""
+USED_BY_SOME = ("backports-zstd", "boto3", "brotli")
+"""Imported where they are used, and a job may do without: one that has no data on S3, say."""
 
 
-def missing_requirements() -> str:
-    """One line on what this Python lacks, where, and how to fix it; empty if it lacks nothing."""
+def missing_requirements(ignored: "tuple[str, ...]" = ()) -> str:
+    """One line on what this Python lacks, where, and how to fix it; empty if it lacks nothing.
+
+    ignored: packages that it may lack.
+    """
     here = f"this machine ({platform.node()}, Python {platform.python_version()}"
     here += f" at {sys.executable})"
     if sys.version_info[:2] < PYTHON:
@@ -42,7 +50,9 @@ def missing_requirements() -> str:
     missing: list[str] = []
     old: list[str] = []
     for package, (module, oldest) in PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
+        if package in ignored:
+            continue
+        if not _is_found(module):
             missing.append(package)
             continue
         try:
@@ -64,6 +74,13 @@ def missing_requirements() -> str:
     )
 
 
+def _is_found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is in
+        return False
+
+
 def _numbers(version: str) -> "tuple[int, ...]":
     """2.15.0+cpu -> (2, 15, 0)"""
     numbers: list[int] = []
@@ -77,7 +94,7 @@ def _numbers(version: str) -> "tuple[int, ...]":
 
 def check_environment() -> None:
     """End the process with one line and exit code 2 where covergenre cannot run."""
-    line = missing_requirements()
+    line = missing_requirements(ignored=USED_BY_SOME)
     if line:
         print(f"covergenre: {line}", file=sys.stderr)
         sys.exit(2)

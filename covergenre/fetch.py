@@ -17,10 +17,8 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from urllib.parse import quote_from_bytes, unquote, unquote_to_bytes, urljoin
 
-import brotli
 import idna
 import urllib3
-from backports import zstd
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, LocationValueError, ProxyError, SSLError
 from urllib3.util import Url, parse_url
@@ -358,7 +356,7 @@ def _decoded(url: str, response: urllib3.BaseHTTPResponse, data: bytes) -> bytes
             data = _DECODERS[coding](data, MAX_BYTES)
         except _TooLongError as error:
             raise _too_large(url) from error
-        except (EOFError, zlib.error, brotli.error, zstd.ZstdError) as error:
+        except (EOFError, zlib.error) as error:
             raise CoverError(
                 "unreadable_file", f"{redacted(url)}: its Content-Encoding is {coding}, it is not"
             ) from error
@@ -367,6 +365,9 @@ def _decoded(url: str, response: urllib3.BaseHTTPResponse, data: bytes) -> bytes
 
 class _TooLongError(Exception):
     """More than the limit comes out of a decoder."""
+
+
+# These raise EOFError or zlib.error where the data is not what it is said to be.
 
 
 def _gunzip(data: bytes, limit: int) -> bytes:
@@ -394,19 +395,29 @@ def _inflate(data: bytes, limit: int) -> bytes:
 
 
 def _unbrotli(data: bytes, limit: int) -> bytes:
+    import brotli
+
     stream = brotli.Decompressor()
-    found = bytearray(stream.process(data, output_buffer_limit=limit + 1))
-    while len(found) <= limit and not stream.can_accept_more_data():
-        found += stream.process(b"", output_buffer_limit=limit + 1)
+    try:
+        found = bytearray(stream.process(data, output_buffer_limit=limit + 1))
+        while len(found) <= limit and not stream.can_accept_more_data():
+            found += stream.process(b"", output_buffer_limit=limit + 1)
+    except brotli.error as error:
+        raise EOFError from error
     _check_ended(len(found), limit, stream.is_finished())
     return bytes(found)
 
 
 def _unzstd(data: bytes, limit: int) -> bytes:
+    from backports import zstd
+
     found = bytearray()
     while data:  # a file may have several frames
         frame = zstd.ZstdDecompressor()
-        found += frame.decompress(data, limit + 1 - len(found))
+        try:
+            found += frame.decompress(data, limit + 1 - len(found))
+        except zstd.ZstdError as error:
+            raise EOFError from error
         _check_ended(len(found), limit, frame.eof)
         data = frame.unused_data
     return bytes(found)
