@@ -283,7 +283,7 @@ def _delimited_parts(
                 is_too_long = "straddl" in str(error)  # a row that does not fit two blocks
                 if is_too_long and block_bytes < _ROW_BYTES:
                     continue
-                _check_delimited(uri, kind)  # says the line, which Arrow does not know
+                _check_delimited(uri, kind, names)  # says the line, which Arrow does not know
                 if is_too_long:
                     raise CatalogError(
                         f"{uri}: a row is longer than {_ROW_BYTES >> 20} MiB"
@@ -292,7 +292,7 @@ def _delimited_parts(
     # A quote that is opened and not closed makes Arrow swallow the lines up to the next one, in
     # silence. Only a value of several lines can hide that, and such a file is looked at closely.
     if counter is not None and counter.lines > rows + 1:
-        records = _check_delimited(uri, kind)
+        records = _check_delimited(uri, kind, names)
         if records != rows:
             raise CatalogError(f"{uri}: {records:,} rows are there, {rows:,} were read")
 
@@ -343,20 +343,26 @@ class _LineCounter:
         return data
 
 
-def _check_delimited(uri: str, kind: str) -> int:
-    """Rows below the header, read slowly and strictly. Raises CatalogError naming a bad line."""
+def _check_delimited(uri: str, kind: str, names: Sequence[str]) -> int:
+    """Rows below the header, read slowly and strictly. Raises CatalogError naming a bad line.
+
+    names: columns whose values have to be UTF-8.
+    """
     records = width = 0
+    used: list[int] = []
     start = 1
     with _opened(uri, kind) as stream, _csv_rows(uri, stream, kind) as rows:
         try:
             for row in rows:
                 if row:
-                    width = width or len(row)
+                    if not width:
+                        width = len(row)
+                        used = [at for at, name in enumerate(row) if name in names]
                     if len(row) != width:
                         raise CatalogError(
                             f"{uri}, line {start}: {len(row)} columns, the header has {width}"
                         )
-                    "".join(row).encode()
+                    "".join([row[at] for at in used]).encode()
                     records += 1
                 start = rows.line_num + 1
         except UnicodeEncodeError as error:
@@ -407,7 +413,7 @@ def _jsonl_parts(
         for number, line in enumerate(_lines(uri, io.BufferedReader(stream, 1 << 20)), 1):
             if line.isspace():
                 continue
-            record = _json_object(uri, number, line, is_first=not source.columns)
+            record = _json_object(uri, number, line, wanted, is_first=not source.columns)
             source.columns.update(record)
             for name, values in cells.items():
                 value = record.get(name)
@@ -428,9 +434,13 @@ def _jsonl_parts(
 _JSON_TYPES = {list: "lists", dict: "objects", bool: "true and false"}
 
 
-def _json_object(uri: str, number: int, line: bytes, *, is_first: bool) -> dict[str, Any]:
+def _json_object(
+    uri: str, number: int, line: bytes, wanted: Collection[str], *, is_first: bool
+) -> dict[str, Any]:
+    """The object on a line. Only the values of `wanted` have to be valid text."""
     try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        # surrogateescape: bytes that are no UTF-8 may be in values that nobody wants.
+        text = line.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
         if is_first and re.match(r"\s*\[\s*(\{|\Z)", text):
             raise CatalogError(
                 f"{uri}: one JSON array; JSON Lines are expected, one object on each line:"
@@ -442,14 +452,20 @@ def _json_object(uri: str, number: int, line: bytes, *, is_first: bool) -> dict[
                 " object on each line: jq -c . FILE > FILE.jsonl"
             )
         record = json.loads(text, object_pairs_hook=_unique_keys)
-        if b"\\ud" in line.lower():
-            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except UnicodeDecodeError as error:
-        raise _not_utf8(uri, number) from error
     except (ValueError, RecursionError) as error:
         raise CatalogError(f"{uri}, line {number}: not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise CatalogError(f"{uri}, line {number}: no JSON object; one on each line is expected")
+    if not text.isascii() or "\\ud" in text.lower():
+        for name in wanted:
+            try:
+                json.dumps(record.get(name), ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                if any("\udc80" <= character <= "\udcff" for character in text):
+                    raise _not_utf8(uri, number) from error
+                raise CatalogError(
+                    f"{uri}, line {number}: not valid JSON: {name!r} holds half of a surrogate pair"
+                ) from error
     return record
 
 
@@ -545,6 +561,7 @@ def _parquet_parts(
     columns = [*names, *([path_column] if path_column else [])]
     with _opened(uri, "parquet") as stream, parquet.opened(stream) as file:
         for batch in file.iter_batches(_CHUNK_ROWS, columns=columns):
+            batch.validate(full=True)  # a writer may have put other bytes than UTF-8 into text
             table = pa.Table.from_batches([batch])
             for name in uuids:
                 texts = [v and str(UUID(bytes=v)) for v in table[name].to_pylist()]

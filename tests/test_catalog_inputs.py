@@ -414,3 +414,21 @@ def test_a_line_without_an_end_takes_no_memory(
     monkeypatch.setattr(catalog_files, "_ROW_BYTES", 2**20)
     for name in ("x.csv", "x.jsonl"):
         assert "line 1: longer than 1 MiB" in error_of(write(name, b"x" * (3 * 2**20)))
+
+
+def test_text_that_is_not_used_need_not_be_utf8(write: Write) -> None:
+    for body in (b"1,a,\xf6\n", b'1,a,\xf6\n2,"b\n",x\n'):
+        path = write("x.csv", b"album_id,cover,notes\n" + body)
+        assert column(read(path), "album_id")[0] == "1"
+        path = write("y.csv", b"album_id,cover,title\n" + body)
+        assert "y.csv, line 2: not UTF-8" in error_of(path)
+    path = write("x.jsonl", b'{"album_id": 1, "cover": "a", "notes": "\xf6\\ud800"}\n')
+    assert column(read(path), "album_id") == ["1"]
+    path = write("y.jsonl", b'{"album_id": 1, "cover": "a", "title": "\xf6"}\n')
+    assert "y.jsonl, line 1: not UTF-8" in error_of(path)
+
+
+def test_bytes_that_are_no_utf8_in_a_text_column_of_parquet_are_one_line(tmp_path: Path) -> None:
+    ids = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())
+    path = parquet(tmp_path / "x.parquet", {"album_id": ids, "cover": ["a"]})
+    assert "x.parquet: not readable as parquet" in error_of(path)
