@@ -350,7 +350,8 @@ class ScoreConfig(CatalogSettings):
         ge=0,
         le=1,
         description="share of the rows (without duplicates) that may be rejected: with more the"
-        " job fails at its end, with exit code 3  [default: fail only if all are]",
+        " job fails at its end, with exit code 3  [default: it fails if all are, unless each cover"
+        " was read and is not an image]",
     )
     batch_size: Positive = Field(64, description="covers in a forward pass")
     workers: Positive | None = Field(None, description=_WORKERS)

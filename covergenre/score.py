@@ -67,6 +67,8 @@ class Labelled:
                 f"  rejected ({share:.1%}), with reasons, in {self.uri}/rejected:"
                 f" {schema.counted_reasons(led['reasons'])}"
             )
+        if led["rejected"] and not led["scored"]:
+            lines.append("  warning: nothing was labelled: every row was rejected")
         return "\n".join([*lines, *schema.reason_warnings(led["reasons"])])
 
 
@@ -98,9 +100,15 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
 
 
 def _check_rejected(out: str, ledger: dict[str, Any], limit: float | None) -> None:
-    """Raises RejectedError where more rows were rejected than `limit`; None: where all were."""
+    """Raises RejectedError where more rows were rejected than `limit`.
+
+    limit: a share; None: fewer than all. Covers that were read, and not one of which is an image,
+    are no error then: neither the paths nor the access to them are at fault.
+    """
     rejected, tried = ledger["rejected"], ledger["rows"] - ledger["duplicates"]
     if rejected <= (limit * tried if limit is not None else tried - 1):
+        return
+    if limit is None and set(ledger["reasons"]) == {"not_an_image"}:
         return
     storage.delete_file(storage.join(out, _SUCCESS))  # of a command with a higher limit
     over = "all of them" if limit is None else f"over --max-rejected {limit:g}"

@@ -512,6 +512,11 @@ def test_a_catalog_of_which_every_row_is_rejected_is_an_error_unless_allowed(
         score(config)
     done = score(config.model_copy(update={"max_rejected": 1.0}))
     assert done.ledger["scored"] == 0 and (tmp_path / "out" / "_SUCCESS").exists()
+    assert "warning: nothing was labelled" in done.account()
+    (tmp_path / "page.jpg").write_text("<html>")
+    catalog.write_text("album_id,cover\na,page.jpg\n")
+    done = score(config.model_copy(update={"out": str(tmp_path / "no images")}))
+    assert done.ledger["reasons"] == {"not_an_image": 1}
 
 
 def test_scoring_a_dataset_scores_all_its_splits(
