@@ -512,8 +512,7 @@ def _number_text(uri: str, number: int, name: str, value: object) -> str | None:
         raise CatalogError(f"{uri}, line {number}: {name!r} is neither text nor a number")
     if _is_nan(value):
         return None
-    is_whole = isinstance(value, float) and value.is_integer()
-    return str(int(value)) if is_whole else str(value)  # type: ignore[call-overload]
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def read_parquet(

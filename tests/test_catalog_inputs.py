@@ -36,17 +36,6 @@ def error_of(path: Path | str, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
-    def put(name: str, content: str | bytes) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return put
-
-
 Write = Callable[[str, str | bytes], Path]
 
 
