@@ -111,7 +111,8 @@ def lab() -> Iterator[Lab]:
         exports = script("ceph_s3.sh", "up", STORE, **ceph).removeprefix("export ").split()
         home = folder / "home"
         environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
+            # Without what this process set for its own embedded Ray, the token above all.
+            **{n: v for n, v in os.environ.items() if not n.startswith(("AWS_", "RAY_"))},
             **dict(pair.split("=", 1) for pair in exports),
             "HOME": str(home),
             "RAY_AUTH_MODE": "token",
