@@ -10,7 +10,7 @@ _DATA = re.compile(r"\A\s*(data:[^,]{0,60})", re.IGNORECASE)
 def redacted(uri: str) -> str:
     """`uri` as it may be shown and kept: without a user and password, or what a query holds.
 
-    A path stays as it is. Of a data: URI only the beginning is left, and how long it is; of
+    A path is not changed. Of a data: URI only the beginning and its length are left; of
     anything too long to be a URL or a path too.
     """
     if match := _DATA.match(uri):

@@ -41,7 +41,7 @@ _CHUNK_BYTES = 1 << 16
 _WORTH_TRYING_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 _DENIED = (401, 403, 451)
 _NOT_CODED = frozenset({"", "identity", "none", "binary", "utf-8", "aws-chunked"})
-"""Content-Encoding of a body that is sent as it is: none, and what servers write there by mistake
+"""Content-Encoding of a body that is not encoded: none, and what servers write there by mistake
 (S3 keeps aws-chunked, which was the encoding of the upload)."""
 _URL = re.compile(
     r"(https?)://(?:([^/?#\\]*)@)?(\[[^]]*\]|[^/?#\\:@]*)([^/?#\\]*)(.*)", re.I | re.S

@@ -45,7 +45,7 @@ class Source:
     allow_private: bool = False
     """Whether http covers may be asked for in private networks."""
     contact: str | None = None
-    """What the hosts of http covers are told of who asks."""
+    """URL or mail address for the User-Agent header of http requests."""
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ class _Image:
         )
 
     def _blocks(self, name: int) -> tuple[int, int]:
-        """Of a component in a scan of its own: how many across and down."""
+        """Blocks across and down in a scan of this component alone."""
         component = self._components[name]
         return (
             _ceil(self._width * component.wide, 8 * self._wide),

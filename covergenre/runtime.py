@@ -102,7 +102,7 @@ def _connect(address: str, verbose: bool) -> None:
 
 
 def _embed(verbose: bool) -> None:
-    """Raises RayStartError with the cause and the place of Ray's logs."""
+    """Raises RayStartError with the cause and the path of Ray's logs."""
     import psutil
 
     global _embedded_directory

@@ -309,7 +309,7 @@ def _is_unreachable(error: BaseException) -> bool:
 
 def _is_temporary_answer(response: Any) -> bool:
     """Whether the same request may succeed later."""
-    # The dashboard passes a refusal of its agent on as an error of its own.
+    # The dashboard reports its agent's refusal as an HTTP 500.
     return response.status_code in _RETRYABLE_STATUS and not re.search(
         r"status code 4\d\d", response.text
     )

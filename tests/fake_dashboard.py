@@ -1,4 +1,4 @@
-"""A Ray dashboard's HTTP interface for jobs, which fails as often as it is told to."""
+"""A Ray dashboard's HTTP interface for jobs, which fails a given number of times."""
 
 import base64
 import hashlib
