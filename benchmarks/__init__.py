@@ -5,10 +5,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from covergenre.bundle import write_bundle
-from covergenre.covers import Preprocessing
+from covergenre.data.genres import Genres
+from covergenre.data.image_decoding import Preprocessing
 from covergenre.errors import CovergenreError
-from covergenre.genres import Genres
+from covergenre.models.bundle import write_bundle
 
 
 def told(main: Callable[[], None]) -> None:
@@ -24,7 +24,7 @@ def untrained_model(out: Path | str) -> str:
     """Write a small MODEL of random weights, for where what it says does not matter; its place."""
     from safetensors.torch import save
 
-    from covergenre.models import build_model
+    from covergenre.models.networks import build_model
 
     genres = Genres(("Ambient", "Jazz", "Rock"))
     bundle = write_bundle(

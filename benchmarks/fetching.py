@@ -14,9 +14,11 @@ import uuid
 import pyarrow as pa
 
 from benchmarks import told
-from covergenre import ingest, schema, storage
-from covergenre.demo import make_sample
-from covergenre.ingest import Cover, Source
+from covergenre import schema
+from covergenre.data import covers
+from covergenre.data.covers import Cover, Source
+from covergenre.demo.run import make_sample
+from covergenre.io import storage
 
 IN_FLIGHT = (1, 8, 32)
 
@@ -30,9 +32,9 @@ def main() -> None:
     folder = storage.join(storage.absolute(args.place), f"fetching-{uuid.uuid4().hex}")
     try:
         make_sample(folder, args.covers, 0)
-        covers = storage.list_files(storage.join(folder, "covers"))
-        records = [{"row": n, "album_id": uri, "cover": uri} for n, uri in enumerate(covers)]
-        plan = ingest.plan(pa.Table.from_pylist(records, schema=schema.CATALOG))
+        uris = storage.list_files(storage.join(folder, "covers"))
+        records = [{"row": n, "album_id": uri, "cover": uri} for n, uri in enumerate(uris)]
+        plan = covers.plan(pa.Table.from_pylist(records, schema=schema.CATALOG))
         rates = {n: _rate(plan, n) for n in (8, *IN_FLIGHT)}  # the first run warms up
         sizes = storage.list_sizes(storage.join(folder, "covers")).values()
     finally:
@@ -41,12 +43,12 @@ def main() -> None:
         str(n): {"a_second": round(rates[n], 1), "ratio": round(rates[n] / rates[1], 2)}
         for n in IN_FLIGHT
     }
-    print(json.dumps({"covers": len(covers), "mean_bytes": sum(sizes) // len(covers), **shown}))
+    print(json.dumps({"covers": len(uris), "mean_bytes": sum(sizes) // len(uris), **shown}))
 
 
 def _rate(plan: pa.Table, in_flight: int) -> float:
     began = time.perf_counter()
-    for _, outcomes in ingest.load(plan, Source(fetches=in_flight), plan.num_rows):
+    for _, outcomes in covers.load(plan, Source(fetches=in_flight), plan.num_rows):
         if not all(isinstance(outcome, Cover) for outcome in outcomes):
             raise SystemExit("not every cover came; the rate would mean nothing")
     return int(plan.num_rows) / (time.perf_counter() - began)

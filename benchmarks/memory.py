@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from benchmarks import told, untrained_model
-from covergenre.sample import write_sample
+from covergenre.demo.sample import write_sample
 
 _COVERS = 50
 _SAMPLE_SECONDS = 0.1

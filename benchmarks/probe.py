@@ -18,14 +18,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks import told
-from covergenre.covers import Preprocessing, decode
+from covergenre.data.dataset import Manifest, read_manifest, read_table
+from covergenre.data.image_decoding import Preprocessing, decode
+from covergenre.inference import normalise, to_unit
 from covergenre.metrics import multilabel_metrics
-from covergenre.models import build_model
-from covergenre.predict import normalise, to_unit
+from covergenre.models.networks import build_model
+from covergenre.models.pretrained import load_trunk_weights
 from covergenre.progress import Progress, say
 from covergenre.registry import MODELS
-from covergenre.shards import Manifest, read_manifest, read_table
-from covergenre.weights import load_trunk_weights
 
 Arrays = tuple[NDArray[np.float32], NDArray[np.float32]]
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import told
-from covergenre.bundle import load_model, read_bundle
 from covergenre.config import PrepareConfig
-from covergenre.covers import decode, pack
-from covergenre.predict import Predictor, to_device
-from covergenre.sample import write_sample
+from covergenre.data.image_decoding import decode, pack
+from covergenre.demo.sample import write_sample
+from covergenre.inference import Predictor, to_device
+from covergenre.models.bundle import load_model, read_bundle
 
 
 def main() -> None:

@@ -19,7 +19,10 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks import told
-from covergenre import schema, score, shards, storage
+from covergenre import schema
+from covergenre.data import dataset
+from covergenre.io import storage
+from covergenre.stages import score
 
 _ROWS = 1024
 
@@ -72,7 +75,7 @@ def _unit() -> pa.Buffer:
         *[pa.array(["0" * 16] * _ROWS)] * 2,
     ]
     table = pa.table(columns, schema=schema.labels(names))
-    return shards.to_parquet(table, {"covergenre": json.dumps({"scored": _ROWS})})
+    return dataset.to_parquet(table, {"covergenre": json.dumps({"scored": _ROWS})})
 
 
 if __name__ == "__main__":

@@ -23,18 +23,20 @@ import torch
 from torch import nn
 
 from benchmarks import told
-from covergenre import autoscaling, models, storage
+from covergenre.cluster import autoscaling
+from covergenre.cluster.ray_runtime import start_ray
 from covergenre.config import PrepareConfig, ScoreConfig, TrainConfig
-from covergenre.covers import Preprocessing
-from covergenre.predict import Predictor, autocast, normalise, to_device, to_unit
-from covergenre.prepare import prepare
+from covergenre.data.image_decoding import Preprocessing
+from covergenre.demo.sample import GENRES, write_sample
+from covergenre.inference import Predictor, autocast, normalise, to_device, to_unit
+from covergenre.io import storage
+from covergenre.models import networks
 from covergenre.progress import say
 from covergenre.registry import MODELS
-from covergenre.runtime import start_ray
-from covergenre.sample import GENRES, write_sample
-from covergenre.score import score
-from covergenre.train import train
-from covergenre.training import BETAS, EPSILON
+from covergenre.stages.prepare import prepare
+from covergenre.stages.score import score
+from covergenre.stages.train import train
+from covergenre.training.worker import BETAS, EPSILON
 
 
 def _rate(rows: int, run: Callable[[], object], seconds: float) -> float:
@@ -57,8 +59,8 @@ def bare_rates(
 ) -> tuple[float, float]:
     """(forward, training) images a second of the model alone, pixels already on the device."""
     spec = Preprocessing()
-    model = to_device(models.build_model(name, len(GENRES), seed=0), device)
-    models.freeze(model, MODELS[name].freeze)
+    model = to_device(networks.build_model(name, len(GENRES), seed=0), device)
+    networks.freeze(model, MODELS[name].freeze)
     rng = np.random.default_rng(0)
 
     def pixels(n: int) -> torch.Tensor:
@@ -73,7 +75,7 @@ def bare_rates(
     optimizer = torch.optim.Adam(
         [p for p in model.parameters() if p.requires_grad], betas=BETAS, eps=EPSILON, fused=True
     )
-    models.training_mode(model, freeze_batch_norm=False, rows=train_batch)
+    networks.training_mode(model, freeze_batch_norm=False, rows=train_batch)
 
     def step() -> None:
         with autocast(device, precision):

@@ -13,7 +13,7 @@ if __name__ == "__main__" and sys.path and sys.path[0] in ("", os.getcwd()):
     if os.path.samefile(first or ".", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))):
         sys.path.append(first)
 
-from covergenre.environment import check_environment
+from covergenre.dependencies import check_environment
 
 
 def main(args: "list[str] | None" = None) -> None:

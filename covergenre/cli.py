@@ -106,15 +106,15 @@ def _stage_command(name: str) -> click.Command:
 
     def run(verbose: bool, **given: Any) -> None:
         settings = _settings(stage, given)
-        from covergenre.runtime import dashboard
+        from covergenre.cluster.ray_runtime import dashboard
 
         if address := dashboard():
-            from covergenre.submit import submit
+            from covergenre.cluster.jobs import submit
 
             arguments = click.get_current_context().meta[_ARGUMENTS]
             file = given["config"]
             sys.exit(submit(name, arguments, file, address=address, wait=True, working_dir="."))
-        run_stage = getattr(import_module(f"covergenre.{name}"), name)
+        run_stage = getattr(import_module(f"covergenre.stages.{name}"), name)
         click.echo(run_stage(settings, verbose=verbose).account())
 
     return _Stage(name, callback=run, params=params, help=about, short_help=about)
@@ -164,24 +164,24 @@ def _own_commands() -> dict[str, click.Command]:
         return click.Option(list(names), **settings)
 
     def sample(out: str, albums: int, seed: int) -> None:
-        from covergenre.demo import make_sample
+        from covergenre.demo.run import make_sample
 
         click.echo(make_sample(out, albums, seed))
 
     def summary(model: str, genres: int, freeze: str | None) -> None:
-        from covergenre.summary import layer_table
+        from covergenre.models.summary import layer_table
 
         click.echo(layer_table(model, genres, freeze))
 
     def demo(out: str, verbose: bool) -> None:
-        from covergenre.demo import run_demo
+        from covergenre.demo.run import run_demo
 
         run_demo(out, verbose=verbose)
 
     def submit(
         stage: str, arguments: tuple[str, ...], address: str | None, wait: bool, working_dir: str
     ) -> None:
-        from covergenre.submit import submit as submit_stage
+        from covergenre.cluster.jobs import submit as submit_stage
 
         if stage not in _STAGES:
             raise ConfigError(f"no stage {stage!r}{did_you_mean(stage, _STAGES)}")
@@ -197,7 +197,7 @@ def _own_commands() -> dict[str, click.Command]:
         sys.exit(code)
 
     def doctor(address: str | None, storage: str | None, workers: int | None) -> None:
-        from covergenre.doctor import doctor as look
+        from covergenre.cluster.doctor import doctor as look
 
         sys.exit(look(address, storage, workers))
 
@@ -317,7 +317,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except CovergenreError as error:
         _end(str(error).replace("\n", " "), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        from covergenre.runtime import end_now
+        from covergenre.cluster.ray_runtime import end_now
 
         click.echo("covergenre: interrupted", err=True)
         end_now(130)

@@ -71,7 +71,7 @@ class StageConfig(BaseModel):
 
     def saved(self) -> dict[str, Any]:
         """All settings, as they are kept beside a result: without the secret of an address."""
-        from covergenre.addresses import redacted
+        from covergenre.io.urls import redacted
 
         values = self.model_dump(mode="json")
         return {name: redacted(v) if isinstance(v, str) else v for name, v in values.items()}
@@ -381,8 +381,8 @@ def parse(stage: type[Stage], flags: Mapping[str, Any], file: str | None = None)
 
 def _read_file(file: str) -> tuple[dict[str, Any], dict[str, int]]:
     """The file's settings, and the line of each."""
-    from covergenre import storage
-    from covergenre.settings_file import read_settings
+    from covergenre.config_file import read_settings
+    from covergenre.io import storage
 
     return read_settings(storage.read_bytes(file), file)
 

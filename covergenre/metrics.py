@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from covergenre.messages import plural, shortened
+from covergenre.formatting import plural, shortened
 
 _ONE_SIDED_5_PERCENT = 1.645
 """Standard errors above chance that a macro ROC AUC without skill exceeds one time in twenty."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from flaky_proxy import FlakyProxy
 
-from covergenre.sample import write_sample
+from covergenre.demo.sample import write_sample
 
 # As covergenre does before it imports ray; here a test may import ray first.
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
@@ -27,7 +27,7 @@ def s3() -> Iterator[str]:
     """A bucket of a real S3 server: moto's, or with COVERGENRE_TEST_S3 the one AWS_* names."""
     import boto3
 
-    from covergenre.s3 import forget
+    from covergenre.io.s3 import forget
 
     bucket = f"covergenre-{uuid.uuid4().hex[:12]}"
     with contextlib.ExitStack() as stack:
@@ -65,7 +65,7 @@ def flaky_s3(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Fl
     This process, and others that it starts, go through the proxy; Ray that runs already does not.
     Here a stall is ended soon: what waits and how often is what is tested, not how long.
     """
-    from covergenre import s3 as store
+    from covergenre.io import s3 as store
 
     with FlakyProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -97,7 +97,7 @@ def local_ray(s3: str) -> Iterator[None]:
     """
     import ray
 
-    from covergenre.runtime import start_ray
+    from covergenre.cluster.ray_runtime import start_ray
 
     start_ray()
     yield
@@ -116,7 +116,7 @@ def dataset(drawn: Path, local_ray: None, tmp_path_factory: pytest.TempPathFacto
     """Those, prepared: 121 albums to train with, in shards far smaller than the splits, so that
     steps straddle them. To be read, not changed."""
     from covergenre.config import PrepareConfig
-    from covergenre.prepare import prepare
+    from covergenre.stages.prepare import prepare
 
     out = tmp_path_factory.mktemp("prepared") / "dataset"
     prepare(PrepareConfig(catalog=str(drawn), out=str(out), shard_rows=20, min_share=0.0))

@@ -1,0 +1,1 @@
+"""Ray: start or join it, place workers, submit jobs, check a cluster."""

@@ -1,0 +1,215 @@
+"""The temporary directory and the settings of a Ray that runs inside this process.
+
+Nothing of it depends on HOME, TMPDIR or the current directory, and nothing of it uses the network
+beyond this machine.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from covergenre.errors import ConfigError
+
+_PREFIX = "cg-"
+_RANDOM_CHARACTERS = 8
+"""That mkdtemp appends to the prefix."""
+_SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
+"""The longest path of a Unix domain socket."""
+_SOCKET_NAME = "/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""The longest path below the directory; the number is a process id."""
+MAX_BASE_BYTES = (
+    _SOCKET_PATH_BYTES - len(_SOCKET_NAME) - len("/") - len(_PREFIX) - _RANDOM_CHARACTERS
+)
+_MIN_FREE_BYTES = 32 * 2**20
+_LOCK, _TOKEN, _CODE, _RAY = "lock", "auth_token", "code", "r"
+_UNLOCKED_SECONDS = 3600.0
+"""Age at which a directory without a lock file is a leftover."""
+
+
+class EmbeddedRayDirectory:
+    """A temporary directory of one embedded Ray: logs, sockets, token; mode 0700.
+
+    A lock on one of its files, which the kernel releases when this process ends in whatever way,
+    tells other runs that it is in use. Directories of killed runs are removed by the next run of
+    the same user in the same base directory.
+    """
+
+    def __init__(self) -> None:
+        """Raises ConfigError where no base directory is short enough, writable and has space."""
+        problems = []
+        for base in _base_directories():
+            try:
+                self._create(base)
+            except OSError as error:
+                problems.append(f"{base}: {error.strerror or error}")
+            else:
+                break
+        else:
+            raise ConfigError(
+                f"Ray finds no directory for temporary files ({'; '.join(problems)}); set"
+                f" RAY_TMPDIR to a writable directory whose path has at most {MAX_BASE_BYTES} bytes"
+            )
+        atexit.register(self.remove)
+        _remove_leftovers(self.path.parent)
+
+    def _create(self, base: str) -> None:
+        if len(os.fsencode(base)) > MAX_BASE_BYTES:
+            raise OSError(f"its path is longer than {MAX_BASE_BYTES} bytes")
+        if (free := shutil.disk_usage(base).free) < _MIN_FREE_BYTES:
+            raise OSError(f"only {free / 2**20:.0f} MiB are free")
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+        try:
+            self.token.touch(mode=0o600)
+            self.token.write_text(secrets.token_hex(32))
+            # The package alone: what lies beside it must not hide what workers import.
+            self.code.mkdir()
+            package = Path(__file__).resolve().parents[1]
+            (self.code / package.name).symlink_to(package)
+            # Renamed once it is locked: nobody ever finds it unlocked while this process lives.
+            unlocked = self.path / "unlocked"
+            self._lock = unlocked.open("w")
+            with contextlib.suppress(OSError):  # a file system without locks: never cleaned up
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                unlocked.rename(self.path / _LOCK)
+        except OSError:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+    @property
+    def token(self) -> Path:
+        """File of the token that this Ray's processes authenticate with."""
+        return self.path / _TOKEN
+
+    @property
+    def code(self) -> Path:
+        """Directory for the workers' import path: holds this package and nothing else."""
+        return self.path / _CODE
+
+    @property
+    def ray(self) -> Path:
+        """Ray's own temporary directory; Ray lets everybody write to it, unlike the one above."""
+        return self.path / _RAY
+
+    @property
+    def logs(self) -> Path:
+        """Where Ray writes its logs."""
+        return self.ray / "session_latest" / "logs"
+
+    def keep(self) -> None:
+        """Do not remove it at exit: an error message names the logs. The next run removes it."""
+        atexit.unregister(self.remove)
+
+    def remove(self) -> None:
+        """Stop the Ray that uses it, if any, and remove it. May be called again."""
+        if ray := sys.modules.get("ray"):
+            ray.shutdown()
+        self.delete()
+
+    def delete(self) -> None:
+        """Remove the files only; Ray has ended or is killed."""
+        atexit.unregister(self.remove)
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+def _base_directories() -> list[str]:
+    named = (os.environ.get(name) for name in ("RAY_TMPDIR", "TMPDIR"))
+    found = [os.path.abspath(name) for name in named if name]
+    return list(dict.fromkeys([*found, "/tmp", "/var/tmp", "/dev/shm"]))
+
+
+def _remove_leftovers(base: Path) -> None:
+    """Remove the directories of this user's runs that were killed."""
+    with contextlib.suppress(OSError):
+        for path in base.glob(f"{_PREFIX}*"):
+            found = path.lstat()
+            if (
+                found.st_uid == os.geteuid()
+                and stat.S_ISDIR(found.st_mode)
+                # Somebody else's directory may be named like ours.
+                and (path / _CODE / Path(__file__).resolve().parents[1].name).is_symlink()
+                and _is_leftover(path, found.st_mtime)
+            ):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_leftover(path: Path, modified: float) -> bool:
+    try:
+        with (path / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except FileNotFoundError:  # partly removed, or about to be locked
+        return (path / _TOKEN).is_file() and time.time() - modified > _UNLOCKED_SECONDS
+    except OSError:  # locked, or not ours to judge
+        return False
+
+
+def environment(directory: EmbeddedRayDirectory) -> dict[str, str]:
+    """Environment variables for the embedded Ray and its processes."""
+    variables = {
+        # Not ~/.ray/auth_token, which may not be writable, and is a cluster's.
+        "RAY_AUTH_TOKEN_PATH": str(directory.token),
+        # Empty: gRPC uses no proxy. It would ask that of http_proxy to connect to this machine.
+        "grpc_proxy": "",
+    }
+    if "PYTHONPATH" in os.environ:
+        # An empty entry, as in `PYTHONPATH=$PYTHONPATH:/more`, means the current directory.
+        entries = os.environ["PYTHONPATH"].split(os.pathsep)
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, entries))
+    if not os.path.isabs(os.path.expanduser("~")):
+        # No HOME, and no such user: Ray Train and others want one when they are imported.
+        variables["HOME"] = str(directory.path)
+    return variables
+
+
+@contextlib.contextmanager
+def safe_import_path() -> Iterator[None]:
+    """Let Python processes that are started meanwhile, and those they start, import nothing from
+    the current directory, which Python would put first for `python -c`."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
+@contextlib.contextmanager
+def without_unused_processes(*, keep_log_monitor: bool) -> Iterator[None]:
+    """Let `ray.init` start no API server, no autoscaler and, unless wanted, no log monitor.
+
+    Each takes seconds to start. Without a dashboard the API server would only serve Ray's usage
+    statistics, which ask each cloud's metadata service for the provider, even where they are
+    disabled. No setting of Ray prevents that.
+    """
+    from ray._private.node import Node
+
+    def start_nothing(node: Any, **_: Any) -> None:
+        # As Ray itself sets it when the API server fails to start, which it bears.
+        node._webui_url = None
+
+    names = [
+        "start_api_server",
+        "start_monitor",
+        *([] if keep_log_monitor else ["start_log_monitor"]),
+    ]
+    originals = {name: getattr(Node, name) for name in names}
+    for name in names:
+        setattr(Node, name, start_nothing)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(Node, name, original)

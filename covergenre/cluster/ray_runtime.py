@@ -1,0 +1,496 @@
+"""Ray: joined where a cluster is named, embedded in this process where none is. Kept quiet."""
+
+import atexit
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, NoReturn
+
+from covergenre.cluster import autoscaling, embedded
+from covergenre.cluster.embedded import EmbeddedRayDirectory
+from covergenre.errors import ConfigError, CovergenreError, RayStartError
+from covergenre.formatting import plural
+from covergenre.io.urls import redacted
+from covergenre.progress import say
+
+_EMBEDDED_OBJECT_STORE_BYTES = 2 * 2**30
+"""Of an embedded Ray: encoded covers and a few batches of pixels; the rest is for the model."""
+PIPELINE_BYTES = 384 * 2**20
+"""What one Ray Data pipeline may hold in the object store before its readers wait."""
+
+_CONNECT_SECONDS = 10
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # RFC 9113, 3.4
+_START_ATTEMPTS = 3
+"""Of an embedded Ray: its processes have 15 s to start, which no setting of Ray's changes."""
+_MOST_UNASKED = 64
+"""GPUs that are used without being asked for; an autoscaler may have no limit of its own."""
+_LOOK_EVERY_SECONDS = 15.0
+_LOOK_AT_RAY_SECONDS = 1.0
+
+
+_embedded_directory: EmbeddedRayDirectory | None = None
+
+
+def start_ray(*, verbose: bool = False) -> None:
+    """Connect to the cluster of RAY_ADDRESS, or embed a Ray here; once a process.
+
+    Stages call it after they have checked what they can, so that a mistake is answered at once.
+    Ray ends with the process. Raises ConfigError or RayStartError where it does not start.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address == "local":  # Ray's own word for an embedded one
+        address = os.environ["RAY_ADDRESS"] = ""
+    _set_environment(verbose, embedded=not address)
+    import ray
+
+    if not ray.is_initialized():
+        if address:
+            if address != "auto":
+                _check_address(address)
+            _connect(address, verbose)
+        else:
+            _embed(verbose)
+            threading.Thread(target=_end_with_ray, daemon=True).start()
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own handler writes a stack of its C++ part.
+            signal.signal(signal.SIGTERM, _terminated)
+            # Registered after Ray's, and so called before: ^C is too late to stop anything then.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    quieten(verbose)
+
+
+def _set_environment(verbose: bool, *, embedded: bool) -> None:
+    """Every environment variable that this process sets for Ray, except those of one directory.
+
+    Ray reads some of them when it is imported.
+    """
+    # Under `uv run` Ray would rebuild the environment in each worker.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # Ask for tomorrow's behaviour today, so that Ray need not warn about it.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A task that is ended because memory runs out is tried again for ever, unless told otherwise.
+    os.environ.setdefault("RAY_task_oom_retries", "3")
+    if not verbose:
+        # log_to_driver=False does not stop the raylet's own remarks; this does.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
+        # Ray Data's actor pools log an error of the C++ kind at every start, for nothing.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if embedded:
+        # Processes that do nothing here, each of which imports for seconds.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
+
+
+def _connect(address: str, verbose: bool) -> None:
+    """Raises ConfigError where no cluster answers, or one that refuses this process."""
+    try:
+        _init(verbose, job_config=_job_config(None), runtime_env=_shipped_code())
+    except ConnectionError as error:
+        raise _no_cluster(address) from error
+    # Ray raises RuntimeError for another version, AuthenticationError, and a bare Exception.
+    except Exception as error:
+        raise ConfigError(f"RAY_ADDRESS {redacted(address)}: {_one_line(error)}") from error
+
+
+def _embed(verbose: bool) -> None:
+    """Raises RayStartError with the cause and the path of Ray's logs."""
+    import psutil
+
+    global _embedded_directory
+    if _embedded_directory is not None:  # of a Ray that was shut down
+        _embedded_directory.remove()
+    directory = _embedded_directory = EmbeddedRayDirectory()
+    os.environ.update(embedded.environment(directory))
+    for attempts_left in reversed(range(_START_ATTEMPTS)):
+        children = set(psutil.Process().children(recursive=True))
+        try:
+            with (
+                embedded.safe_import_path(),
+                embedded.without_unused_processes(keep_log_monitor=verbose),
+            ):
+                _init(
+                    verbose,
+                    address="local",
+                    # Logical CPUs: even on a small machine a model and its readers must both fit.
+                    num_cpus=max(4, _cores()),
+                    object_store_memory=_EMBEDDED_OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    _temp_dir=str(directory.ray),
+                    job_config=_job_config(directory.code),
+                )
+            return
+        # Whatever keeps a process from starting; Ray raises a bare Exception when time is up.
+        except Exception as error:
+            cause = _one_line(error)
+            timed_out = "timed out" in cause.lower()
+            if not (timed_out and attempts_left):
+                directory.keep()
+                advice = "; run the same command again when it is less busy" if timed_out else ""
+                raise RayStartError(
+                    f"Ray did not start on this machine: {cause}{advice}; its logs are in"
+                    f" {directory.logs}"
+                ) from error
+        say("Ray did not start in its time on this busy machine; trying again")
+        _kill(set(psutil.Process().children(recursive=True)) - children)
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _init(verbose: bool, **settings: Any) -> None:
+    import ray
+
+    with contextlib.nullcontext() if verbose else _silent_stderr():
+        ray.init(
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            **settings,
+        )
+
+
+def _job_config(code: Path | None) -> Any:
+    """A job whose workers import from `code` and from what is installed.
+
+    Ray would put the script's and the current directory before both, so that a token.py or
+    torch.py beside a catalog hides a module of that name, and is run.
+    """
+    from ray.job_config import JobConfig
+
+    class InstalledCodeOnly(JobConfig):
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True  # where there is one, Ray adds neither of the two directories
+
+    return InstalledCodeOnly(_py_driver_sys_path=[str(code)] if code else [])
+
+
+def _shipped_code() -> dict[str, list[str]] | None:
+    """Runtime environment that sends this package to a cluster's workers.
+
+    None where it is installed, or where a submitted job has sent it already.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return None
+    # RECORD: what an installer writes; a folder of sources may have metadata, too.
+    if any(found.read_text("RECORD") for found in distributions(name="covergenre")):
+        return None
+    return {"py_modules": [str(Path(__file__).resolve().parents[1])]}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _terminated(*_: object) -> None:
+    say("covergenre: terminated")
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _end_with_ray() -> None:
+    """End this process when the Ray that it embeds has died, with a word.
+
+    Ray itself would end it a minute later, and in silence.
+    """
+    import psutil
+    import ray
+
+    children = psutil.Process().children(recursive=True)
+    servers = [child for child in children if child.name() in ("gcs_server", "raylet")]
+
+    def all_run() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return all(server.status() != psutil.STATUS_ZOMBIE for server in servers)
+        return False
+
+    while all_run():
+        time.sleep(_LOOK_AT_RAY_SECONDS)
+    if ray.is_initialized():  # else it was told to end
+        say(
+            "covergenre: the Ray of this process has died; the same command again goes on (train:"
+            " with --resume)"
+        )
+        os._exit(1)
+
+
+def end_now(code: int) -> NoReturn:
+    """End this process, and with it a Ray that it embeds, at once.
+
+    Ray's own way takes seconds at exit, and has ended an interrupted process with a code of its own
+    (1), when one of its threads still asked what was already gone.
+    """
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    if not any(child.name() == "raylet" for child in children):
+        sys.exit(code)
+    _kill(children)
+    if _embedded_directory is not None:
+        _embedded_directory.delete()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise an error of ours as itself where Ray wrapped it in its own: a mistake is one line."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except Exception as error:
+        pending: list[BaseException | None] = [error]
+        while pending:
+            inner = pending.pop()
+            if isinstance(inner, CovergenreError) and not isinstance(inner, RayError):
+                # Ray Data writes its own advice below our line.
+                raise type(inner)(str(inner).splitlines()[0]) from error
+            if inner is not None:
+                pending += [inner.__cause__, getattr(inner, "cause", None)]
+                pending += getattr(inner, "worker_failures", {}).values()
+        raise
+
+
+def dashboard() -> str | None:
+    """The dashboard that RAY_ADDRESS names: this process is outside of its cluster, and submits.
+
+    None where it names none. Raises ConfigError for ray://: a driver whose connection breaks is
+    lost with its job, and a submitted job is not.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"RAY_ADDRESS {redacted(address)}: Ray's client is not supported; name the"
+            " cluster's dashboard instead, as RAY_ADDRESS=http://HEAD:8265, and the command is"
+            " submitted as a job"
+        )
+    return address if address.startswith(("http://", "https://")) else None
+
+
+def _check_address(address: str) -> None:
+    """Raises ConfigError where `address` is no cluster's: Ray would wait for minutes, or warn."""
+    if dashboard():
+        raise ConfigError(
+            f"RAY_ADDRESS {redacted(address)}: is a dashboard's, and this runs on a machine of"
+            " the cluster; use `covergenre submit`, or unset RAY_ADDRESS to run on this machine"
+            " alone"
+        )
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                # What gRPC answers to; Ray itself would wait for minutes on a port that is mute.
+                connection.sendall(_HTTP2_PREFACE)
+                if not connection.recv(1):
+                    raise ConnectionError
+    except (OSError, ValueError, OverflowError) as error:
+        raise _no_cluster(address) from error
+
+
+def _no_cluster(address: str) -> ConfigError:
+    return ConfigError(
+        f"RAY_ADDRESS {redacted(address)}: no Ray cluster answers there; correct it, or unset it to"
+        " run on this machine alone"
+    )
+
+
+def _cores() -> int:
+    """Cores that this process may run on; fewer than the machine's in many a container."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what is written to file descriptor 2: Ray's C++ part says there that it was told to
+    log less. An error of ray.init is an exception, and comes through."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def quieten(verbose: bool = False) -> None:
+    """Keep Ray's own progress and remarks out of this process's terminal, unless asked for."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = verbose
+    context.enable_operator_progress_bars = verbose
+    context.print_on_execution_start = verbose
+    if not verbose:
+        # matplotlib's: that it cannot write its cache to HOME.
+        for name in ("ray", "ray.train", "ray.tune", "matplotlib"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        # What is an error to Ray Data is an exception to us, or is made good.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+def machines() -> int:
+    """Machines of the cluster; at least 2 where an autoscaler may start more."""
+    import ray
+
+    now = sum(bool(node["Alive"]) for node in ray.nodes())
+    has = ray.cluster_resources()
+    grows = any(autoscaling.most(kind) > has.get(kind, 0.0) for kind in ("CPU", "GPU"))
+    return max(now, 2 if grows else 1)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that hold a model."""
+
+    count: int
+    use_gpu: bool
+    cpus: float
+    """Reserved for each."""
+    per_node: int
+    """How many at most share one machine's cores."""
+
+    @property
+    def wait_for(self) -> tuple[str, float]:
+        """What all of them together need: its name, and how much."""
+        kind = "GPU" if self.use_gpu else "CPU"
+        return kind, self.count * self.resources[kind]
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Of each, in Ray's names."""
+        return {"CPU": self.cpus, **({"GPU": 1} if self.use_gpu else {})}
+
+
+def place_workers(
+    workers: int | tuple[int, int] | None,
+    device: str,
+    cpus_per_worker: float,
+    *,
+    reading: float = 0.0,
+) -> Workers:
+    """The workers that the settings ask for. Raises ConfigError where they cannot fit.
+
+    workers: how many; (fewest, most): as many of them as there is room for now.
+    reading: CPUs that each worker's own readers hold all the while. Beside workers and readers
+    there is at least one CPU more: decoding has to run on something.
+    """
+    import ray
+
+    low, high = workers if isinstance(workers, tuple) else (workers, workers)
+    nodes = max(1, sum(bool(node["Alive"]) for node in ray.nodes()))
+    have_gpus = int(autoscaling.most("GPU"))
+    use_gpu = device == "gpu" or (device == "auto" and have_gpus > 0)
+    if use_gpu:
+        low = low or min(max(1, have_gpus), _MOST_UNASKED)
+        if low > have_gpus:
+            raise ConfigError(
+                f"--workers {low}: one GPU each, and the cluster has {have_gpus} at most;"
+                " ask for fewer, or --device cpu"
+            )
+        count = max(low, min(high or low, int(ray.cluster_resources().get("GPU", 0))))
+        return Workers(count, True, cpus_per_worker, -(-count // nodes))
+    low = low or 1
+    have = autoscaling.most("CPU")
+    each = cpus_per_worker + reading
+    if low * each > have - 1:
+        raise ConfigError(
+            f"--workers {low}: {plural(each, 'CPU')} each and one to decode covers need"
+            f" {low * each + 1:g}, and the cluster has {have:g} at most; ask for fewer"
+        )
+    room = int((float(ray.cluster_resources().get("CPU", 0)) - 1) / each)
+    count = max(low, min(high or low, room))
+    return Workers(count, False, cpus_per_worker, -(-count // nodes))
+
+
+def check_tasks(workers: int | None) -> None:
+    """Raises ConfigError where so many tasks at a time, of one CPU each, can never be."""
+    if workers and workers > (have := autoscaling.most("CPU")):
+        raise ConfigError(
+            f"--workers {workers}: one CPU each, and the cluster has {have:g} at most; ask for"
+            " fewer"
+        )
+
+
+@contextlib.contextmanager
+def waiting_said(kind: str, need: float) -> Iterator[None]:
+    """While work goes on, say every so often that the autoscaler has yet to start machines, as long
+    as the cluster has less than `need` of `kind`, "CPU" or "GPU"."""
+    import ray
+
+    def all_there() -> bool:
+        have = ray.cluster_resources().get(kind, 0.0)
+        if have < need:
+            needed = plural(need, f"{kind} is", f"{kind}s are")
+            say(f"waiting for machines: {needed} needed, {have:g} there")
+        return bool(have >= need)
+
+    # Said at once: a job that waits shall not look like one that hangs.
+    with contextlib.nullcontext() if all_there() else watching(all_there):
+        yield
+
+
+@contextlib.contextmanager
+def watching(look: Callable[[], bool]) -> Iterator[None]:
+    """While work goes on, call `look` every so often on a thread, until it gives True."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOK_EVERY_SECONDS) and not look():
+            pass
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def use_cores(workers: Workers) -> None:
+    """Let torch in this worker use its part of the machine's cores.
+
+    Ray would hold it to the CPUs reserved, which are few so that decoding is never shut out.
+    """
+    import torch
+
+    torch.set_num_threads(max(1, _cores() // workers.per_node))
+
+
+def data_context(*, ordered: bool = False, lost_blocks_end_it: bool = True) -> None:
+    """Settings of every Ray Data pipeline of ours, in the process that runs it.
+
+    lost_blocks_end_it: False where the caller looks for what did not come, after the end.
+    """
+    import ray.data
+    from ray.data import ExecutionResources
+
+    from covergenre.cluster.ray_internals import Pause
+
+    context = ray.data.DataContext.get_current()
+    # A row is a whole batch: blocks this small keep one batch, or few, in each.
+    context.target_max_block_size = 2**20
+    context.execution_options.preserve_order = ordered
+    context.max_errored_blocks = 0 if lost_blocks_end_it else -1
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=PIPELINE_BYTES
+    )
+    if Pause not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(Pause)

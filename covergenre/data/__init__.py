@@ -1,0 +1,1 @@
+"""Catalogs, covers and datasets: from rows of a table to encoded covers on disk."""

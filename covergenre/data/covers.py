@@ -1,0 +1,290 @@
+"""Catalog rows -> covers: what prepare and score both do with a row before they part ways.
+
+Every row ends in exactly one of three ways: its cover's bytes, a reason why it is set aside, or
+the earlier row that it repeats.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from covergenre import schema
+from covergenre.data import dataset, http
+from covergenre.data.image_decoding import MAX_BYTES, CoverError, sha256
+from covergenre.errors import StorageError
+from covergenre.io import storage
+from covergenre.io.urls import redacted
+
+# What a row that repeats an earlier one has to know of that one: which it is, and its cover.
+FIRST = pa.schema(
+    [
+        schema.CATALOG.field("first_row"),
+        pa.field("first_cover", pa.string()),
+        pa.field("first_source", pa.int32()),
+        pa.field("first_source_row", pa.int64()),
+    ]
+)
+# A catalog whose rows have that, all in memory.
+PLAN = pa.schema([*schema.CATALOG, *list(FIRST)[1:]])
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the image bytes of a catalog are, for rows that have them in a Parquet file."""
+
+    files: tuple[str, ...] = ()
+    image_column: str = "image"
+    prepared: bool = False
+    """Whether the files are a dataset's shards, which keep the hash of the source bytes."""
+    fetches: int = 16
+    """Covers that one task fetches at a time."""
+    allow_private: bool = False
+    """Whether http covers may be asked for in private networks."""
+    contact: str | None = None
+    """URL or mail address for the User-Agent header of http requests."""
+
+
+@dataclass(frozen=True)
+class Cover:
+    """The bytes of a row's cover."""
+
+    data: bytes
+    sha256: str
+    """Of the source bytes, which prepare may have re-encoded since."""
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """The row repeats an earlier one: same album, same cover."""
+
+    first_row: int
+
+
+Outcome = Cover | CoverError | Duplicate
+
+
+def plan(catalog: pa.Table) -> pa.Table:
+    """schema.CATALOG -> PLAN."""
+    first = catalog["first_row"].combine_chunks()
+    columns = {
+        f"first_{name}": catalog[name].combine_chunks().take(first)
+        for name in ("cover", "source", "source_row")
+    }
+    for name, column in columns.items():
+        catalog = catalog.append_column(name, column)
+    return catalog.cast(PLAN)
+
+
+def dataset_parts(
+    manifest: dataset.Manifest, splits: Sequence[str]
+) -> tuple[Iterator[pa.Table], Source]:
+    """A prepared dataset's `splits` as parts of PLAN, in the order of its shards."""
+    uris = [uri for split in splits for uri in manifest.shard_uris(split)]
+    return _shard_parts(uris), Source(tuple(uris), prepared=True)
+
+
+def _shard_parts(uris: list[str]) -> Iterator[pa.Table]:
+    columns = ["album_id", "genres", "title", "artist", "split", "group"]
+    rows = 0
+    for source, uri in enumerate(uris):
+        part = dataset.read_table(uri, columns)
+        count = part.num_rows
+        part = part.append_column("row", pa.array(range(rows, rows + count), pa.int64()))
+        part = part.append_column("source_row", pa.array(range(count), pa.int64()))
+        part = part.append_column("source", pa.array([source] * count, pa.int32()))
+        for field in (PLAN.field("cover"), *FIRST):
+            part = part.append_column(field, pa.nulls(count, field.type))
+        rows += count
+        yield part.select(PLAN.names).cast(PLAN)
+
+
+def local_cover(rows: pa.Table) -> str | None:
+    """A cover of `rows` that lies on this machine's disk; None where none does."""
+    covers = rows["cover"].filter(pc.is_null(rows["source"])).drop_null()
+    elsewhere = pc.match_substring_regex(covers, r"(?i)^(data:|[a-z][a-z0-9+.-]+://)")
+    is_file = pc.match_substring_regex(covers, "(?i)^file:/")
+    local = covers.filter(pc.or_(is_file, pc.invert(elsewhere)))
+    return local[0].as_py() if len(local) else None
+
+
+def web_schemes(rows: pa.Table) -> list[str]:
+    """Which of "http" and "https" the covers' URLs have."""
+    return [
+        scheme
+        for scheme in ("http", "https")
+        if pc.any(pc.match_substring_regex(rows["cover"], f"(?i)^{scheme}://")).as_py()
+    ]
+
+
+def first_rows(plan_rows: pa.Table) -> pa.Array:
+    """Whether each row is the one that counts for its album: it has an id, and none before it."""
+    return pc.and_(pc.is_valid(plan_rows["album_id"]), pc.is_null(plan_rows["first_row"]))
+
+
+def load(
+    plan_rows: pa.Table, source: Source, slice_rows: int
+) -> Iterator[tuple[pa.Table, list[Outcome]]]:
+    """`plan_rows` in slices, each with its rows' outcomes. Decodes no cover.
+
+    plan_rows: columns PLAN, or those of them that tell a row and its cover, as plan.py keeps them.
+    A slice's covers are read when it is asked for, so no more than one slice of them is held.
+    """
+    own = _embedded(_sources(plan_rows), source)
+    for start in range(0, plan_rows.num_rows, slice_rows):
+        part = plan_rows.slice(start, slice_rows)
+        yield part, _outcomes(part, source, own)
+
+
+def _sources(plan_rows: pa.Table, prefix: str = "") -> list[tuple[int, int]]:
+    """(file, row of the file) of those rows that have their cover in a Parquet file."""
+    columns = plan_rows.select([f"{prefix}source", f"{prefix}source_row"]).drop_null()
+    return list(zip(*(column.to_pylist() for column in columns), strict=True))
+
+
+def _outcomes(
+    plan_rows: pa.Table, source: Source, own_covers: Iterator[Cover | None]
+) -> list[Outcome]:
+    rows = plan_rows.to_pylist()
+    own = {row["row"]: next(own_covers) for row in rows if row["source"] is not None}
+    places = sorted(set(_sources(plan_rows, "first_")))
+    firsts = dict(zip(places, _embedded(places, source), strict=True))
+
+    def cover_of(row: dict[str, Any]) -> Cover:
+        return own.get(row["row"]) or _fetch(row["cover"], source)
+
+    def first_cover_of(row: dict[str, Any]) -> Cover:
+        place = (row["first_source"], row["first_source_row"])
+        return firsts.get(place) or _fetch(row["first_cover"], source)
+
+    def outcome(row: dict[str, Any]) -> Outcome:
+        try:
+            if row["album_id"] is None:
+                raise CoverError("null_id")
+            if row["first_row"] is None:
+                return cover_of(row)
+            return _repeated(row, cover_of, first_cover_of)
+        except CoverError as error:
+            return error
+
+    with ThreadPoolExecutor(source.fetches) as pool:
+        return list(pool.map(outcome, rows))
+
+
+def _repeated(
+    row: dict[str, Any],
+    cover_of: Callable[[dict[str, Any]], Cover],
+    first_cover_of: Callable[[dict[str, Any]], Cover],
+) -> Outcome:
+    first_row = row["first_row"]
+    in_files = row["source"] is not None or row["first_source"] is not None
+    if not in_files and row["cover"] is not None and row["cover"] == row["first_cover"]:
+        return Duplicate(first_row)
+    mine = cover_of(row)
+    try:
+        first = first_cover_of(row)
+    except CoverError as error:
+        raise CoverError(
+            "conflicting_cover", f"row {first_row} came first, with a cover that is {error.reason}"
+        ) from error
+    if mine.sha256 == first.sha256:
+        return Duplicate(first_row)
+    raise CoverError("conflicting_cover", f"row {first_row} came first")
+
+
+_WINDOWS_PATH = re.compile(r"(?:\A|/)(?:[A-Za-z]:[\\/]|\\\\)")
+"""A drive or a server's share, at the start or where it was joined to a folder."""
+_MAYBE_ELSEWHERE = ("missing_file", "access_denied")
+"""S3 denies access to what is missing, to those who may not list."""
+
+
+def _fetch(path: str | None, source: Source) -> Cover:
+    if path is None:
+        raise CoverError("no_cover")
+    try:
+        return _fetch_exactly(path, source)
+    except CoverError as error:
+        as_posix = _without_backslashes(path)
+        if error.reason not in _MAYBE_ELSEWHERE:
+            raise
+        if as_posix != path:
+            try:
+                return _fetch_exactly(as_posix, source)
+            except CoverError as other:
+                if other.reason not in _MAYBE_ELSEWHERE:
+                    raise
+        if _WINDOWS_PATH.search(path):
+            hint = "a Windows path means nothing here; write it relative to the catalog or --covers"
+            raise CoverError(error.reason, f"{error.detail}; {hint}") from error
+        raise
+
+
+def _without_backslashes(path: str) -> str:
+    """`path` with / for each backslash, as Windows means them; a query keeps its own."""
+    end = len(path)
+    if http.is_web(path):
+        end = next((match.start() for match in re.finditer(r"[?#]", path)), end)
+    if "\\" not in path[:end]:
+        return path
+    # S3 knows no `./`
+    return re.sub(r"/(\./)+", "/", path[:end].replace("\\", "/")) + path[end:]
+
+
+def _fetch_exactly(path: str, source: Source) -> Cover:
+    if http.is_data(path):
+        data = http.data_cover(path)
+        return Cover(data, sha256(data))
+    if http.is_web(path):
+        get = http.web_covers(source.fetches, source.allow_private, source.contact)
+        data = get(path)
+        return Cover(data, sha256(data))
+    if (scheme := storage.scheme(path)) not in ("", "file", "s3"):
+        raise CoverError(
+            "unsupported_scheme",
+            f"{redacted(path)}: {scheme}:// cannot be read; copy the covers to a folder or s3://",
+        )
+    try:
+        with storage.open_input(path) as file, storage.named(path, "read"):
+            if file.size() > MAX_BYTES:  # before it fills the memory
+                raise CoverError("file_too_large", f"{file.size():,} bytes, limit {MAX_BYTES:,}")
+            data = bytes(file.read())
+    except StorageError as error:
+        raise CoverError(_reason(path, error), str(error)) from error
+    return Cover(data, sha256(data))
+
+
+def _reason(path: str, error: StorageError) -> str:
+    if isinstance(error.__cause__, FileNotFoundError):
+        return "missing_file"
+    if "access denied" in str(error):
+        return "access_denied"
+    return "fetch_failed" if storage.scheme(path) == "s3" else "unreadable_file"
+
+
+def _embedded(places: Sequence[tuple[int, int]], source: Source) -> Iterator[Cover | None]:
+    """The covers at (file, row of the file), in that order; None where the file has no bytes."""
+    columns = [source.image_column, *(["cover_sha256"] if source.prepared else [])]
+    for at, rows in _ascending(places):
+        for batch in dataset.stream_rows(source.files[at], rows, columns):
+            image = batch.column(source.image_column)
+            if pa.types.is_struct(image.type):  # Hugging Face keeps {bytes, path}
+                image = image.field("bytes")
+            known = batch.column("cover_sha256").to_pylist() if source.prepared else []
+            for data, digest in zip_longest(image.to_pylist(), known):
+                yield None if data is None else Cover(data, digest or sha256(data))
+
+
+def _ascending(places: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
+    """`places` as runs of ascending rows of one file."""
+    runs: list[tuple[int, list[int]]] = []
+    for at, row in places:
+        if runs and runs[-1][0] == at and runs[-1][1][-1] < row:
+            runs[-1][1].append(row)
+        else:
+            runs.append((at, [row]))
+    return runs

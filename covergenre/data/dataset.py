@@ -1,0 +1,233 @@
+"""The dataset on disk: Parquet shards by split, and the manifest that says what is in them.
+
+DATASET/train/part-00000.parquet   rows of schema.DATASET, in catalog order
+DATASET/dev/...  DATASET/test/...
+DATASET/genres.json                the vocabulary, sorted
+DATASET/manifest.json              counts, sizes, hashes, settings, versions; written last
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from covergenre import schema
+from covergenre.data.genres import Genres
+from covergenre.errors import DatasetError
+from covergenre.io import parquet, storage
+
+FORMAT_VERSION = 2
+ROW_GROUP_ROWS = 256
+"""Also the rows that one task of evaluate or score reads."""
+ROW_GROUP_BYTES = 48 * 2**20
+"""Under 64 MiB with room for the other columns and one more cover."""
+_LARGE_GROUP_BYTES = 64 * 2**20
+_BUFFER_BYTES = 8 * 2**20
+_STREAMED_ROWS = 64
+TABLE_GROUP_ROWS = 8192
+"""Of a table without covers: a plan, labels. A task reads a part of a plan, not all of it."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of a dataset."""
+
+    path: str
+    """Below the dataset's folder."""
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset holds."""
+
+    uri: str
+    genres: Genres
+    shards: dict[str, tuple[Shard, ...]]
+    """Of each split, in catalog order."""
+    dataset_id: str
+    counts: dict[str, Any]
+
+    def rows(self, split: str) -> int:
+        """Albums of `split`."""
+        return sum(shard.rows for shard in self.shards[split])
+
+    def shard_uris(self, split: str) -> list[str]:
+        """Where the shards of `split` are, in order."""
+        return [storage.join(self.uri, shard.path) for shard in self.shards[split]]
+
+    def genre_counts(self, split: str) -> list[int]:
+        """Albums of `split` that have each genre, in the order of `genres`."""
+        by_split = self.counts["genres_by_split"]
+        return [by_split[genre][split] for genre in self.genres.names]
+
+    def require(self, split: str) -> None:
+        """Raises DatasetError where `split` has no album."""
+        if self.rows(split) == 0:
+            raise DatasetError(
+                f"{self.uri}: the {split} split is empty; prepare more albums, or other"
+                " --split-fractions"
+            )
+
+
+def dataset_id(genres: Genres, shards: dict[str, tuple[Shard, ...]]) -> str:
+    """Identity of a dataset's content: its genres and its shards' hashes."""
+    text = [genres.digest] + [s.sha256 for split in schema.SPLITS for s in shards[split]]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+
+
+def write_manifest(manifest: Manifest, extra: dict[str, Any]) -> None:
+    """Write genres.json and, last, manifest.json: from then on the folder is a dataset."""
+    storage.put_json(storage.join(manifest.uri, "genres.json"), list(manifest.genres.names))
+    value = {
+        "format_version": FORMAT_VERSION,
+        "dataset_id": manifest.dataset_id,
+        "genres": list(manifest.genres.names),
+        "counts": manifest.counts,
+        "shards": {
+            split: [asdict(shard) for shard in shards] for split, shards in manifest.shards.items()
+        },
+        **extra,
+    }
+    storage.put_json(storage.join(manifest.uri, "manifest.json"), value)
+
+
+def is_dataset(uri: str) -> bool:
+    """Whether `uri` is a folder that prepare finished."""
+    return storage.is_folder(uri) and storage.exists(storage.join(uri, "manifest.json"))
+
+
+def read_manifest(uri: str) -> Manifest:
+    """The manifest of the dataset at `uri`. Raises DatasetError where it is none."""
+    uri = storage.absolute(uri)
+    if not storage.exists(uri):
+        raise DatasetError(f"{uri}: no such dataset")
+    path = storage.join(uri, "manifest.json")
+    if not storage.exists(path):
+        raise DatasetError(
+            f"{uri}: not a dataset (no manifest.json); make one with `covergenre prepare`"
+        )
+    value = storage.read_json(path)
+    try:
+        if value["format_version"] != FORMAT_VERSION:
+            raise DatasetError(
+                f"{path}: format version {value['format_version']}, this covergenre reads"
+                f" {FORMAT_VERSION}; prepare it again"
+            )
+        return Manifest(
+            uri=uri,
+            genres=Genres(tuple(value["genres"])),
+            shards={
+                split: tuple(Shard(**shard) for shard in value["shards"][split])
+                for split in schema.SPLITS
+            },
+            dataset_id=value["dataset_id"],
+            counts=value["counts"],
+        )
+    except (KeyError, TypeError) as error:
+        raise DatasetError(f"{path}: not a manifest of covergenre: lacks {error}") from error
+
+
+def to_parquet(table: pa.Table, metadata: dict[str, str] | None = None) -> pa.Buffer:
+    """`table` as Parquet, the same bytes for the same rows, in row groups of bounded size."""
+    if metadata:
+        table = table.replace_schema_metadata(metadata)
+    sink = pa.BufferOutputStream()
+    # Covers are compressed already; snappy passes over them quickly and helps the rest.
+    with pq.ParquetWriter(sink, table.schema, compression="snappy") as writer:
+        for start, stop in _row_groups(table):
+            writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
+    return sink.getvalue()
+
+
+def _row_groups(table: pa.Table) -> Iterable[tuple[int, int]]:
+    if "image" not in table.column_names:
+        for start in range(0, table.num_rows, TABLE_GROUP_ROWS):
+            yield start, min(start + TABLE_GROUP_ROWS, table.num_rows)
+        return
+    sizes = pa.compute.binary_length(table["image"]).to_pylist()
+    start, held = 0, 0
+    for row, size in enumerate(sizes):
+        if row > start and (row - start == ROW_GROUP_ROWS or held + size > ROW_GROUP_BYTES):
+            yield start, row
+            start, held = row, 0
+        held += size
+    if start < len(sizes):
+        yield start, len(sizes)
+
+
+def write_shard(root: str, path: str, table: pa.Table) -> Shard:
+    """Write rows of schema.DATASET to `path` below `root`, atomically."""
+    data = to_parquet(table)
+    storage.put(storage.join(root, path), data)
+    return Shard(path, table.num_rows, data.size, hashlib.sha256(data).hexdigest())
+
+
+def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """All rows of the Parquet file `uri`."""
+    with storage.open_input(uri) as file, storage.named(uri, "read as Parquet"):
+        return parquet.opened(file).read(columns=columns)
+
+
+@lru_cache(maxsize=16)
+def _open(uri: str, stamp: tuple[int, int], buffered: bool) -> pq.ParquetFile:
+    # A worker reads many parts of one file: its footer is read once, until the file is another.
+    # Buffered, a column of a row group passes by; else all of it is fetched at once.
+    settings = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False} if buffered else {}
+    return parquet.opened(storage.open_input(uri), **settings)
+
+
+def open_parquet(uri: str, buffered: bool = False) -> pq.ParquetFile:
+    """The Parquet file `uri`, kept open for those who read other parts of it later."""
+    return _open(uri, storage.stamp(uri), buffered=buffered)
+
+
+def read_rows(uri: str, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows `start` to `stop` of the Parquet file `uri`, reading only the row groups they are in."""
+    with storage.named(uri, "read as Parquet"):
+        file = open_parquet(uri)
+        first_row = 0
+        groups: list[int] = []
+        skipped = 0
+        for group in range(file.metadata.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if first_row + rows <= start:
+                skipped = first_row + rows
+            elif first_row < stop:
+                groups.append(group)
+            first_row += rows
+        table = file.read_row_groups(groups, columns=columns, use_threads=False)
+        return table.slice(start - skipped, stop - start)
+
+
+def stream_rows(uri: str, rows: Sequence[int], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """`rows` (ascending) of the Parquet file `uri`, a few at a time, each row group read once.
+
+    Row groups of others may be large: of those a part is in memory, never all.
+    """
+    wanted = np.asarray(rows, np.int64)
+    with storage.named(uri, "read as Parquet"):
+        metadata = open_parquet(uri).metadata
+        ends = np.cumsum([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)])
+        for group in np.unique(np.searchsorted(ends, wanted, "right")):
+            group_rows = metadata.row_group(int(group))
+            start = int(ends[group]) - group_rows.num_rows
+            here = wanted[(wanted >= start) & (wanted < ends[group])]
+            file = open_parquet(uri, buffered=group_rows.total_byte_size > _LARGE_GROUP_BYTES)
+            for batch in file.iter_batches(
+                _STREAMED_ROWS, row_groups=[int(group)], columns=list(columns), use_threads=False
+            ):
+                stop = start + batch.num_rows
+                inside = here[(here >= start) & (here < stop)] - start
+                if len(inside):
+                    yield batch.take(pa.array(inside))
+                if stop > here[-1]:
+                    break
+                start = stop

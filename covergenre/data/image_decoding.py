@@ -1,0 +1,298 @@
+"""A cover: source bytes -> RGB uint8 pixels, or the reason why not. Pillow and numpy only.
+
+Training, evaluation and scoring all go through `decode`, with the preprocessing that is kept in
+the MODEL, so that a model sees the pixels it was trained on.
+"""
+
+import hashlib
+import io
+import warnings
+from dataclasses import asdict, dataclass, fields
+from functools import cache, lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from covergenre.data.image_repair import repaired, without_stray_bytes
+from covergenre.data.jpeg_repair import repaired_jpeg
+from covergenre.errors import ModelError
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is opened: raster formats that Pillow decodes itself. It would run Ghostscript on an EPS."""
+
+MAX_BYTES = 25_000_000
+"""A larger file is set aside: a row group of the dataset has to hold it."""
+
+MAX_PIXELS = 100_000_000
+"""A cover with more pixels than this is set aside: it may be a decompression bomb."""
+
+_JPEG_QUALITY = 92  # visually lossless at cover size; 4:4:4 below keeps coloured lettering sharp
+# EXIF orientation -> what sets the image upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # grey with more than 8 bits
+_SAME = 3  # levels of 255 that nobody sees: a profile that moves no colour further is sRGB
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class CoverError(Exception):
+    """A cover that cannot be used. `reason` is a key of schema.REASONS. Never ends a job."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[Any, ...]:  # both arguments survive a pickle
+        return CoverError, (self.reason, self.detail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Source bytes to normalised pixels, step by step. A change of any step is a new version."""
+
+    version: int = 1
+    side: int = 224
+    """Pixels. The cover is squashed to side x side; its aspect ratio is not kept (the paper)."""
+    orientation: str = "exif"
+    """EXIF orientation is applied before anything else."""
+    alpha: str = "white"
+    """Transparent pixels are laid over this colour."""
+    reduction: str = "dct-2x"
+    """JPEGs are decoded at the smallest DCT scale that keeps twice `side`: several times faster."""
+    filter: str = "bilinear"
+    """Antialiased resampling filter of the squash."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of each channel, in 0 to 1, as torchvision's ImageNet weights expect; used on the device."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def to_json(self) -> dict[str, Any]:
+        """As saved in MODEL/preprocessing.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Preprocessing":
+        """Raises ModelError where a step is one that this version of covergenre cannot do."""
+        known = {f.name for f in fields(cls)}
+        if set(values) != known:
+            raise ModelError(f"preprocessing: expected {sorted(known)}, found {sorted(values)}")
+        arguments: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        spec = cls(**arguments)
+        for name in ("version", "orientation", "alpha", "reduction", "filter"):
+            if getattr(spec, name) != getattr(cls(), name):
+                raise ModelError(
+                    f"preprocessing: {name} {getattr(spec, name)!r} needs another version of"
+                    " covergenre; install the one that made this MODEL"
+                )
+        return spec
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of a cover's source bytes: what says that two covers are the same."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def decode(data: bytes, spec: Preprocessing) -> NDArray[np.uint8]:
+    """Pixels of an encoded cover, uint8 [side, side, 3]. Raises CoverError."""
+    image, _ = _read(data, at_least=2 * spec.side)
+    if image.size != (spec.side, spec.side):
+        image = image.resize((spec.side, spec.side), _FILTERS[spec.filter])
+    return np.asarray(image)
+
+
+def pack(data: bytes, max_side: int | None) -> bytes:
+    """Prove that a cover decodes, and give the bytes to store.
+
+    A cover whose longer side is above `max_side` (pixels) is re-encoded at that size, keeping its
+    aspect ratio; others, and all where `max_side` is None, keep their bytes. Raises CoverError.
+    """
+    # Twice the side it is stored at, so that the reduction costs no sharpness.
+    image, size = _read(data, at_least=2 * max_side if max_side else None)
+    if max_side is None or max(size) <= max_side:
+        return data
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=None)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return out.getvalue()
+
+
+def check_size(data: bytes) -> None:
+    """Raises CoverError where a file has no bytes, or too many."""
+    if not data:
+        raise CoverError("empty_file")
+    if len(data) > MAX_BYTES:
+        raise CoverError("file_too_large", f"{len(data):,} bytes, limit {MAX_BYTES:,}")
+
+
+def _read(data: bytes, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    """The image upright, in RGB, and the size that its file states; see _load_rgb."""
+    check_size(data)
+    data = without_stray_bytes(data)
+    try:
+        return _read_as_is(data, at_least)
+    except CoverError as error:
+        if error.reason not in ("not_an_image", "truncated_image"):
+            raise
+        # Not the error itself: it would keep the pixels of the first attempt in memory.
+        failure = CoverError(error.reason, error.detail)
+    again = repaired_jpeg(data) or repaired(data)
+    if again is None:
+        raise failure
+    return _read_as_is(again, at_least)
+
+
+def _read_as_is(data: bytes, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    image = _open(data)
+    size = image.size
+    return _load_rgb(image, at_least), size
+
+
+def _open(data: bytes) -> ImageFile:
+    """The image with its header read, its pixels not yet."""
+    with warnings.catch_warnings():
+        # Pillow warns about damaged metadata and many pixels: the checks here are what counts.
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise CoverError("too_many_pixels", one_line(error)) from error
+        except UnidentifiedImageError as error:
+            raise CoverError("not_an_image", f"starts with {data[:8].hex(' ')}") from error
+        except Exception as error:  # decoders raise nearly anything on hostile bytes
+            raise _unusable(error) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise CoverError("too_many_pixels", f"{width} x {height}, limit {MAX_PIXELS:,}")
+    return image
+
+
+def _load_rgb(image: ImageFile, at_least: int | None) -> Image.Image:
+    """The image upright, in RGB; a JPEG may come reduced, but no side below `at_least` pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))  # JPEG only; no effect on others
+            image.load()
+            return _to_rgb(_upright(image), image)
+        except Exception as error:  # as above: SyntaxError, OSError, struct.error, ...
+            raise _unusable(error) from error
+
+
+def _unusable(error: Exception) -> CoverError:
+    reason = "too_much_memory" if isinstance(error, MemoryError) else "truncated_image"
+    return CoverError(reason, one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    """What it is and says, in one line of bounded length."""
+    text = str(error).splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it fails where any other EXIF field is damaged.
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # EXIF that cannot be read says nothing; the pixels are good
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image, file: ImageFile) -> Image.Image:
+    """RGB as a person sees it: in sRGB, over white. `file`: what the image was read from."""
+    alpha = _alpha(image) if image.has_transparency_data else None
+    rgb = _to_srgb(_colours(image, file), file.info.get("icc_profile"))
+    if alpha is None:
+        return rgb
+    rgb.putalpha(alpha)
+    white = Image.new("RGBA", rgb.size, "white")
+    return Image.alpha_composite(white, rgb).convert("RGB")
+
+
+def _alpha(image: Image.Image) -> Image.Image:
+    if image.mode in _DEEP:  # the one level that is transparent
+        opaque = np.asarray(image) != image.info["transparency"]
+        return Image.fromarray(opaque.astype(np.uint8) * np.uint8(255))
+    return image.convert("RGBA").getchannel("A")
+
+
+def _colours(image: Image.Image, file: ImageFile) -> Image.Image:
+    """Without alpha and in 8 bits: L, RGB, CMYK or LAB, to which profiles apply."""
+    if image.mode in _DEEP:
+        return _to_8_bits(image, file)
+    if image.mode in ("1", "LA"):
+        return image.convert("L")
+    return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image, file: ImageFile) -> Image.Image:
+    """Deep grey, scaled: Pillow would clip it at 255. Floats are black at 0 and white at 1."""
+    samples = np.asarray(image)
+    bits, signed, inverted = 16, False, False
+    if isinstance(file, TiffImageFile):
+        tags = file.tag_v2
+        bits = tags[ExifTags.Base.BitsPerSample][0]
+        signed = tags.get(ExifTags.Base.SampleFormat, (1,))[0] == 2
+        inverted = tags[ExifTags.Base.PhotometricInterpretation] == 0
+    if samples.dtype == np.int32 and not signed:
+        samples = samples.view(np.uint32)
+    white = 1 if image.mode == "F" else 2 ** (bits - signed) - 1
+    grey = samples.astype(np.float32)
+    grey *= 255
+    grey /= white
+    np.nan_to_num(grey, copy=False)
+    np.clip(grey, 0, 255, out=grey)
+    return Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """In RGB, through the profile of its colours where it has one that can be used."""
+    if profile or image.mode == "LAB":
+        transform = _transform(profile or b"", image.mode)
+        if transform is not None:
+            return transform.apply(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@lru_cache(maxsize=32)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile to sRGB; None where it is broken, not for this mode, or sRGB itself."""
+    try:
+        transform = ImageCms.ImageCmsTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else _built_in("LAB"),
+            _built_in("sRGB"),
+            mode,
+            "RGB",
+            # as programs show pictures: white is paper, and black the darkest ink
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (OSError, ValueError):
+        return None
+    if mode in ("L", "RGB"):
+        steps = np.arange(0, 256, 17, dtype=np.uint8)
+        grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(64, 64, 3)
+        tried = Image.fromarray(grid).convert(mode)
+        moved = np.asarray(transform.apply(tried)).astype(int) - np.asarray(tried.convert("RGB"))
+        if np.abs(moved).max() <= _SAME:
+            return None
+    return transform
+
+
+@cache
+def _built_in(name: Literal["LAB", "sRGB"]) -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile(name))

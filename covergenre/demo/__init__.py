@@ -1,0 +1,1 @@
+"""A catalog of synthetic covers, and all four stages on it."""

@@ -1,0 +1,1 @@
+"""Networks, pretrained weights and the model bundle."""

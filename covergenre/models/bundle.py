@@ -1,0 +1,279 @@
+"""The MODEL folder: everything that is needed to load a model and to know what it is.
+
+    MODEL/bundle.json            format version, ids, every file's sha256; written last
+    MODEL/model.safetensors      weights of trunk and head
+    MODEL/genres.json            the vocabulary: column j of the scores is genre j
+    MODEL/preprocessing.json     source bytes to normalised pixels
+    MODEL/decision.json          the threshold of each genre
+    MODEL/config.json            what it was trained with
+    MODEL/history.jsonl          a line an epoch; steps.jsonl: the loss of every step
+    MODEL/metrics.json           of the best epoch, on the dev split
+    MODEL/loss.png  README.md    the loss curve and the model card
+
+A MODEL is immutable: other thresholds or weights are another MODEL.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from covergenre import __version__
+from covergenre.data.genres import Genres
+from covergenre.data.image_decoding import Preprocessing
+from covergenre.errors import DatasetError, ModelError, StorageError
+from covergenre.io import storage
+
+if TYPE_CHECKING:
+    from covergenre.models.networks import CoverModel
+
+FORMAT_VERSION = 1
+_LOADED = ("model.safetensors", "genres.json", "preprocessing.json", "decision.json", "config.json")
+_BESIDE = ("history.jsonl", "steps.jsonl", "metrics.json", "loss.png", "README.md")
+BUNDLE_FILES = frozenset({"bundle.json", *_LOADED, *_BESIDE})
+_PICKLES = (
+    *(".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"),
+)
+"""Ends of the names of files that may hold a pickle; nothing of a MODEL is called so."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A MODEL folder, read and checked; the weights stay on disk until `load_model`."""
+
+    uri: str
+    model: str
+    """Name in the registry."""
+    genres: Genres
+    preprocessing: Preprocessing
+    precision: str
+    thresholds: dict[str, float]
+    weights_id: str
+    """Of what decides a score: weights, genres, preprocessing, precision."""
+    decision_id: str
+    """Of what decides a label from a score: the thresholds."""
+    files: dict[str, str]
+    """sha256 of each file."""
+
+
+def write_bundle(
+    out: str,
+    *,
+    weights: bytes,
+    model: str,
+    genres: Genres,
+    preprocessing: Preprocessing,
+    precision: str,
+    config: Mapping[str, Any],
+    thresholds: Mapping[str, float],
+    others: Mapping[str, bytes],
+) -> Bundle:
+    """Write a MODEL folder; bundle.json comes last, so half a folder is no MODEL.
+
+    others: further files (history, metrics, pictures, README.md) by name.
+    """
+    files = {
+        "model.safetensors": weights,
+        "genres.json": _json(list(genres.names)),
+        "preprocessing.json": _json(preprocessing.to_json()),
+        "decision.json": _json({"thresholds": dict(thresholds)}),
+        "config.json": _json({"model": model, "precision": precision, "train": dict(config)}),
+        **others,
+    }
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    value = {
+        "format_version": FORMAT_VERSION,
+        "covergenre": __version__,
+        "weights_id": _weights_id(hashes, model, precision),
+        "decision_id": hashes["decision.json"][:16],
+        "files": hashes,
+    }
+    for name, data in files.items():
+        storage.put(storage.join(out, name), data)
+    storage.put_json(storage.join(out, "bundle.json"), value)
+    return read_bundle(out)
+
+
+def _weights_id(hashes: Mapping[str, str], model: str, precision: str) -> str:
+    parts = [model, precision]
+    parts += [hashes[n] for n in ("model.safetensors", "genres.json", "preprocessing.json")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def is_bundle(uri: str) -> bool:
+    """Whether `uri` is a finished MODEL folder."""
+    return storage.exists(storage.join(uri, "bundle.json"))
+
+
+def read_bundle(uri: str) -> Bundle:
+    """What the MODEL folder at `uri` is. Raises ModelError where it is none, or was changed.
+
+    Only files that are named above are opened. A folder that holds a pickle beside them is refused:
+    somebody might load it, and it would run whatever it says.
+    """
+    uri = storage.absolute(uri)
+    if not storage.exists(uri):
+        raise ModelError(f"{uri}: no such MODEL folder")
+    if not is_bundle(uri):
+        raise ModelError(
+            f"{uri}: not a MODEL folder (no bundle.json); make one with `covergenre train`"
+        )
+    for name in storage.list_sizes(uri):
+        if name.lower().endswith(_PICKLES):
+            raise ModelError(
+                f"{storage.join(uri, name)}: may be a pickle, which can run code; remove it from"
+                " the MODEL if you trust the rest"
+            )
+    path = storage.join(uri, "bundle.json")
+    value = _parsed(path, storage.read_bytes(path))
+    version = value.get("format_version") if isinstance(value, dict) else None
+    _expect(type(version) is int, path, "format_version")
+    if version != FORMAT_VERSION:
+        raise ModelError(
+            f"{path}: format version {version}, this covergenre reads {FORMAT_VERSION}"
+        )
+    files = value.get("files")
+    good = isinstance(files, dict) and all(isinstance(hashed, str) for hashed in files.values())
+    _expect(good, path, "files")
+    for name in _LOADED:
+        _expect(name in files, path, f"files: {name}")
+    read: dict[str, Any] = {}
+    for name in _LOADED:
+        if name.endswith(".json"):
+            where = storage.join(uri, name)
+            read[name] = _parsed(where, _checked(uri, name, files))
+            kind = list if name == "genres.json" else dict
+            _expect(isinstance(read[name], kind), where, f"a JSON {kind.__name__}")
+    config, where = read["config.json"], storage.join(uri, "config.json")
+    model, precision = config.get("model"), config.get("precision")
+    _expect(isinstance(model, str), where, "model")
+    _expect(precision in ("fp32", "bf16"), where, "precision")
+    genres = _genres(storage.join(uri, "genres.json"), read["genres.json"])
+    weights_id = _weights_id(files, model, precision)
+    _expect(value.get("weights_id") == weights_id, path, "weights_id")
+    _expect(value.get("decision_id") == files["decision.json"][:16], path, "decision_id")
+    return Bundle(
+        uri=uri,
+        model=model,
+        genres=genres,
+        preprocessing=_preprocessing(
+            storage.join(uri, "preprocessing.json"), read["preprocessing.json"]
+        ),
+        precision=precision,
+        thresholds=_thresholds(
+            storage.join(uri, "decision.json"), read["decision.json"].get("thresholds"), genres
+        ),
+        weights_id=weights_id,
+        decision_id=value["decision_id"],
+        files=files,
+    )
+
+
+def _parsed(path: str, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
+
+
+def _expect(good: bool, path: str, what: str) -> None:
+    if not good:
+        raise ModelError(
+            f"{path}: not a bundle of covergenre: {what} is missing, or not as train writes it"
+        )
+
+
+def _genres(path: str, names: list[Any]) -> Genres:
+    _expect(bool(names) and all(isinstance(name, str) for name in names), path, "a list of names")
+    try:
+        return Genres(tuple(names))
+    except DatasetError as error:
+        raise ModelError(f"{path}: genres must be sorted, unique and not empty") from error
+
+
+def _preprocessing(path: str, values: dict[str, Any]) -> Preprocessing:
+    defaults = Preprocessing().to_json()
+    for name, default in defaults.items():
+        found = values.get(name)
+        if isinstance(default, tuple):
+            good = isinstance(found, list) and len(found) == len(default)
+            good = good and all(_is_number(number) for number in values[name])
+        else:
+            good = type(found) is type(default)
+        _expect(good, path, name)
+    _expect(values["side"] > 0, path, "side")
+    _expect(all(number > 0 for number in values["std"]), path, "std")
+    try:
+        return Preprocessing.from_json(values)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _thresholds(path: str, values: Any, genres: Genres) -> dict[str, float]:
+    good = isinstance(values, dict) and sorted(values) == list(genres.names)
+    good = good and all(_is_number(number) for number in values.values())
+    _expect(good, path, "a threshold of each genre")
+    return dict(values)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _checked(uri: str, name: str, files: Mapping[str, str]) -> bytes:
+    path = storage.join(uri, name)
+    try:
+        data = storage.read_bytes(path)
+    except StorageError as error:
+        raise ModelError(f"{path}: missing from the MODEL; copy the whole folder") from error
+    if hashlib.sha256(data).hexdigest() != files[name]:
+        raise ModelError(f"{path}: changed since it was written (sha256); a MODEL is immutable")
+    return data
+
+
+def check_weights(bundle: Bundle) -> None:
+    """Raises ModelError where the weights are not those that were written: before work begins."""
+    _checked(bundle.uri, "model.safetensors", bundle.files)
+
+
+def load_model(bundle: Bundle) -> "CoverModel":
+    """The model with its weights, on the CPU, in eval mode. Raises ModelError."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from covergenre.models.networks import build_model
+
+    with torch.device("meta"):  # the weights follow: no time is spent on random ones
+        model = build_model(bundle.model, len(bundle.genres))
+    data = _checked(bundle.uri, "model.safetensors", bundle.files)
+    try:
+        tensors = load(data)
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+        raise _misfit(bundle, f"no safetensors of torch: {error}") from error
+    wanted = model.state_dict()
+    for name, tensor in wanted.items():
+        if name not in tensors:
+            raise _misfit(bundle, f"{name} is missing")
+        found = tensors[name]
+        if found.shape != tensor.shape:
+            raise _misfit(bundle, f"{name} is {list(found.shape)}, not {list(tensor.shape)}")
+        if found.dtype != tensor.dtype:
+            raise _misfit(bundle, f"{name} is {found.dtype}, not {tensor.dtype}")
+    if unknown := sorted(tensors.keys() - wanted.keys()):
+        raise _misfit(bundle, f"{unknown[0]!r} is not one of its tensors")
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def _misfit(bundle: Bundle, what: str) -> ModelError:
+    return ModelError(
+        f"{storage.join(bundle.uri, 'model.safetensors')}: not the weights of {bundle.model} with"
+        f" {len(bundle.genres)} genres, as this covergenre builds it: {what}"
+    )

@@ -1,0 +1,83 @@
+"""MODEL/README.md: what a person should know before using the model."""
+
+import math
+import re
+from typing import Any
+
+from covergenre import __version__
+from covergenre.config import TrainConfig
+from covergenre.data.dataset import Manifest
+from covergenre.formatting import plural
+from covergenre.metrics import chance_warning, dev_metrics, macro_over
+from covergenre.registry import model_spec
+
+_METRICS = (
+    ("pr_auc_micro", "PR AUC, micro"),
+    ("pr_auc_macro", "PR AUC, macro"),
+    ("roc_auc_micro", "ROC AUC, micro"),
+    ("roc_auc_macro", "ROC AUC, macro"),
+    ("precision", "precision at 0.5, micro"),
+    ("recall", "recall at 0.5, micro"),
+)
+
+
+def model_card(
+    config: TrainConfig, manifest: Manifest, best: dict[str, Any], epochs: int, origin: str
+) -> str:
+    """Markdown. best: the record of the best epoch."""
+    dev = dev_metrics(best)
+
+    def shown(name: str) -> str:
+        value = dev[name]
+        return "n/a" if value is None or math.isnan(value) else f"{value:.4f}"
+
+    figures = "\n".join(f"| {label} | {shown(name)} |" for name, label in _METRICS)
+    warning = chance_warning(dev, "dev")
+    warning = f"**{warning[0].upper()}{warning[1:]}.**\n\n" if warning else ""
+    without = [_plain(name) for name in dev["genres_without_auc"]]
+    over = macro_over(dev | {"genres_without_auc": without}, most=len(without))
+    reason = (
+        " (a genre that no dev album has, or that all of them have, has no AUC)" if without else ""
+    )
+    splits = ", ".join(f"{manifest.rows(s):,} {s}" for s in manifest.shards)
+    return f"""# {config.model}: an album's genres from its cover
+
+Made by covergenre {__version__}. Given a cover, it gives a score from 0 to 1 for each of
+{plural(len(manifest.genres), "genre")}; an album may have several.
+
+    covergenre score THIS_FOLDER CATALOG --out LABELS
+
+## What it is
+- Model: {config.model} ({model_spec(config.model).about}).
+- Trunk: {origin} weights, freeze {config.freeze}. Head: new.
+- Trained on dataset `{manifest.dataset_id}` ({splits} albums).
+- {plural(config.epochs or 0, "epoch")} at most, {epochs} done, batch {config.batch_size}, Adam at
+  {config.learning_rate:g} ({config.schedule}), L2 {config.l2:g}, augmentation {config.augment},
+  {config.precision}, seed {config.seed}.
+- This is epoch {best["epoch"]}, the best by micro PR AUC over all genres on the dev split.
+
+## How good it is
+On the dev split, which chose the epoch, so a little flattering; for an honest figure run
+`covergenre evaluate` on the test split.
+
+{warning}| metric | dev |
+|---|---|
+{figures}
+
+Micro counts every album-genre pair as one decision; macro is the plain mean over
+{over}{reason}.
+
+## Genres
+{", ".join(map(_plain, manifest.genres.names))}
+
+## Limits
+- A cover tells only so much about the music: use the scores as a hint, not as a verdict.
+- It knows the genres and the kind of covers it was trained on, and repeats their biases.
+- The thresholds in decision.json are 0.5 for every genre and were not tuned.
+- Pretrained weights and training covers may carry licences of their own.
+"""
+
+
+def _plain(name: str) -> str:
+    """A name from somebody's catalog as Markdown that shows it: no link, no HTML, no new line."""
+    return re.sub(r"([\\`*_\[\]<>&|~#!])", r"\\\1", " ".join(name.split()))

@@ -1,0 +1,1 @@
+"""Output directories: which run owns one, and which process is writing to it."""

@@ -1,0 +1,1 @@
+"""The four stages: prepare, train, evaluate, score. None imports another."""

@@ -1,0 +1,1 @@
+"""Data-parallel training: the order of samples, the loop, checkpoints."""

@@ -1,0 +1,659 @@
+"""The main job on a real local Ray: catalog -> dataset -> MODEL -> metrics and labels."""
+
+import csv
+import io
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from covergenre import inference, schema
+from covergenre.cli import main
+from covergenre.cluster.ray_runtime import Workers
+from covergenre.config import EvaluateConfig, PrepareConfig, ScoreConfig, TrainConfig
+from covergenre.data.dataset import read_manifest, read_table
+from covergenre.data.image_decoding import decode, sha256
+from covergenre.errors import (
+    ConfigError,
+    DatasetError,
+    ModelError,
+    RejectedError,
+    StorageError,
+    UserError,
+)
+from covergenre.inference import normalise, to_unit
+from covergenre.io import storage
+from covergenre.models.bundle import Bundle, load_model, read_bundle
+from covergenre.stages.evaluate import evaluate
+from covergenre.stages.prepare import prepare
+from covergenre.stages.score import Labelled, score
+from covergenre.stages.train import train
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+Rows = list[dict[str, Any]]
+
+
+def read_folder(folder: Path) -> Rows:
+    """All rows of a folder's Parquet files, as a reader would get them."""
+    if not folder.exists():
+        return []
+    return [row for f in sorted(folder.glob("*.parquet")) for row in pq.read_table(f).to_pylist()]
+
+
+def train_config(dataset: Path, out: Path, **settings: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {"model": "tiny", "epochs": 2, "shuffle_window": 2}
+    return TrainConfig(dataset=str(dataset), out=str(out), **(defaults | settings))
+
+
+def batch_size(dataset: Path) -> int:
+    """One that leaves a single row for the last step, so that of two ranks one has none."""
+    rows = read_manifest(str(dataset)).rows("train")
+    return next(size for size in range(9, rows) if rows % size == 1)
+
+
+@pytest.fixture(scope="module")
+def one_worker(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "one"
+    train(train_config(dataset, out, workers=1, batch_size=batch_size(dataset)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_workers(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "two"
+    train(train_config(dataset, out, workers=2, batch_size=batch_size(dataset)))
+    return out
+
+
+def jsonl(path: Path) -> Rows:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- prepare -------------------------------------------------------------------------------
+
+
+def test_prepare_keeps_every_album_once_with_its_genres(drawn: Path, dataset: Path) -> None:
+    with drawn.open() as file:
+        source = {row["album_id"]: row for row in csv.DictReader(file)}
+    manifest = read_manifest(str(dataset))
+    seen: Counter[str] = Counter()
+    for split in schema.SPLITS:
+        for uri in manifest.shard_uris(split):
+            table = read_table(uri)
+            assert table.schema.equals(schema.DATASET)
+            for row in table.to_pylist():
+                seen[row["album_id"]] += 1
+                original = source[row["album_id"]]
+                assert row["split"] == split
+                assert set(row["genres"]) <= set(original["genres"].split("|"))
+                assert row["cover_sha256"] == sha256(
+                    (drawn.parent / original["cover"]).read_bytes()
+                )
+    rejected = read_folder(dataset / "rejected")
+    assert set(seen.values()) == {1}
+    assert len(seen) + len(rejected) == len(source)
+    assert manifest.counts["rows"] == len(source)
+    by_split = manifest.counts["genres_by_split"]
+    for split in schema.SPLITS:
+        tables = map(read_table, manifest.shard_uris(split))
+        found = Counter(
+            genre for table in tables for row in table["genres"].to_pylist() for genre in row
+        )
+        assert {genre: by_split[genre][split] for genre in by_split} == {
+            genre: found[genre] for genre in manifest.genres.names
+        }
+    for picture in ("label_distribution.png", "genres_by_split.png"):
+        assert (dataset / picture).stat().st_size > 5_000
+
+
+def test_prepare_again_changes_nothing_and_other_settings_are_refused(
+    drawn: Path, dataset: Path
+) -> None:
+    before = (dataset / "manifest.json").read_bytes()
+    config = PrepareConfig(catalog=str(drawn), out=str(dataset), shard_rows=20, min_share=0.0)
+    assert "already prepared" in prepare(config).account()
+    assert (dataset / "manifest.json").read_bytes() == before
+    with pytest.raises(StorageError, match="other settings"):
+        prepare(config.model_copy(update={"top_genres": 3}))
+
+
+def test_prepare_sets_bad_rows_aside_with_their_reasons(tmp_path: Path) -> None:
+    def cover(name: str, color: str) -> str:
+        Image.new("RGB", (40, 40), color).save(tmp_path / name)
+        return name
+
+    (tmp_path / "text.jpg").write_text("<html>not found</html>")
+    (tmp_path / "empty.jpg").touch()
+    rows = [(f"album{i}", cover(f"{i}.png", "red"), "Pop") for i in range(30)]
+    rows += [
+        ("text", "text.jpg", "Pop"),
+        ("empty", "empty.jpg", "Pop"),
+        ("gone", "gone.jpg", "Pop"),
+        ("", "0.png", "Pop"),
+        ("nameless", "", "Pop"),
+        ("unlabelled", "1.png", ""),
+        ("rare", "2.png", "Polka"),
+        ("album0", "1.png", "Pop"),  # the same picture under another name: a duplicate
+        ("album1", cover("blue.png", "blue"), "Pop"),
+    ]
+    with (tmp_path / "catalog.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("album_id", "cover", "genres"), *rows])
+    out = tmp_path / "dataset"
+    done = prepare(
+        PrepareConfig(catalog=str(tmp_path / "catalog.csv"), out=str(out), min_share=0.1)
+    )
+    reasons = {row["row"]: row["reason"] for row in read_folder(out / "rejected")}
+    assert reasons == {
+        30: "not_an_image",
+        31: "empty_file",
+        32: "missing_file",
+        33: "null_id",
+        34: "no_cover",
+        35: "unlabelled",
+        36: "no_selected_genre",
+        38: "conflicting_cover",
+    }
+    assert set(reasons.values()) <= set(schema.REASONS)
+    (duplicate,) = read_folder(out / "_state/duplicates")
+    assert (duplicate["row"], duplicate["first_row"]) == (37, 0)
+    counts = done.manifest.counts
+    assert (counts["rows"], counts["albums"], counts["rejected"], counts["duplicates"]) == (
+        39,
+        30,
+        8,
+        1,
+    )
+
+
+def test_prepare_reencodes_large_covers_only(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        pixels = rng.integers(0, 255, (6, 9, 3), np.uint8)
+        side = 900 if i % 2 else 200
+        Image.fromarray(pixels).resize((side, side * 2 // 3)).save(tmp_path / f"{i}.png")
+    lines = ["album_id,cover,genres", *(f"a{i},{i}.png,Pop" for i in range(20))]
+    (tmp_path / "c.csv").write_text("\n".join(lines))
+    for keep in (False, True):
+        out = tmp_path / f"keep{keep}"
+        done = prepare(
+            PrepareConfig(catalog=str(tmp_path / "c.csv"), out=str(out), keep_original=keep)
+        )
+        for split in schema.SPLITS:
+            for uri in done.manifest.shard_uris(split):
+                for row in read_table(uri).to_pylist():
+                    source = (tmp_path / f"{row['album_id'][1:]}.png").read_bytes()
+                    assert row["cover_sha256"] == sha256(source)
+                    if keep or int(row["album_id"][1:]) % 2 == 0:
+                        assert row["image"] == source
+                    else:
+                        assert Image.open(io.BytesIO(row["image"])).size == (300, 200)
+
+
+def test_a_genre_map_says_which_names_the_catalog_lacks(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    genre_map = tmp_path / "map.csv"
+    genre_map.write_text("from,to\nJazz,Jazz and Blues\nBlues,Jazz and Blues\nJazzz,Jazz\n")
+    done = prepare(
+        PrepareConfig(
+            catalog=str(drawn), out=str(tmp_path / "out"), genre_map=str(genre_map), min_share=0.0
+        )
+    )
+    said = capsys.readouterr().err
+    assert "genre map: 2 of 3 names occur in the catalog; not: Jazzz\n" in said
+    names = done.manifest.genres.names
+    assert "Jazz and Blues" in names and not {"Jazz", "Blues"} & set(names)
+
+
+def test_prepare_by_artist_puts_no_artist_in_two_splits(drawn: Path, tmp_path: Path) -> None:
+    out = tmp_path / "by_artist"
+    done = prepare(
+        PrepareConfig(catalog=str(drawn), out=str(out), group_by="artist", min_share=0.0)
+    )
+    splits: dict[str, set[str]] = {}
+    for split in schema.SPLITS:
+        for uri in done.manifest.shard_uris(split):
+            for row in read_table(uri).to_pylist():
+                splits.setdefault(row["artist"], set()).add(split)
+    assert len(splits) > 10
+    assert all(len(found) == 1 for found in splits.values())
+
+
+# --- train ---------------------------------------------------------------------------------
+
+
+def test_two_workers_compute_what_one_computes(
+    dataset: Path, one_worker: Path, two_workers: Path
+) -> None:
+    one, two = jsonl(one_worker / "steps.jsonl"), jsonl(two_workers / "steps.jsonl")
+    steps = -(-read_manifest(str(dataset)).rows("train") // batch_size(dataset))
+    assert len(one) == len(two) == 2 * steps >= 10
+    np.testing.assert_allclose([s["loss"] for s in one], [s["loss"] for s in two], atol=1e-4)
+    for a, b in zip(
+        jsonl(one_worker / "history.jsonl"), jsonl(two_workers / "history.jsonl"), strict=True
+    ):
+        assert a["dev_loss"] == pytest.approx(b["dev_loss"], abs=1e-4)
+        assert a["dev_pr_auc_micro"] == pytest.approx(b["dev_pr_auc_micro"], abs=1e-2)
+
+
+def test_a_model_folder_is_complete_and_the_best_epoch(one_worker: Path) -> None:
+    bundle = read_bundle(str(one_worker))
+    assert set(bundle.files) | {"bundle.json"} == {p.name for p in one_worker.iterdir()}
+    history = jsonl(one_worker / "history.jsonl")
+    best = max(history, key=lambda record: record["dev_pr_auc_micro"])
+    assert json.loads((one_worker / "metrics.json").read_text()) == best
+    assert not one_worker.with_name("one.training").exists()
+    assert f"epoch {best['epoch']}" in (one_worker / "README.md").read_text()
+
+
+def test_training_lowers_the_loss_and_follows_the_seed(
+    dataset: Path, one_worker: Path, tmp_path: Path
+) -> None:
+    losses = [step["loss"] for step in jsonl(one_worker / "steps.jsonl")]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    train(
+        train_config(
+            dataset, tmp_path / "other", seed=1, batch_size=batch_size(dataset), max_steps=3
+        )
+    )
+    other = jsonl(tmp_path / "other" / "steps.jsonl")
+    assert [step["step"] for step in other] == [0, 1, 2]
+    assert abs(other[0]["loss"] - losses[0]) > 1e-6
+
+
+def test_training_again_is_done_and_other_settings_are_refused(
+    dataset: Path, one_worker: Path
+) -> None:
+    again = train(train_config(dataset, one_worker, workers=2, batch_size=batch_size(dataset)))
+    assert "already trained" in again.account()
+    with pytest.raises(StorageError, match="other settings"):
+        train(train_config(dataset, one_worker, batch_size=8))
+
+
+def test_batch_norm_over_two_workers_is_saved_as_it_was_measured(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """Each rank's running statistics differ; dev, MODEL and evaluate must speak of one of them."""
+    model, metrics = tmp_path / "model", tmp_path / "metrics"
+    settings = {"model": "mobilenet_v2", "weights": "none", "max_steps": 2, "batch_size": 12}
+    train(train_config(dataset, model, workers=2, **settings))
+    config = EvaluateConfig(model=str(model), dataset=str(dataset), out=str(metrics), split="dev")
+    measured = evaluate(config).metrics
+    (record,) = jsonl(model / "history.jsonl")
+    for name in ("roc_auc_micro", "roc_auc_macro", "pr_auc_micro", "pr_auc_macro", "recall"):
+        assert record[f"dev_{name}"] == pytest.approx(measured[name], abs=1e-6)
+
+
+def test_pretrained_weights_and_freezing_reach_the_workers(
+    dataset: Path, one_worker: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "frozen"
+    weights = str(one_worker / "model.safetensors")
+    train(train_config(dataset, out, weights=weights, freeze="all", max_steps=2))
+    first, then = (load_model(read_bundle(str(p))) for p in (one_worker, out))
+    for (name, a), b in zip(
+        first.trunk.state_dict().items(), then.trunk.state_dict().values(), strict=True
+    ):
+        assert a.equal(b), name
+    heads = zip(first.head.parameters(), then.head.parameters(), strict=True)
+    assert not all(a.equal(b) for a, b in heads)
+
+
+# --- evaluate ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_evaluate_counts_every_album_once(
+    dataset: Path, one_worker: Path, tmp_path: Path, workers: int
+) -> None:
+    out = tmp_path / "metrics"
+    evaluate(
+        EvaluateConfig(
+            model=str(one_worker),
+            dataset=str(dataset),
+            out=str(out),
+            split="train",
+            workers=workers,
+            batch_size=7,
+        )
+    )
+    manifest = read_manifest(str(dataset))
+    expected = Counter(
+        row["album_id"]
+        for uri in manifest.shard_uris("train")
+        for row in read_table(uri).to_pylist()
+    )
+    predictions = read_folder(out)
+    assert Counter(row["album_id"] for row in predictions) == expected
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["albums"] == len(predictions) == manifest.rows("train")
+
+    names = manifest.genres.names
+    truth = manifest.genres.multi_hot([row["genres"] for row in predictions])
+    scores = np.array([[row["scores"][g] for g in names] for row in predictions])
+    assert metrics["roc_auc_micro"] == pytest.approx(roc_auc_score(truth, scores, average="micro"))
+    assert metrics["pr_auc_micro"] == pytest.approx(
+        average_precision_score(truth, scores, average="micro")
+    )
+    both = [j for j in range(len(names)) if 0 < truth[:, j].sum() < len(truth)]
+    assert metrics["roc_auc_macro"] == pytest.approx(
+        roc_auc_score(truth[:, both], scores[:, both], average="macro")
+    )
+    assert metrics["pr_auc_macro"] == pytest.approx(
+        average_precision_score(truth[:, both], scores[:, both], average="macro")
+    )
+
+
+def damaged(root: Path, copy: Path, name: str) -> str:
+    """A copy of a folder, with one file's middle overwritten."""
+    shutil.copytree(root, copy)
+    data = bytearray((copy / name).read_bytes())
+    data[200:-200] = bytes(len(data) - 400)
+    (copy / name).write_bytes(data)
+    return str(copy)
+
+
+def test_damaged_files_are_one_line(dataset: Path, one_worker: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    model = damaged(one_worker, tmp_path / "model", "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: changed") as error:
+        evaluate(EvaluateConfig(model=model, dataset=str(dataset), out=str(out)))
+    one_line(error)
+    with pytest.raises(UserError, match=r"model\.safetensors: changed"):
+        score(ScoreConfig(model=model, catalog=str(dataset), out=str(out)))
+    assert not out.exists()
+    # Found by a task on the cluster, and said as if it had been found here.
+    broken = damaged(dataset, tmp_path / "dataset", "train/part-00001.parquet")
+    with pytest.raises(UserError, match=r"part-00001\.parquet: cannot read as Parquet") as error:
+        train(train_config(Path(broken), tmp_path / "m"))
+    one_line(error)
+    with pytest.raises(UserError, match=r"part-00001\.parquet: cannot read as Parquet") as error:
+        evaluate(EvaluateConfig(model=str(one_worker), dataset=broken, out=str(out), split="train"))
+    one_line(error)
+
+
+# --- score ---------------------------------------------------------------------------------
+
+
+def by_hand(bundle: Bundle, covers: list[bytes]) -> NDArray[np.float32]:
+    """Scores without Ray, cover by cover."""
+    import torch
+
+    model = load_model(bundle)
+    out = []
+    with torch.inference_mode():
+        for cover in covers:
+            pixels = decode(cover, bundle.preprocessing)[None]
+            images = normalise(to_unit(pixels, "cpu"), bundle.preprocessing)
+            out.append(model(images).sigmoid().numpy()[0])
+    return np.array(out)
+
+
+def messy_catalog(drawn: Path, folder: Path) -> Path:
+    """The drawn covers, and rows that are missing, damaged or repeated; absolute paths."""
+    with drawn.open() as file:
+        rows = [(r["album_id"], str(drawn.parent / r["cover"])) for r in csv.DictReader(file)]
+    (folder / "copy.jpg").write_bytes(Path(rows[3][1]).read_bytes())
+    (folder / "broken.jpg").write_bytes(Path(rows[4][1]).read_bytes()[:900])
+    rows[40:40] = [("gone", str(folder / "gone.jpg")), ("broken", str(folder / "broken.jpg"))]
+    rows += [
+        (rows[3][0], str(folder / "copy.jpg")),
+        (rows[3][0], rows[5][1]),
+        ("", rows[6][1]),
+        (rows[7][0], rows[7][1]),
+    ]
+    catalog = folder / "messy.csv"
+    with catalog.open("w", newline="") as file:
+        csv.writer(file).writerows([("album_id", "cover"), *rows])
+    return catalog
+
+
+def test_score_labels_every_row_and_agrees_with_a_run_by_hand(
+    drawn: Path, one_worker: Path, tmp_path: Path
+) -> None:
+    catalog = messy_catalog(drawn, tmp_path)
+    out = tmp_path / "labels"
+    config = ScoreConfig(
+        model=str(one_worker), catalog=str(catalog), out=str(out), unit_rows=50, batch_size=8
+    )
+    done = score(config.model_copy(update={"workers": 2}))
+    with catalog.open() as file:
+        source = list(csv.DictReader(file))
+    labels, rejected = read_folder(out / "labels"), read_folder(out / "rejected")
+    n = len(source)
+    assert done.ledger["rows"] == n
+    assert {r["row"]: r["reason"] for r in rejected} == {
+        40: "missing_file",
+        41: "truncated_image",
+        n - 3: "conflicting_cover",
+        n - 2: "null_id",
+    }
+    duplicates = read_folder(out / "_state/duplicates")
+    assert {(d["row"], d["first_row"]) for d in duplicates} == {(n - 4, 3), (n - 1, 7)}
+    assert (out / "_SUCCESS").exists()
+    assert (done.ledger["scored"], done.ledger["rejected"], done.ledger["duplicates"]) == (
+        len(labels),
+        4,
+        2,
+    )
+    every = [r["row"] for r in [*labels, *rejected, *duplicates]]
+    assert sorted(every) == list(range(n))
+
+    bundle = read_bundle(str(one_worker))
+    expected = by_hand(bundle, [Path(source[r["row"]]["cover"]).read_bytes() for r in labels])
+    got = np.array([[r["scores"][g] for g in bundle.genres.names] for r in labels])
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    for row in labels:
+        assert row["genres"] == [g for g in bundle.genres.names if row["scores"][g] >= 0.5]
+        assert row["weights_id"] == bundle.weights_id
+
+    # Taken up again: a lost unit comes back byte for byte, whatever the number of workers.
+    lost = out / "labels" / "part-00000001.parquet"
+    before = lost.read_bytes()
+    lost.unlink()
+    (out / "_SUCCESS").unlink()
+    again = score(config)
+    assert lost.read_bytes() == before
+    assert again.ledger["scored"] == len(labels)
+    assert "already labelled" in score(config).account()
+
+
+def test_a_job_with_too_many_rejected_rows_fails_until_the_limit_is_raised(
+    drawn: Path, one_worker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with drawn.open() as file:
+        good = next(csv.DictReader(file))["cover"]
+    catalog, out = tmp_path / "catalog.csv", tmp_path / "labels"
+    covers = [str(drawn.parent / good), "gone.jpg", "gone too.jpg", "gs://bucket/a.jpg"]
+    rows = [(f"album {n}", cover) for n, cover in enumerate([*covers, covers[0]])]
+    with catalog.open("w", newline="") as file:
+        csv.writer(file).writerows([("album_id", "cover"), *rows, rows[0]])
+
+    def run(limit: float | None, catalog: Path = catalog, out: Path = out) -> Labelled:
+        given = {"model": str(one_worker), "catalog": str(catalog), "out": str(out)}
+        return score(ScoreConfig(**given, max_rejected=limit))
+
+    with pytest.raises(RejectedError) as caught:
+        run(0.5)
+    line = str(caught.value)
+    assert "3 of 5 rows were rejected (60.0%), over --max-rejected 0.5: " in line
+    assert "\n" not in line and caught.value.exit_code == 3
+    ledger = json.loads((out / "ledger.json").read_text())
+    assert (ledger["rows"], ledger["scored"], ledger["duplicates"]) == (6, 2, 1)
+    assert not (out / "_SUCCESS").exists()
+
+    monkeypatch.setattr(inference, "score_plan", None)  # nothing is scored again
+    with pytest.raises(RejectedError):
+        run(0.5)
+    assert json.loads((out / "ledger.json").read_text()) == ledger
+    assert "rejected (60.0%)" in run(0.6).account()
+    assert (out / "_SUCCESS").exists()
+    assert "already labelled" in run(None).account()
+    with pytest.raises(RejectedError):
+        run(0.5)
+    assert not (out / "_SUCCESS").exists()
+
+
+def test_a_catalog_of_which_every_row_is_rejected_is_an_error_unless_allowed(
+    one_worker: Path, tmp_path: Path
+) -> None:
+    catalog = tmp_path / "catalog.csv"
+    catalog.write_text("album_id,cover\na,gone.jpg\nb,gone.jpg\na,gone.jpg\n")
+    config = ScoreConfig(model=str(one_worker), catalog=str(catalog), out=str(tmp_path / "out"))
+    with pytest.raises(RejectedError, match=r"2 of 2 rows were rejected \(100.0%\), all of them"):
+        score(config)
+    done = score(config.model_copy(update={"max_rejected": 1.0}))
+    assert done.ledger["scored"] == 0 and (tmp_path / "out" / "_SUCCESS").exists()
+    assert "warning: nothing was labelled" in done.account()
+    (tmp_path / "page.jpg").write_text("<html>")
+    catalog.write_text("album_id,cover\na,page.jpg\n")
+    done = score(config.model_copy(update={"out": str(tmp_path / "no images")}))
+    assert done.ledger["reasons"] == {"not_an_image": 1}
+
+
+def test_scoring_a_dataset_scores_all_its_splits(
+    dataset: Path, one_worker: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "labels"
+    score(ScoreConfig(model=str(one_worker), catalog=str(dataset), out=str(out)))
+    manifest = read_manifest(str(dataset))
+    rows = [
+        row
+        for split in schema.SPLITS
+        for uri in manifest.shard_uris(split)
+        for row in read_table(uri).to_pylist()
+    ]
+    labels = read_folder(out / "labels")
+    assert [r["album_id"] for r in labels] == [r["album_id"] for r in rows]
+    assert [r["cover_sha256"] for r in labels] == [r["cover_sha256"] for r in rows]
+    assert [r["row"] for r in labels] == list(range(len(rows)))
+
+
+def test_scoring_covers_kept_in_parquet(drawn: Path, one_worker: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    with drawn.open() as file:
+        source = list(csv.DictReader(file))[:60]
+    images = [(drawn.parent / row["cover"]).read_bytes() for row in source]
+    images[10] = b""
+    table = pa.table(
+        {"album_id": [r["album_id"] for r in source], "image": pa.array(images, pa.large_binary())}
+    )
+    for part in range(2):
+        pq.write_table(table.slice(part * 30, 30), tmp_path / f"part{part}.parquet")
+    out = tmp_path / "labels"
+    done = score(
+        ScoreConfig(
+            model=str(one_worker), catalog=str(tmp_path / "*.parquet"), out=str(out), unit_rows=25
+        )
+    )
+    assert done.ledger["reasons"] == {"empty_file": 1}
+    assert [r["album_id"] for r in read_folder(out / "labels")] == [
+        r["album_id"] for i, r in enumerate(source) if i != 10
+    ]
+
+
+def test_the_whole_job_on_s3(s3: str, tmp_path: Path) -> None:
+    """Catalog, covers, settings, dataset, MODEL, metrics and labels: nothing is on a local disk."""
+    root = f"{s3}/{tmp_path.name}"
+
+    def run(*args: str) -> None:
+        main([*args])
+
+    run("sample", "--out", f"{root}/catalog", "--albums", "60")
+    storage.put(f"{root}/prepare.yaml", b"min_share: 0\nsplit_fractions: 0.6, 0.2, 0.2\n")
+    run(
+        *("prepare", f"{root}/catalog/catalog.csv", "--out", f"{root}/dataset"),
+        *("--config", f"{root}/prepare.yaml"),
+    )
+    run(
+        *("train", f"{root}/dataset", "--out", f"{root}/model", "--model", "tiny"),
+        *("--epochs", "1", "--workers", "2"),
+    )
+    run("evaluate", f"{root}/model", f"{root}/dataset", "--out", f"{root}/metrics")
+    run("score", f"{root}/model", f"{root}/catalog/catalog.csv", "--out", f"{root}/labels")
+    ledger = storage.read_json(f"{root}/labels/ledger.json")
+    assert (ledger["rows"], ledger["scored"]) == (60, 60)
+    held = storage.list_sizes(root)
+    assert {name.split("/")[0] for name in held} == {
+        *("catalog", "prepare.yaml", "dataset", "model", "metrics", "labels")
+    }
+    # The same covers from a local disk have the same scores.
+    run("sample", "--out", str(tmp_path / "catalog"), "--albums", "60")
+    run(
+        *("score", f"{root}/model", str(tmp_path / "catalog/catalog.csv")),
+        *("--out", str(tmp_path / "labels")),
+    )
+    (there,) = (name for name in held if name.startswith("labels/labels/"))
+    (here,) = (tmp_path / "labels/labels").iterdir()
+    assert storage.read_bytes(f"{root}/{there}") == here.read_bytes()
+
+
+# --- a user's mistakes ---------------------------------------------------------------------
+
+
+def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    assert error.value.exit_code == 2
+    return text
+
+
+def test_mistakes_are_one_line(
+    drawn: Path, dataset: Path, one_worker: Path, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    busy = tmp_path / "busy"
+    busy.mkdir()
+    (busy / "thesis.txt").touch()
+    with pytest.raises(StorageError, match=r"thesis\.txt") as error:
+        prepare(PrepareConfig(catalog=str(drawn), out=str(busy)))
+    one_line(error)
+    with pytest.raises(StorageError, match=r"thesis\.txt"):
+        train(train_config(dataset, busy))
+    with pytest.raises(StorageError, match="no such file"):
+        prepare(PrepareConfig(catalog=str(tmp_path / "none.csv"), out=out))
+    with pytest.raises(UserError, match="--genres-column"):
+        prepare(PrepareConfig(catalog=str(drawn), out=out, genres_column="genre"))
+    with pytest.raises(ConfigError, match="min-share"):
+        prepare(PrepareConfig(catalog=str(drawn), out=out, min_share=1.0))
+    with pytest.raises(DatasetError, match="not a dataset"):
+        train(train_config(drawn.parent, tmp_path / "m"))
+    with pytest.raises(ModelError, match="not a MODEL"):
+        score(ScoreConfig(model=str(dataset), catalog=str(drawn), out=out))
+    with pytest.raises(ConfigError, match="workers 50"):
+        score(ScoreConfig(model=str(one_worker), catalog=str(drawn), out=out, workers=50))
+    assert not (tmp_path / "out" / "labels").exists()
+    shutil.rmtree(out)
+    # Four would leave their readers no CPU to decode on.
+    with pytest.raises(ConfigError, match="workers 4: 1 CPU each and one to decode covers need 5"):
+        train(train_config(dataset, tmp_path / "m", workers=4))
+
+
+def test_workers_placed_by_default_are_refused_where_a_step_has_fewer_albums(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = Workers(count=2, use_gpu=True, cpus=0.5, per_node=2)  # one for each GPU
+    monkeypatch.setattr("covergenre.stages.train._place", lambda config: two)
+    with pytest.raises(ConfigError, match="--batch-size 1: each of 2 workers needs at least one"):
+        train(train_config(dataset, tmp_path / "m", batch_size=1))
+
+
+def test_a_split_without_albums_is_named(drawn: Path, tmp_path: Path) -> None:
+    out = tmp_path / "no_dev"
+    prepare(
+        PrepareConfig(
+            catalog=str(drawn), out=str(out), split_fractions=(1.0, 0.0, 0.0), min_share=0.0
+        )
+    )
+    with pytest.raises(DatasetError, match="the dev split is empty"):
+        train(train_config(out, tmp_path / "m"))

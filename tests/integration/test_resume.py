@@ -1,0 +1,265 @@
+"""Training that is interrupted for real, and goes on: workers killed, files damaged, ^C sent."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load
+
+from covergenre.config import TrainConfig
+from covergenre.errors import StorageError, TrainingDivergedError
+from covergenre.io import storage
+from covergenre.io.storage import read_json
+from covergenre.models.bundle import load_model, read_bundle
+from covergenre.stages import train as train_module
+from covergenre.stages.train import train
+from covergenre.training.checkpoints import fetch, save
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+EPOCHS = 2
+
+
+def config(dataset: Path, out: Path, **settings: Any) -> TrainConfig:
+    defaults = {"model": "tiny", "epochs": EPOCHS, "batch_size": 9, "shuffle_window": 2}
+    return TrainConfig(dataset=str(dataset), out=str(out), **(defaults | settings))
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("models") / "whole"
+    train(config(dataset, out))
+    return out
+
+
+def losses(model: Path) -> list[float]:
+    import json
+
+    lines = [json.loads(line) for line in (model / "steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    return [line["loss"] for line in lines]
+
+
+def steps_an_epoch(model: Path) -> int:
+    return len(losses(model)) // EPOCHS
+
+
+def weights_id(model: Path) -> str:
+    assert load_model(read_bundle(str(model)))
+    return read_bundle(str(model)).weights_id
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return sorted(out.with_name(f"{out.name}.training").glob("checkpoints/step-*"))
+
+
+def workers() -> list[psutil.Process]:
+    """Processes of Ray Train's workers, of this session's Ray."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in process.name() + " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+class Watcher:
+    """Acts once, as soon as a run has a checkpoint of `step` steps or more."""
+
+    def __init__(self, out: Path, step: int, act: Callable[[], None]) -> None:
+        self.acted = threading.Event()
+        self._over = threading.Event()
+        self._out, self._step, self._act = out, step, act
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.01):
+            if any(int(p.name.split("-")[1]) >= self._step for p in checkpoints(self._out)):
+                self.acted.set()
+                self._act()
+                return
+
+    def __enter__(self) -> "Watcher":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def kill_workers(count: int) -> None:
+    for process in workers()[:count]:
+        process.kill()
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_within_an_epoch_sees_each_sample_once(
+    dataset: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m"
+    settings = config(dataset, out, workers=2, checkpoint_every=4)
+    with Watcher(out, 4, lambda: kill_workers(1)) as watcher:
+        train(settings)
+    assert watcher.acted.is_set()
+    assert "going on from step" in capfd.readouterr().err
+    np.testing.assert_allclose(losses(out), losses(whole), atol=1e-4)
+
+
+@pytest.fixture
+def interrupted(
+    dataset: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Path]:
+    """Where a run was to write that ^C ended in its second epoch."""
+    out = tmp_path / "m"
+    with Watcher(out, steps_an_epoch(whole) + 4, interrupt), pytest.raises(KeyboardInterrupt):
+        train(config(dataset, out, checkpoint_every=4))
+    assert not out.exists()
+    capfd.readouterr()
+    yield out
+
+
+@pytest.mark.chaos
+def test_an_interrupted_run_goes_on_if_asked_to(
+    dataset: Path, whole: Path, interrupted: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StorageError, match=r"unfinished run \(its last checkpoint.*--resume"):
+        train(config(dataset, interrupted))
+    with pytest.raises(StorageError, match="other settings"):
+        train(config(dataset, interrupted, batch_size=8, resume=True))
+    newest = checkpoints(interrupted)[-1]
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    # With another number of workers, and other steps between checkpoints.
+    train(config(dataset, interrupted, resume=True, workers=2))
+    said = capfd.readouterr().err
+    assert f"{newest.name}: damaged (sha256); the checkpoint before it is used" in said
+    np.testing.assert_allclose(losses(interrupted), losses(whole), atol=1e-4)
+    assert not interrupted.with_name("m.training").exists()
+    saved = read_json(str(interrupted / "config.json"))["train"]["settings"]
+    assert saved["workers"] == "2"
+
+
+@pytest.mark.chaos
+def test_a_run_ended_before_its_model_was_whole(
+    dataset: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is trained again; and a damaged file of the best weights is made up for."""
+    out = tmp_path / "m"
+
+    def ended(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "put_json", ended)  # bundle.json: all else is written
+        train(config(dataset, out))
+    assert (out / "model.safetensors").exists()
+    with pytest.raises(StorageError, match=r"unfinished run.*--resume"):
+        train(config(dataset, out))
+    *_, best = sorted(checkpoints(out)[0].parent.glob("best-*"))
+    best.write_bytes(best.read_bytes()[:-1])
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.delattr(train_module, "_run_group")
+        train(config(dataset, out, resume=True))
+    said = capfd.readouterr().err
+    assert f"{best}: damaged or gone (sha256); the MODEL has the weights of epoch 2" in said
+    assert weights_id(out) == weights_id(whole)
+    assert losses(out) == losses(whole)
+    assert not out.with_name("m.training").exists()
+
+
+def test_damaged_weights_of_an_epoch_that_is_not_the_last(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "c")
+    first, last = ({"w": torch.full((3,), float(epoch))} for epoch in (1, 2))
+    best = save(folder, "best", 5, first)
+    records = [{"epoch": 1, "best": True}, {"epoch": 2, "best": False}]
+    state = {"best_weights": best, "history": records, "steps_done": 10}
+    save(folder, "step", 10, {"model.w": last["w"], "adam.step.w": torch.tensor(10)}, state)
+    assert torch.equal(load(train_module._best_weights(folder, state, tmp_path))["w"], first["w"])
+    assert capfd.readouterr().err == ""
+    (tmp_path / "c" / best).write_bytes(b"")
+    found = load(train_module._best_weights(folder, state, tmp_path))
+    assert list(found) == ["w"] and torch.equal(found["w"], last["w"])
+    assert "has the weights of epoch 2, from the last checkpoint, and not of 1, the best" in (
+        capfd.readouterr().err
+    )
+    assert records[1]["best"]
+
+
+@pytest.mark.chaos
+def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(
+    dataset: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "m"
+    with pytest.raises(TrainingDivergedError) as caught:
+        train(config(dataset, out, learning_rate=1e30, checkpoint_every=1, workers=2))
+    assert not out.exists()
+    folder = tmp_path / "m.training" / "checkpoints"
+    (kept,) = checkpoints(out)
+    text = str(caught.value)
+    assert text.startswith("training diverged: the loss is not finite from step 2 of epoch 1 on, ")
+    assert text.endswith(
+        "; the learning rate is 1e+30; the last good checkpoint is of step 1, in"
+        f" {folder}; lower --learning-rate, and choose another --out"
+    )
+    assert caught.value.exit_code == 2
+    found = fetch(str(folder), kept.name, tmp_path)
+    assert found is not None and all(t.isfinite().all() for t in found.tensors().values())
+
+
+@pytest.mark.chaos
+def test_a_step_too_large_for_the_memory_is_computed_in_parts(
+    dataset: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """In real workers; only the GPU, which raises the error where rows are too many, is not."""
+
+    def on_a_small_gpu(settings: dict[str, Any]) -> None:
+        from covergenre.training import worker
+
+        backward = worker._Worker._backward
+
+        def limited(worker: Any, part: Any, *args: Any, **others: Any) -> Any:
+            if len(part.rows) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return backward(worker, part, *args, **others)
+
+        worker._Worker._backward = limited  # type: ignore[assignment]
+        worker.training_loop(settings)
+
+    monkeypatch.setattr("covergenre.training.worker.training_loop", on_a_small_gpu)
+    out = tmp_path / "m"
+    train(config(dataset, out, workers=2))
+    said = capfd.readouterr().err
+    assert said.count("gradients accumulated; the batch stays 9") == 1, said
+    assert "a step does not fit the GPU's memory: computing it 3 covers at a time" in said
+    assert "Traceback" not in said and "workers were lost" not in said
+    # The same sums in another order. Adam divides by what is nearly nothing at first, and so the
+    # last digits grow from step to step.
+    np.testing.assert_allclose(losses(out)[:9], losses(whole)[:9], atol=1e-6)
+    np.testing.assert_allclose(losses(out), losses(whole), atol=5e-3)

@@ -1,0 +1,324 @@
+"""Shards and the manifest: the dataset on disk."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from covergenre import schema
+from covergenre.data import dataset
+from covergenre.data.dataset import Manifest, Shard
+from covergenre.data.genres import Genres
+from covergenre.errors import DatasetError, StorageError
+from covergenre.io import storage
+
+
+def albums(sizes: list[int], first: int = 0) -> pa.Table:
+    """Rows of schema.DATASET whose images have these many bytes."""
+    rows = [
+        {
+            "album_id": f"album-{row}",
+            "row": row,
+            "image": bytes([row % 251]) * size,
+            "cover_sha256": f"{row:064x}",
+            "genres": ["Jazz", "Rock"][: row % 3],
+            "group": None if row % 2 else "band",
+            "split": "train",
+            "title": f"Title {row}",
+            "artist": None,
+        }
+        for row, size in enumerate(sizes, first)
+    ]
+    return pa.Table.from_pylist(rows, schema=schema.DATASET)
+
+
+def groups(data: pa.Buffer) -> list[int]:
+    """Rows of each row group."""
+    metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def write(path: Path, table: pa.Table) -> str:
+    path.write_bytes(dataset.to_parquet(table))
+    return str(path)
+
+
+# Parquet
+
+
+def test_the_same_rows_are_the_same_bytes() -> None:
+    table = albums([10] * 20)
+    data = dataset.to_parquet(table)
+    again = pa.concat_tables([albums([10] * 7), albums([10] * 13, first=7)])
+    assert again["image"].num_chunks == 2
+    assert dataset.to_parquet(again).equals(data)
+    assert dataset.to_parquet(albums([0] * 3 + [10] * 20).slice(3)).size != 0
+    assert not dataset.to_parquet(albums([10] * 21)).equals(data)
+
+
+def test_a_slice_is_written_as_the_rows_it_has() -> None:
+    whole = albums([10] * 20)
+    taken = pa.Table.from_pylist(whole.slice(5, 9).to_pylist(), schema=schema.DATASET)
+    assert dataset.to_parquet(whole.slice(5, 9)).equals(dataset.to_parquet(taken))
+
+
+@pytest.mark.parametrize("table", [albums([]), albums([3]), albums([0, 5, 0]), albums([1] * 600)])
+def test_what_is_written_is_read(table: pa.Table, tmp_path: Path) -> None:
+    again = dataset.read_table(write(tmp_path / "x.parquet", table))
+    assert again.schema.equals(schema.DATASET)
+    assert again.to_pylist() == table.to_pylist()
+    columns = dataset.read_table(str(tmp_path / "x.parquet"), ["row", "genres"])
+    assert columns.column_names == ["row", "genres"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [(0, []), (1, [1]), (255, [255]), (256, [256]), (257, [256, 1]), (600, [256, 256, 88])],
+)
+def test_a_row_group_has_at_most_256_covers(rows: int, expected: list[int]) -> None:
+    assert groups(dataset.to_parquet(albums([1] * rows))) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([40, 40, 20, 1], [3, 1]),  # exactly full is not too full
+        ([40, 40, 21, 1], [2, 2]),
+        ([100, 100, 100], [1, 1, 1]),
+        ([1, 100, 1], [1, 1, 1]),
+        ([500, 1, 500], [1, 1, 1]),  # one cover alone may be larger; it has to lie somewhere
+        ([0, 0, 100, 0, 1], [4, 1]),
+        ([10] * 25, [10, 10, 5]),
+    ],
+)
+def test_a_row_group_has_bounded_bytes(
+    sizes: list[int], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "ROW_GROUP_BYTES", 100)
+    data = dataset.to_parquet(albums(sizes))
+    assert groups(data) == expected
+    assert pq.read_table(pa.BufferReader(data))["row"].to_pylist() == list(range(len(sizes)))
+
+
+def test_both_bounds_hold_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "ROW_GROUP_BYTES", 100)
+    monkeypatch.setattr(dataset, "ROW_GROUP_ROWS", 4)
+    assert groups(dataset.to_parquet(albums([40, 40, 30] + [1] * 10))) == [2, 4, 4, 3]
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(0, []), (3, [3]), (4, [4]), (9, [4, 4, 1])])
+def test_a_table_without_covers_has_row_groups_too(
+    rows: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that needs 256 rows of a plan must not read a million."""
+    monkeypatch.setattr(dataset, "TABLE_GROUP_ROWS", 4)
+    table = pa.table({"row": pa.array(range(rows), pa.int64())})
+    data = dataset.to_parquet(table)
+    assert groups(data) == expected
+    assert pq.read_table(pa.BufferReader(data)).equals(table)
+
+
+def test_metadata_goes_to_the_footer() -> None:
+    data = dataset.to_parquet(pa.table({"row": [1, 2]}), {"covergenre": '{"rows": 2}'})
+    assert pq.read_metadata(pa.BufferReader(data)).metadata[b"covergenre"] == b'{"rows": 2}'
+    empty = dataset.to_parquet(albums([]).drop_columns(["image"]), {"covergenre": "{}"})
+    assert pq.read_metadata(pa.BufferReader(empty)).metadata[b"covergenre"] == b"{}"
+
+
+def test_every_run_of_rows_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "ROW_GROUP_ROWS", 3)
+    table = albums([2] * 11)
+    uri = write(tmp_path / "x.parquet", table)
+    assert groups(pa.py_buffer((tmp_path / "x.parquet").read_bytes())) == [3, 3, 3, 2]
+    for start in range(13):
+        for stop in range(start, 14):
+            part = dataset.read_rows(uri, start, stop, ["row", "image"])
+            assert part.column_names == ["row", "image"]
+            assert part["row"].to_pylist() == list(range(11))[start:stop]
+            assert part["image"].to_pylist() == table["image"].to_pylist()[start:stop]
+    assert dataset.read_rows(uri, 2, 5).to_pylist() == table.slice(2, 3).to_pylist()
+
+
+def test_only_the_row_groups_needed_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "ROW_GROUP_ROWS", 3)
+    uri = write(tmp_path / "x.parquet", albums([2] * 11))
+    read: list[list[int]] = []
+    dataset.read_rows(uri, 0, 1)
+    file = dataset._open(uri, storage.stamp(uri), buffered=False)
+    inner = file.read_row_groups
+
+    def spied(wanted: list[int], **options: Any) -> pa.Table:
+        read.append(wanted)
+        return inner(wanted, **options)
+
+    monkeypatch.setattr(file, "read_row_groups", spied)
+    for start, stop in ((0, 3), (2, 4), (3, 9), (9, 10), (10, 11), (11, 12), (5, 5)):
+        dataset.read_rows(uri, start, stop)
+    assert read[:6] == [[0], [0, 1], [1, 2], [3], [3], []]
+
+
+def test_a_file_written_anew_is_read_anew(tmp_path: Path) -> None:
+    """A notebook that empties its folder and prepares again keeps its workers."""
+    uri = str(tmp_path / "x.parquet")
+    for first in (0, 100):
+        table = albums([2] * 3, first=first)
+        storage.put(uri, dataset.to_parquet(table))
+        os.utime(uri, ns=(first, first))  # no two within a tick of the clock
+        assert dataset.read_rows(uri, 0, 3).to_pylist() == table.to_pylist()
+    os.unlink(uri)
+    with pytest.raises(StorageError, match="no such file"):
+        dataset.read_rows(uri, 0, 3)
+
+
+def test_a_missing_shard_is_told(tmp_path: Path) -> None:
+    for action in (dataset.read_table, lambda uri: dataset.read_rows(uri, 0, 1)):
+        with pytest.raises(StorageError, match="no such file"):
+            action(str(tmp_path / "none.parquet"))
+
+
+# The manifest
+
+
+def make_dataset(
+    root: Path, counts: tuple[int, int, int] = (5, 2, 1), shard_rows: int = 3
+) -> Manifest:
+    """A small dataset, written as prepare writes it."""
+    found: dict[str, tuple[Shard, ...]] = {}
+    for split, rows in zip(schema.SPLITS, counts, strict=True):
+        found[split] = tuple(
+            dataset.write_shard(
+                str(root),
+                f"{split}/part-{part:05d}.parquet",
+                albums([4] * min(shard_rows, rows - start), first=start),
+            )
+            for part, start in enumerate(range(0, rows, shard_rows))
+        )
+    genres = Genres(("Jazz", "Rock"))
+    identity = dataset.dataset_id(genres, found)
+    return Manifest(str(root), genres, found, identity, {"rows": sum(counts)})
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path)
+    assert not dataset.is_dataset(str(tmp_path))
+    dataset.write_manifest(manifest, {"settings": {"top_genres": 2}})
+    assert dataset.is_dataset(str(tmp_path))
+    assert dataset.read_manifest(str(tmp_path)) == manifest
+    assert dataset.read_manifest(f"{tmp_path}/") == manifest
+    assert json.loads((tmp_path / "genres.json").read_text()) == ["Jazz", "Rock"]
+    assert json.loads((tmp_path / "manifest.json").read_text())["settings"] == {"top_genres": 2}
+
+
+def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(storage, "put", lambda uri, data: written.append(storage.name(uri)))
+    dataset.write_manifest(Manifest(str(tmp_path), Genres(("A",)), {}, "id", {}), {})
+    assert written == ["genres.json", "manifest.json"]
+
+
+def test_what_a_manifest_tells(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path, (5, 2, 0))
+    assert [manifest.rows(split) for split in schema.SPLITS] == [5, 2, 0]
+    assert manifest.shard_uris("train") == [
+        f"{tmp_path}/train/part-00000.parquet",
+        f"{tmp_path}/train/part-00001.parquet",
+    ]
+    assert [dataset.read_table(uri).num_rows for uri in manifest.shard_uris("train")] == [3, 2]
+    for split in ("train", "dev"):
+        manifest.require(split)
+    with pytest.raises(DatasetError, match="the test split is empty"):
+        manifest.require("test")
+
+
+def test_a_shard_knows_its_file(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path)
+    for shard in manifest.shards["train"]:
+        data = (tmp_path / shard.path).read_bytes()
+        assert shard.bytes == len(data)
+        assert shard.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_the_dataset_id_is_of_the_content(tmp_path: Path) -> None:
+    manifest = make_dataset(tmp_path / "a")
+    same = make_dataset(tmp_path / "elsewhere")
+    assert same.dataset_id == manifest.dataset_id
+    genres, found = manifest.genres, manifest.shards
+    first = found["train"][0]
+    changed = found | {"train": (replace(first, sha256="0" * 64), *found["train"][1:])}
+    fewer = found | {"train": found["train"][:1]}
+    swapped = found | {"train": found["train"][::-1]}
+    ids = [
+        manifest.dataset_id,
+        dataset.dataset_id(Genres(("Jazz", "Pop")), found),
+        *(dataset.dataset_id(genres, other) for other in (changed, fewer, swapped)),
+    ]
+    assert len(set(ids)) == len(ids)
+
+
+def refused(place: Path | str, *parts: str) -> None:
+    with pytest.raises(DatasetError) as caught:
+        dataset.read_manifest(str(place))
+    text = str(caught.value)
+    assert "\n" not in text and str(place) in text
+    for part in parts:
+        assert part in text
+
+
+def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "none", "no such dataset")
+    refused(tmp_path, "not a dataset (no manifest.json)", "covergenre prepare")
+    (tmp_path / "file").write_bytes(b"x")
+    refused(tmp_path / "file", "not a dataset")
+    for place in ("none", "", "file"):
+        assert not dataset.is_dataset(str(tmp_path / place))
+
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        *[
+            (lambda v, key=key: v.pop(key), key)
+            for key in ("format_version", "dataset_id", "genres", "counts", "shards")
+        ],
+        (lambda v: v.update(format_version=1), "format version 1, this covergenre reads 2"),
+        (lambda v: v["shards"].pop("dev"), "dev"),
+        (lambda v: v["shards"]["train"][0].pop("rows"), "rows"),
+        (lambda v: v["shards"]["train"][0].update(colour=1), "colour"),
+        (lambda v: v.update(genres=["Rock", "Jazz"]), "sorted"),
+        (lambda v: v.update(shards=[]), "not a manifest"),
+        (lambda v: v.update(shards=None), "not a manifest"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(change: Change, part: str, tmp_path: Path) -> None:
+    dataset.write_manifest(make_dataset(tmp_path), {})
+    path = tmp_path / "manifest.json"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    with pytest.raises(DatasetError) as caught:
+        dataset.read_manifest(str(tmp_path))
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"x"'])
+def test_other_json_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    refused(tmp_path, "not a manifest of covergenre")
+
+
+def test_a_manifest_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(StorageError, match="not valid JSON"):
+        dataset.read_manifest(str(tmp_path))

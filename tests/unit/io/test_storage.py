@@ -1,0 +1,626 @@
+"""Places to read and write: the same on a local folder and on S3."""
+
+import json
+import os
+import pickle
+import socket
+import socketserver
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from covergenre.errors import StorageError
+from covergenre.io import s3 as store
+from covergenre.io import storage
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder that no other test writes to; it need not exist yet."""
+    if request.param == "local":
+        return str(tmp_path / "place")
+    return f"{request.getfixturevalue('s3')}/{tmp_path.name}/place"
+
+
+def fails(action: Callable[[], object], place: str, verb: str = "", missing: bool = False) -> str:
+    """`action` raises one line that begins with `place`."""
+    with pytest.raises(StorageError) as caught:
+        action()
+    text = str(caught.value)
+    assert text.startswith(f"{place}: ") and "\n" not in text
+    assert isinstance(caught.value.__cause__, FileNotFoundError) == missing, text
+    if missing:
+        assert text == f"{place}: no such file or folder"
+    if verb:
+        assert f"cannot {verb}: " in text
+    return text
+
+
+# The same on both
+
+
+def test_what_is_put_can_be_read(place: str) -> None:
+    for data in (b"", b"cover", bytes(range(256)) * 24_000):
+        uri = storage.join(place, "a/b.bin")
+        storage.put(uri, data)
+        assert storage.read_bytes(uri) == data
+        assert storage.size(uri) == len(data)
+    storage.put(uri, pa.py_buffer(b"buffer"))
+    assert storage.read_bytes(uri) == b"buffer"
+
+
+def test_another_content_has_another_stamp(place: str) -> None:
+    uri = storage.join(place, "x")
+    storage.put(uri, b"abc")
+    stamp = storage.stamp(uri)
+    assert stamp == storage.stamp(uri)
+    assert stamp[0] == 3 and stamp[1] > 0
+    storage.put(uri, b"abcd")
+    assert storage.stamp(uri) != stamp
+
+
+@pytest.mark.parametrize("name", ["é ü/日本", "a b", "%20", "q?x#y+z&w", "..x", "[a]*"])
+def test_any_name_will_do(place: str, name: str) -> None:
+    uri = storage.join(place, name)
+    storage.put(uri, b"1")
+    assert not storage.put_if_absent(uri, b"2")
+    assert storage.put_if_absent(f"{uri}2", b"22")
+    assert storage.read_bytes(f"{uri}2") == b"22"
+    assert storage.list_sizes(place) == {name: 1, f"{name}2": 2}
+    assert storage.list_files(place) == [uri, f"{uri}2"]
+
+
+def test_a_file_can_be_read_at_any_place(place: str) -> None:
+    uri = storage.join(place, "x")
+    storage.put(uri, b"0123456789")
+    with storage.open_input(uri) as file:
+        file.seek(3)
+        assert file.read(4) == b"3456"
+        file.seek(0)
+        assert file.read() == b"0123456789"
+
+
+def test_files_and_folders_are_told_apart(place: str) -> None:
+    storage.put(storage.join(place, "folder/file"), b"abc")
+    for name, exists, is_folder in (
+        ("", True, True),
+        ("folder", True, True),
+        ("folder/file", True, False),
+        ("folder/fil", False, False),
+        ("folder/file/below", False, False),
+        ("none", False, False),
+    ):
+        for end in ("", "/"):
+            uri = (storage.join(place, name) if name else place) + end
+            if end and name == "folder/file":
+                continue  # a file has no such name; what is said of it matters to nobody
+            assert storage.exists(uri) == exists, uri
+            assert storage.is_folder(uri) == is_folder, uri
+
+
+def test_what_is_not_there_is_told_with_its_cause(place: str) -> None:
+    storage.put(storage.join(place, "x"), b"")
+    uri = storage.join(place, "none")
+    for action in (
+        storage.read_bytes,
+        storage.open_input,
+        storage.size,
+        storage.list_files,
+        storage.read_json,
+    ):
+        fails(lambda action=action: action(uri), uri, missing=True)  # type: ignore[misc]
+    assert not storage.exists(uri)
+    assert not storage.is_folder(uri)
+    assert storage.list_sizes(uri) == {}
+    storage.delete_folder(uri)  # nothing to do
+
+
+def test_a_folder_is_no_file(place: str) -> None:
+    storage.put(storage.join(place, "folder/x"), b"")
+    folder = storage.join(place, "folder")
+    fails(lambda: storage.size(folder), folder, missing=True)
+    with pytest.raises(StorageError, match="folder: "):
+        storage.read_bytes(folder)
+
+
+def test_lists_are_sorted_and_go_all_the_way_down(place: str) -> None:
+    names = ["b", "a/z", "a/b/c", "B", "a.x", "a/b.x", "0"]
+    for length, name in enumerate(names):
+        storage.put(storage.join(place, name), b"x" * length)
+    assert storage.list_files(place) == sorted(storage.join(place, name) for name in names)
+    assert storage.list_files(place + "/") == storage.list_files(place)
+    assert storage.list_sizes(place) == {name: names.index(name) for name in names}
+    assert list(storage.list_sizes(place)) == sorted(names)
+    assert storage.list_sizes(place + "/") == storage.list_sizes(place)
+    below = storage.join(place, "a")
+    assert storage.list_sizes(below) == {"b.x": 5, "b/c": 2, "z": 1}
+    assert storage.list_files(below) == [storage.join(below, n) for n in ("b.x", "b/c", "z")]
+
+
+def test_a_folder_is_deleted_with_all_below_it_and_nothing_beside(place: str) -> None:
+    for name in ("gone/a", "gone/b/c", "gone.training/a", "kept"):
+        storage.put(storage.join(place, name), b"")
+    storage.delete_folder(storage.join(place, "gone"))
+    assert list(storage.list_sizes(place)) == ["gone.training/a", "kept"]
+    assert not storage.exists(storage.join(place, "gone"))
+    storage.put(storage.join(place, "gone/again"), b"")
+    assert storage.exists(storage.join(place, "gone"))
+
+
+def test_put_if_absent_writes_once(place: str) -> None:
+    uri = storage.join(place, "claim/run.json")
+    assert storage.put_if_absent(uri, b"first")
+    assert not storage.put_if_absent(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+    storage.put(uri, b"third")
+    assert storage.read_bytes(uri) == b"third"
+
+
+def test_json_survives(place: str) -> None:
+    uri = storage.join(place, "value.json")
+    value = {"é": [1, 2.5, None, True], "nested": {"a": "日本"}}
+    storage.put_json(uri, value)
+    assert storage.read_json(uri) == value
+    text = storage.read_bytes(uri).decode()
+    assert text.endswith("}\n") and "日本" in text and "\n  " in text
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"{'a': 1}", b"\xff\xfe\xfa", b"[1,\n2,\n}"])
+def test_what_is_no_json_is_told(place: str, data: bytes) -> None:
+    uri = storage.join(place, "value.json")
+    storage.put(uri, data)
+    assert "not valid JSON" in fails(lambda: storage.read_json(uri), uri)
+
+
+# Local folders alone
+
+
+def test_of_many_writers_at_once_one_wins(tmp_path: Path) -> None:
+    """moto does not decide this atomically, S3 does: so on a local folder only."""
+    for round_ in range(20):
+        uri = str(tmp_path / f"claim-{round_}")
+        start = threading.Barrier(8)
+        won: list[int] = []
+
+        def write(writer: int, uri: str = uri, start: threading.Barrier = start) -> None:
+            start.wait()
+            if storage.put_if_absent(uri, b"%d" % writer * 10_000):
+                won.append(writer)  # noqa: B023
+
+        threads = [threading.Thread(target=write, args=(writer,)) for writer in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        assert storage.read_bytes(uri) == b"%d" % won[0] * 10_000
+
+
+def test_who_reads_the_old_file_reads_all_of_it(tmp_path: Path) -> None:
+    uri = str(tmp_path / "x")
+    storage.put(uri, b"old" * 1000)
+    with open(uri, "rb", buffering=0) as reader:
+        assert reader.read(3) == b"old"
+        storage.put(uri, b"new" * 1000)
+        assert set(reader.read()) == set(b"old")
+    assert storage.read_bytes(uri) == b"new" * 1000
+
+
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = str(tmp_path / "x")
+    storage.put(uri, b"old")
+    storage.put_if_absent(uri, b"no")
+    assert os.listdir(tmp_path) == ["x"]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    text = fails(lambda: storage.put(uri, b"new"), uri, verb="write")
+    assert text.endswith("No space left on device")
+    fails(lambda: storage.put_if_absent(str(tmp_path / "y"), b"new"), str(tmp_path / "y"))
+    assert os.listdir(tmp_path) == ["x"]
+    assert storage.read_bytes(uri) == b"old"  # whole, as it was
+
+
+def test_a_put_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    storage.put(str(tmp_path / "put"), b"")
+    storage.put_if_absent(str(tmp_path / "claim"), b"")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_file_where_a_folder_is_needed_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder/x").mkdir(parents=True)
+    below = str(tmp_path / "file/below")
+    fails(lambda: storage.put(below, b""), below, verb="write")
+    fails(lambda: storage.put_if_absent(below, b""), below, verb="write")
+    fails(lambda: storage.read_bytes(below), below, verb="read")
+    folder = str(tmp_path / "folder")
+    fails(lambda: storage.put(folder, b""), folder, verb="write")
+    assert os.listdir(tmp_path / "folder") == ["x"]
+
+
+@pytest.mark.parametrize("uri", ["a\0b", "x" * 300, "bad-\udcff-name"])
+def test_a_name_that_no_file_can_have_is_told(uri: str, tmp_path: Path) -> None:
+    for action in (storage.read_bytes, storage.exists, storage.size, storage.list_sizes):
+        place = f"{tmp_path}/{uri}"
+        fails(lambda action=action, place=place: action(place), place)  # type: ignore[misc]
+
+
+def test_local_paths_are_taken_as_people_write_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    storage.put("x", b"relative")
+    storage.put("~/y", b"home")
+    storage.put(f"file://{tmp_path}/z", b"file")
+    assert storage.list_sizes(".") == {"home/y": 4, "x": 8, "z": 4}
+    assert storage.read_bytes("./home/../x") == b"relative"
+
+
+# S3 alone
+
+
+def test_a_bucket_is_never_deleted(s3: str) -> None:
+    storage.put(f"{s3}/kept/x", b"")
+    fails(lambda: storage.delete_folder(s3), s3, verb="delete")
+    assert storage.exists(f"{s3}/kept/x")
+
+
+@pytest.fixture
+def fresh(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Settings of AWS to change; nothing is remembered of those before, or of these after."""
+    store.forget()
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setattr(store, "_LOOK_PATIENCE_SECONDS", 0.5)
+    yield monkeypatch
+    store.forget()
+
+
+@pytest.mark.parametrize("variable", ["AWS_REGION", "AWS_DEFAULT_REGION"])
+def test_both_names_of_the_region_count(s3: str, fresh: pytest.MonkeyPatch, variable: str) -> None:
+    """boto3 does not look at AWS_REGION; all other tools of AWS do."""
+    fresh.delenv("AWS_DEFAULT_REGION", raising=False)
+    fresh.delenv("AWS_REGION", raising=False)
+    fresh.setenv(variable, "eu-west-3")
+    assert store._client().meta.region_name == "eu-west-3"
+
+
+def test_no_region_is_needed_where_an_endpoint_is_named(s3: str, fresh: pytest.MonkeyPatch) -> None:
+    fresh.delenv("AWS_DEFAULT_REGION", raising=False)
+    fresh.delenv("AWS_REGION", raising=False)
+    storage.put(f"{s3}/no-region", b"x")
+    assert storage.read_bytes(f"{s3}/no-region") == b"x"
+
+
+def closed_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+@pytest.mark.parametrize(
+    ("settings", "without", "said"),
+    [
+        ({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{closed_port()}"}, (), "look at AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, (), "look at the AWS settings"),
+        ({}, KEYS, "no AWS credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID"),
+        ({}, KEYS[1:], "no AWS credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID"),
+        ({"AWS_PROFILE": "typo"}, (), "(typo) could not be found; look at AWS_PROFILE"),
+    ],
+)
+def test_what_keeps_one_from_s3_is_one_line(
+    s3: str,
+    fresh: pytest.MonkeyPatch,
+    settings: dict[str, str],
+    without: tuple[str, ...],
+    said: str,
+) -> None:
+    for name, value in settings.items():
+        fresh.setenv(name, value)
+    for name in without:
+        fresh.delenv(name)
+    for action in (storage.exists, storage.read_bytes, lambda uri: storage.put(uri, b"")):
+        with pytest.raises(StorageError) as error:
+            action(f"{s3}/x")
+        assert str(error.value).startswith(f"{s3}: ") and said in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\n"
+
+
+@pytest.mark.parametrize("answer", [b"", HEAD, HEAD + b"\r\n<html></html>\n"])
+def test_a_server_that_is_no_store_is_told(
+    s3: str, fresh: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    """It accepts connections and is silent then, soon or late; or it is another kind of server."""
+    fresh.setattr(store, "_LOOK_READ_SECONDS", 0.1)
+    fresh.setattr(store, "_LOOK_PATIENCE_SECONDS", 0.5)
+    over = threading.Event()
+
+    class Silent(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            if answer:
+                self.connection.recv(65536)
+                self.connection.sendall(answer)
+            if b"html" not in answer:
+                over.wait()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Silent) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            where = f"127.0.0.1:{server.server_address[1]}"
+            fresh.setenv("AWS_ENDPOINT_URL", f"http://user:word@{where}")
+            text = fails(lambda: storage.exists(f"{s3}/x"), s3)
+        finally:
+            over.set()
+            server.shutdown()
+            thread.join()
+    assert f": http://{where}" in text and "look at AWS_ENDPOINT_URL" in text
+    assert ("does not answer" in text) == (b"html" not in answer)
+
+
+def test_the_first_look_ends_within_fifteen_seconds() -> None:
+    assert (
+        store._LOOK_PATIENCE_SECONDS + store._LOOK_CONNECT_SECONDS + store._LOOK_READ_SECONDS < 15
+    )
+
+
+def test_a_name_server_that_never_answers_is_not_waited_for(
+    s3: str, fresh: pytest.MonkeyPatch
+) -> None:
+    """Looking up a name has no timeout that we could set."""
+    over = threading.Event()
+
+    def look_up(*_: object, **__: object) -> list[object]:
+        over.wait()
+        return []
+
+    fresh.setattr(socket, "getaddrinfo", look_up)
+    for name in ("_LOOK_PATIENCE_SECONDS", "_LOOK_CONNECT_SECONDS", "_LOOK_READ_SECONDS"):
+        fresh.setattr(store, name, 0.1)
+    try:
+        assert "does not answer" in fails(lambda: storage.exists(f"{s3}/x"), s3)
+    finally:
+        over.set()
+
+
+@pytest.mark.parametrize(
+    ("bucket", "said"),
+    [("covergenre-no-such", "no such bucket at http"), ("_", "no such bucket")],
+)
+def test_a_bucket_that_is_not_there_is_told(s3: str, bucket: str, said: str) -> None:
+    uri = f"s3://{bucket}/x"
+    for action in (
+        storage.read_bytes,
+        lambda uri: storage.put(uri, b""),
+        lambda uri: storage.put_if_absent(uri, b""),
+    ):
+        with pytest.raises(StorageError, match=f"s3://{bucket}.*: {said}"):
+            action(uri)
+
+
+@pytest.mark.skipif(not os.environ.get("COVERGENRE_TEST_S3"), reason="moto takes any credentials")
+@pytest.mark.parametrize("name", KEYS)
+def test_credentials_that_are_refused(s3: str, fresh: pytest.MonkeyPatch, name: str) -> None:
+    fresh.setenv(name, "wrong")
+    with pytest.raises(StorageError, match=r"refuses the credentials .* look at AWS_ACCESS_KEY_ID"):
+        storage.exists(f"{s3}/x")
+
+
+def test_what_was_wrong_a_while_ago_is_asked_again(s3: str, fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("AWS_PROFILE", "typo")
+    fails(lambda: storage.exists(f"{s3}/x"), s3)
+    fresh.delenv("AWS_PROFILE")
+    text = fails(lambda: storage.exists(f"{s3}/x"), s3)
+    assert "AWS_PROFILE" in text
+    fresh.setattr(store, "_TROUBLE_SECONDS", 0.0)
+    assert not storage.exists(f"{s3}/x")
+
+
+def test_a_filesystem_is_made_anew_in_another_process(s3: str) -> None:
+    """Ray Train sends it to a process that has not imported storage: see the 411 there."""
+    system, path = storage.filesystem(f"{s3}/pickled/x")
+    pickled = pickle.dumps(system)
+    assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in pickled or (
+        os.environ["AWS_SECRET_ACCESS_KEY"] == "none"
+    )
+    write = (
+        "import pickle, sys; system = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
+        "assert 'covergenre.io.s3' in sys.modules\n"
+        "with system.open_output_stream(sys.argv[2]) as stream: stream.write(b'there')\n"
+    )
+    subprocess.run([sys.executable, "-c", write, pickled.hex(), path], check=True)
+    assert storage.read_bytes(f"{s3}/pickled/x") == b"there"
+
+
+# No file at all
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x.jpg", "hdfs://x"])
+def test_other_schemes_are_refused(uri: str) -> None:
+    scheme = uri.partition("://")[0]
+    for action in (
+        storage.read_bytes,
+        storage.exists,
+        storage.list_files,
+        storage.list_sizes,
+        storage.delete_folder,
+        storage.filesystem,
+        lambda uri: storage.put(uri, b""),
+        lambda uri: storage.put_if_absent(uri, b""),
+    ):
+        text = fails(lambda action=action: action(uri), uri)  # type: ignore[misc]
+        advice = "download it first, and " if scheme == "http" else ""
+        assert text == f"{uri}: no storage for {scheme}://; {advice}use a local path or s3://"
+
+
+@pytest.mark.parametrize(
+    ("parts", "joined"),
+    [
+        (("/a",), "/a"),
+        (("/a", "b"), "/a/b"),
+        (("/a/", "b", "c/d"), "/a/b/c/d"),
+        (("/a", ""), "/a/"),
+        (("/a", "/b"), "/b"),
+        (("/a", "/b", "c"), "/b/c"),
+        (("/", "a"), "/a"),
+        (("s3://b", "k"), "s3://b/k"),
+        (("s3://b/", "k"), "s3://b/k"),
+        (("s3://b/k", "/local"), "/local"),
+        (("/a", "s3://b/k", "x"), "s3://b/k/x"),
+        (("a", "b"), "a/b"),
+    ],
+)
+def test_join(parts: tuple[str, ...], joined: str) -> None:
+    assert storage.join(*parts) == joined
+
+
+@pytest.mark.parametrize(
+    ("uri", "parent", "name"),
+    [
+        ("/a/b", "/a", "b"),
+        ("/a/b/", "/a", "b"),
+        ("/a", "/", "a"),
+        ("a", "", "a"),
+        ("a/b.csv", "a", "b.csv"),
+        ("s3://bucket/a/b", "s3://bucket/a", "b"),
+        ("s3://bucket/a", "s3://bucket", "a"),
+    ],
+)
+def test_parent_and_name(uri: str, parent: str, name: str) -> None:
+    assert (storage.parent(uri), storage.name(uri)) == (parent, name)
+    if parent:
+        assert storage.join(parent, name) == uri.rstrip("/")
+
+
+def test_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    for uri, expected in (
+        ("/a/b", "/a/b"),
+        ("/a/b/", "/a/b"),
+        ("/a/../b/./c", "/b/c"),
+        ("x", f"{tmp_path}/x"),
+        ("./x/", f"{tmp_path}/x"),
+        (".", str(tmp_path)),
+        ("", str(tmp_path)),
+        ("~/x", "/home/me/x"),
+        ("file:///a/b", "/a/b"),
+        ("file:///a%20b", "/a b"),
+        ("file:/a/b", "/a/b"),
+        ("file://localhost/a/b", "/a/b"),
+        ("FILE:///a#b?c;d.jpg", "/a#b?c;d.jpg"),
+        ("S3://bucket/A/", "s3://bucket/A"),
+        ("s3a://bucket/a", "s3://bucket/a"),
+        ("s3n://bucket/a", "s3://bucket/a"),
+        ("HTTPS://host/A", "https://host/A"),
+        ("s3://bucket/a/", "s3://bucket/a"),
+        ("s3://bucket", "s3://bucket"),
+        ("gs://bucket/a", "gs://bucket/a"),
+    ):
+        assert storage.absolute(uri) == expected
+        assert storage.absolute(expected) == expected
+    for uri in ("s3://", "s3:///", "s3:/bucket/a", "s3:", "S3A://"):
+        with pytest.raises(StorageError, match=f"{uri}: names no bucket"):
+            storage.absolute(uri)
+
+
+def test_is_uri() -> None:
+    uris = ("s3://b/k", "file:///x", "S3A://b/k", "gs://b/k", "svn+ssh://x")
+    assert all(map(storage.is_uri, uris))
+    assert not any(map(storage.is_uri, ("/a", "a:b", "a//b", "/a/b://c", "C://x/y", "C:/x")))
+
+
+@pytest.mark.parametrize(
+    ("uri", "scheme"),
+    [
+        *(("/a", ""), ("a", ""), ("C:/x", ""), ("file:x", ""), ("data:,x", "")),
+        *(("file:///x", "file"), ("FILE:/x", "file"), ("gs://b/k", "gs"), ("HTTP://x", "http")),
+        *(("s3://b/k", "s3"), ("S3://b/k", "s3"), ("s3a://b/k", "s3"), ("s3n://b/k", "s3")),
+    ],
+)
+def test_scheme(uri: str, scheme: str) -> None:
+    assert storage.scheme(uri) == scheme
+
+
+@pytest.mark.parametrize("uri", ["file://host/a", "file://a.jpg", "file://"])
+def test_file_uri_of_another_host_is_refused(uri: str) -> None:
+    fails(lambda: storage.read_bytes(uri), uri)
+
+
+@pytest.mark.parametrize("scheme", ["S3", "s3a", "s3n"])
+def test_other_names_of_s3_are_the_same_place(scheme: str, s3: str) -> None:
+    storage.put(f"{s3}/named/x", b"there")
+    uri = s3.replace("s3", scheme, 1) + "/named"
+    assert storage.read_bytes(f"{uri}/x") == b"there"
+    assert storage.list_files(uri) == [f"{s3}/named/x"]
+    assert storage.is_folder(uri) and storage.size(f"{uri}/x") == 5
+
+
+# Special files
+
+
+def special_files(folder: Path) -> dict[str, str]:
+    """Path -> what it is, of files that are not regular ones."""
+    os.mkfifo(folder / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "socket"))
+    (folder / "link").symlink_to(folder / "pipe")
+    kinds = {"pipe": "a pipe", "link": "a pipe", "socket": "a socket"}
+    return {str(folder / name): kind for name, kind in kinds.items()} | {
+        "/dev/zero": "a device",
+        str(folder): "a folder",
+    }
+
+
+def test_only_regular_files_are_opened(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("f")
+    monkeypatch.chdir(folder)  # the path of a socket must be short
+    for path, kind in special_files(folder).items():
+        for action in (storage.open_input, storage.read_bytes, storage.read_json):
+            text = fails(lambda action=action, path=path: action(path), path)  # type: ignore[misc]
+            assert f"it is {kind}, not a regular file" in text
+        if kind != "a folder":
+            text = fails(lambda path=path: storage.size(path), path)  # type: ignore[misc]
+            assert f"it is {kind}, not a regular file" in text
+    (folder / "file").write_bytes(b"there")
+    (folder / "good-link").symlink_to("file")
+    assert storage.read_bytes(str(folder / "good-link")) == b"there"
+
+
+def test_pipe_of_a_shell_is_refused() -> None:
+    """What `<(...)` is."""
+    read_end, write_end = os.pipe()
+    try:
+        text = fails(lambda: storage.size(f"/dev/fd/{read_end}"), f"/dev/fd/{read_end}")
+        assert "it is a pipe, not a regular file; write what it gives to a file" in text
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def test_what_put_json_writes_is_plain_json(tmp_path: Path) -> None:
+    storage.put_json(str(tmp_path / "x.json"), {"b": 1, "a": 2})
+    assert (tmp_path / "x.json").read_text() == '{\n  "b": 1,\n  "a": 2\n}\n'
+    assert json.loads((tmp_path / "x.json").read_text()) == {"b": 1, "a": 2}

@@ -1,0 +1,82 @@
+import pytest
+
+from covergenre.errors import ConfigError, ModelError
+from covergenre.models.summary import layer_table
+from covergenre.registry import MODELS
+
+
+def rows(table: str) -> list[list[str]]:
+    """Cells of each layer: they are at least two spaces apart."""
+    lines = table.split("\n")
+    body = lines[3 : max(i for i, line in enumerate(lines) if set(line) == {"="})]
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in body]
+
+
+def test_vgg16_is_the_papers_figure_4() -> None:
+    table = layer_table("vgg16", 20)
+    cells = rows(table)
+    assert cells[:4] == [
+        ["input", "(None, 3, 224, 224)", "0", "-"],
+        ["features.0 (Conv2d)", "(None, 64, 224, 224)", "1,792", "no"],
+        ["features.2 (Conv2d)", "(None, 64, 224, 224)", "36,928", "no"],
+        ["features.4 (MaxPool2d)", "(None, 64, 112, 112)", "0", "-"],
+    ]
+    assert cells[-4:] == [
+        ["flat features", "(None, 25088)", "0", "-"],
+        ["head.0 (Linear)", "(None, 4096)", "102,764,544", "yes"],
+        ["head.2 (Linear)", "(None, 4096)", "16,781,312", "yes"],
+        ["head.4 (Linear)", "(None, 20)", "81,940", "yes"],
+    ]
+    convolutions = [row for row in cells if "Conv2d" in row[0]]
+    assert [row[3] for row in convolutions] == ["no"] * 8 + ["yes"] * 5
+    assert table.split("\n")[-3:] == [
+        "Total params: 134,342,484",
+        "Trainable params: 131,426,836",
+        "Non-trainable (frozen) params: 2,915,648",
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_add_up_to_the_totals(name: str) -> None:
+    table = layer_table(name, 3, "1")
+    cells = rows(table)
+    counts = dict.fromkeys(("yes", "no", "-"), 0)
+    for _, _, count, answer in cells:
+        counts[answer] += int(count.replace(",", ""))
+    assert counts["-"] == 0
+    assert table.split("\n")[-3:] == [
+        f"Total params: {counts['yes'] + counts['no']:,}",
+        f"Trainable params: {counts['yes']:,}",
+        f"Non-trainable (frozen) params: {counts['no']:,}",
+    ]
+    assert len({row[0] for row in cells}) == len(cells)
+    assert cells[-1][1] == "(None, 3)"
+
+
+def test_layers_are_in_order_of_execution() -> None:
+    names = [row[0] for row in rows(layer_table("resnet18", 3))]
+    assert names[:4] == ["input", "conv1 (Conv2d)", "bn1 (BatchNorm2d)", "maxpool (MaxPool2d)"]
+    assert names[-2:] == ["flat features", "head (Linear)"]
+    assert "head.3 (BatchDropout)" in [row[0] for row in rows(layer_table("baseline", 3))]
+
+
+def test_layers_line_up() -> None:
+    lines = layer_table("tiny", 3).split("\n")
+    start = lines[1].index("Output shape")
+    assert all(line[start] == "(" for line in lines[3:-4])
+    assert len({len(line) for line in lines if set(line) == {"="}}) == 1
+
+
+def test_side_and_freezing_are_settings() -> None:
+    table = layer_table("vgg16", 20, "none", side=64)
+    assert ["features.30 (MaxPool2d)", "(None, 512, 2, 2)", "0", "-"] in rows(table)
+    assert table.endswith("Non-trainable (frozen) params: 0")
+
+
+def test_unusable_arguments() -> None:
+    with pytest.raises(ConfigError, match="a side of 32 pixels is too small for baseline"):
+        layer_table("baseline", 3, side=32)
+    with pytest.raises(ConfigError, match="--freeze: 14 is out of range"):
+        layer_table("vgg16", 3, "14")
+    with pytest.raises(ModelError, match="no model 'vgg'"):
+        layer_table("vgg", 3)

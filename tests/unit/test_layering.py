@@ -1,0 +1,120 @@
+"""What takes long to import is imported inside functions; the stages stay apart.
+
+Which package may import which is in pyproject.toml, [tool.importlinter].
+"""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "covergenre"
+STAGES = {"prepare", "train", "evaluate", "score"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+PATHS = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+MODULES = sorted(PATHS)
+
+# Imported inside functions only, so that --help and `import covergenre` stay fast.
+SLOW = {"boto3", "matplotlib", "pandas", "ray", "sklearn", "torch", "torchvision"}
+TORCH = {"torch", "torchvision"}
+# Modules that consist of it may import it at their top; others import them inside functions.
+AT_TOP = {
+    "covergenre.models.networks": TORCH,
+    "covergenre.models.pretrained": TORCH,
+    "covergenre.models.summary": TORCH,
+    "covergenre.training.worker": TORCH,
+    "covergenre.cluster.ray_internals": {"ray"},
+}
+# What --help imports of ours.
+LIGHT = {
+    "covergenre",
+    "covergenre.cli",
+    "covergenre.config",
+    "covergenre.errors",
+    "covergenre.genre_text",
+    "covergenre.registry",
+}
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(PATHS[module].read_text())
+
+
+def imported(nodes: list[ast.stmt] | ast.Module) -> set[str]:
+    """Names as they are imported, with dots: `a.b` for `import a.b` and for `from a import b`."""
+    found: set[str] = set()
+    parts = [nodes] if isinstance(nodes, ast.Module) else nodes
+    for node in (inner for part in parts for inner in ast.walk(part)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not used here"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def at_top(module: str) -> set[str]:
+    """What importing `module` imports: not inside functions, not for type checkers alone."""
+    statements = []
+    for node in tree(module).body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            statements.append(node)
+    return imported(statements)
+
+
+def own(names: set[str]) -> set[str]:
+    """The modules of covergenre among imported names."""
+    found = {name for name in names if name.split(".")[0] == "covergenre"}
+    return {name if name in PATHS else name.rpartition(".")[0] for name in found}
+
+
+def others(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names} - {"covergenre"}
+
+
+def test_packages_import_lower_packages_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(no_cache=True) == 0
+
+
+@pytest.mark.parametrize("module", sorted(LIGHT))
+def test_help_imports_nothing_heavy(module: str) -> None:
+    assert not others(at_top(module)) & (SLOW | {"numpy", "pyarrow", "PIL"})
+    assert own(at_top(module)) <= LIGHT
+
+
+def test_the_command_line_imports_pydantic_only_for_a_stage() -> None:
+    assert "covergenre.config" not in own(at_top("covergenre.cli"))
+    assert "pydantic" not in others(at_top("covergenre.cli") | at_top("covergenre.errors"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_slow_imports_are_inside_functions(module: str) -> None:
+    found = others(at_top(module)) & SLOW - AT_TOP.get(module, set())
+    assert not found, f"{module} imports {sorted(found)} at its top; import it inside a function"
+    chain, seen = own(at_top(module)), set[str]()
+    while chain:
+        needed = chain.pop()
+        seen.add(needed)
+        chain |= own(at_top(needed)) - seen
+    for needed in seen & set(AT_TOP):
+        assert AT_TOP[needed] <= AT_TOP.get(module, set()), f"{module} imports {needed} at its top"
+
+
+def test_jobs_import_only_the_entry_point() -> None:
+    paths = sorted((ROOT / "jobs").glob("*.py"))
+    assert {path.stem for path in paths} == STAGES
+    for path in paths:
+        assert imported(ast.parse(path.read_text())) == {"sys", "covergenre.__main__.main"}
