@@ -20,9 +20,9 @@ from sklearn.preprocessing import StandardScaler
 from benchmarks import told
 from covergenre.data.dataset import Manifest, read_manifest, read_table
 from covergenre.data.image_decoding import Preprocessing, decode
-from covergenre.inference import normalise, to_unit
 from covergenre.metrics import multilabel_metrics
 from covergenre.models.networks import build_model
+from covergenre.models.predictor import normalise, to_unit
 from covergenre.models.pretrained import load_trunk_weights
 from covergenre.progress import Progress, say
 from covergenre.registry import MODELS

@@ -18,8 +18,8 @@ from benchmarks import told
 from covergenre.config import PrepareConfig
 from covergenre.data.image_decoding import decode, pack
 from covergenre.demo.sample import write_sample
-from covergenre.inference import Predictor, to_device
 from covergenre.models.bundle import load_model, read_bundle
+from covergenre.models.predictor import Predictor, to_device
 
 
 def main() -> None:

@@ -28,9 +28,9 @@ from covergenre.cluster.ray_runtime import start_ray
 from covergenre.config import PrepareConfig, ScoreConfig, TrainConfig
 from covergenre.data.image_decoding import Preprocessing
 from covergenre.demo.sample import GENRES, write_sample
-from covergenre.inference import Predictor, autocast, normalise, to_device, to_unit
 from covergenre.io import storage
 from covergenre.models import networks
+from covergenre.models.predictor import Predictor, autocast, normalise, to_device, to_unit
 from covergenre.progress import say
 from covergenre.registry import MODELS
 from covergenre.stages.prepare import prepare

@@ -26,6 +26,13 @@ class CovergenreError(Exception):
     """Base of all errors below; its text is one line, fit for a user."""
 
     exit_code = 1
+    code = ""
+    """Tells problems of one class apart, in snake_case; empty where the class says it all."""
+
+    def __init__(self, message: str, *, code: str = "") -> None:
+        super().__init__(message)
+        if code:
+            self.code = code
 
 
 class UserError(CovergenreError):

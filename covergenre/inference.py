@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +23,8 @@ from covergenre.errors import CovergenreError, DeviceMemoryError
 from covergenre.formatting import plural
 from covergenre.io.urls import redacted
 from covergenre.models.bundle import Bundle, load_model, read_bundle
+from covergenre.models.predictor import Predictor, to_device
 from covergenre.progress import say
-
-if TYPE_CHECKING:
-    import torch
-
-    from covergenre.models.networks import CoverModel
 
 _CHUNK_ROWS = dataset.ROW_GROUP_ROWS
 """Rows that one loading task reads, as many as lie together in a dataset. Where the covers are in
@@ -49,75 +45,6 @@ OUTCOMES = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
-
-
-class Predictor:
-    """A model on a device: uint8 pixels in, scores out."""
-
-    def __init__(
-        self, model: "CoverModel", preprocessing: Preprocessing, device: str, precision: str
-    ) -> None:
-        self._model = model
-        self._preprocessing = preprocessing
-        self._device = device
-        self._precision = precision
-
-    def __call__(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Scores in 0 to 1, float32 [batch, genres], of uint8 [batch, side, side, 3]."""
-        scores = self.scores_of(to_unit(pixels_BHWC, self._device))
-        return np.asarray(scores.cpu().numpy(), np.float32)
-
-    def scores_of(self, images_BCHW: "torch.Tensor") -> "torch.Tensor":
-        """The same of images in 0 to 1 that are on the device already; stays there."""
-        return self.logits_of(images_BCHW).sigmoid()
-
-    def logits_of(self, images_BCHW: "torch.Tensor") -> "torch.Tensor":
-        """The logits of the scores: float32, also where a score would round to 0 or 1."""
-        import torch
-
-        training = self._model.training
-        self._model.eval()
-        with torch.inference_mode(), autocast(self._device, self._precision):
-            logits: torch.Tensor = self._model(normalise(images_BCHW, self._preprocessing)).float()
-        self._model.train(training)
-        return logits
-
-
-def autocast(device: str, precision: str) -> "torch.autocast":
-    """torch.autocast for a precision of the settings: fp32 (off) or bf16."""
-    import torch
-
-    kind = torch.device(device).type
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
-def to_unit(pixels_BHWC: NDArray[np.uint8], device: str) -> "torch.Tensor":
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in 0 to 1, on `device`.
-
-    The pixels cross to the device as bytes, a quarter of floats; the result is laid out
-    channels-last, as they come and as convolutions like it.
-    """
-    import torch
-
-    pixels = torch.frombuffer(bytearray(pixels_BHWC.tobytes()), dtype=torch.uint8)
-    pixels = pixels.view(pixels_BHWC.shape).to(device, non_blocking=True)
-    return pixels.permute(0, 3, 1, 2).float().div_(255.0)
-
-
-def normalise(images_BCHW: "torch.Tensor", spec: Preprocessing) -> "torch.Tensor":
-    """Images in 0 to 1 -> zero mean and unit variance by channel, as the trunk expects."""
-    import torch
-
-    mean = torch.tensor(spec.mean, device=images_BCHW.device).view(1, 3, 1, 1)
-    std = torch.tensor(spec.std, device=images_BCHW.device).view(1, 3, 1, 1)
-    return (images_BCHW - mean) / std
-
-
-def to_device(model: "CoverModel", device: str) -> "CoverModel":
-    """The model on `device`, its convolutions laid out channels-last."""
-    import torch
-
-    return model.to(device).to(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,7 @@ def own_errors() -> Iterator[None]:
             inner = pending.pop()
             if isinstance(inner, CovergenreError) and not isinstance(inner, RayError):
                 # Ray Data writes its own advice below our line.
-                raise type(inner)(str(inner).splitlines()[0]) from error
+                raise type(inner)(str(inner).splitlines()[0], code=inner.code) from error
             if inner is not None:
                 pending += [inner.__cause__, getattr(inner, "cause", None)]
                 pending += getattr(inner, "worker_failures", {}).values()

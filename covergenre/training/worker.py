@@ -21,9 +21,9 @@ from covergenre.data.dataset import Manifest
 from covergenre.data.image_decoding import Preprocessing
 from covergenre.errors import DeviceMemoryError, TrainingDivergedError
 from covergenre.formatting import plural
-from covergenre.inference import Predictor, autocast, normalise, to_device, to_unit
 from covergenre.metrics import multilabel_metrics, nan_to_none
 from covergenre.models import networks
+from covergenre.models.predictor import Predictor, autocast, normalise, to_device, to_unit
 from covergenre.training import checkpoints
 from covergenre.training.augment import augment
 from covergenre.training.loader import Batch, BatchStream, TrainingData

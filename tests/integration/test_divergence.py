@@ -159,15 +159,15 @@ def scale_dev_logits(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """Have every worker of a training run multiply the logits of the dev split."""
 
     def scaled_loop(settings: dict[str, Any]) -> None:
-        from covergenre import inference
+        from covergenre.models import predictor
         from covergenre.training import worker
 
-        of = inference.Predictor.logits_of
+        of = predictor.Predictor.logits_of
 
         def scaled(self: Any, images_BCHW: torch.Tensor) -> torch.Tensor:
             return factor * of(self, images_BCHW)
 
-        inference.Predictor.logits_of = scaled  # type: ignore[method-assign]
+        predictor.Predictor.logits_of = scaled  # type: ignore[method-assign]
         worker.training_loop(settings)
 
     monkeypatch.setattr("covergenre.training.worker.training_loop", scaled_loop)

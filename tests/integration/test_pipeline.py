@@ -29,9 +29,9 @@ from covergenre.errors import (
     StorageError,
     UserError,
 )
-from covergenre.inference import normalise, to_unit
 from covergenre.io import storage
 from covergenre.models.bundle import Bundle, load_model, read_bundle
+from covergenre.models.predictor import normalise, to_unit
 from covergenre.stages.evaluate import evaluate
 from covergenre.stages.prepare import prepare
 from covergenre.stages.score import Labelled, score
