@@ -26,6 +26,7 @@ PACKAGES = {
     "ray": ("ray", "2.60"),
     "safetensors": ("safetensors", "0.4.5"),
     "scikit-learn": ("sklearn", "1.5"),
+    "tenacity": ("tenacity", "9.0"),
     "torch": ("torch", "2.11"),
     "torchvision": ("torchvision", "0.26"),
     "tqdm": ("tqdm", "4.66"),
