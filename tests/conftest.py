@@ -41,8 +41,7 @@ def s3() -> Iterator[str]:
             host, port = server.get_host_and_port()
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             for name in [name for name in os.environ if name.startswith("AWS_")]:
-                if "CHECKSUM" not in name:  # set by storage itself
-                    patch.delenv(name)
+                patch.delenv(name)
             patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
             patch.setenv("AWS_ACCESS_KEY_ID", "none")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "none")

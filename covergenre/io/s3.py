@@ -26,11 +26,6 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-# Older S3-compatible stores answer 411 to the checksummed streaming uploads of newer clients.
-# It has to be set before the first client is made, in every process that imports this module.
-for _name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
-    os.environ.setdefault(_name, "when_required")
-
 CUSTOMER_KEY_FILE = "COVERGENRE_S3_CUSTOMER_KEY_FILE"
 """The variable that names a file with the key (SSE-C) of all that is read and written."""
 
@@ -114,6 +109,9 @@ def _new_client(looking: bool) -> Any:
     from botocore.config import Config
 
     settings = Config(
+        # Older S3-compatible stores answer 411 to uploads with the checksums that botocore sends.
+        request_checksum_calculation=_checksums("AWS_REQUEST_CHECKSUM_CALCULATION"),
+        response_checksum_validation=_checksums("AWS_RESPONSE_CHECKSUM_VALIDATION"),
         connect_timeout=_LOOK_CONNECT_SECONDS if looking else _CONNECT_SECONDS,
         read_timeout=_LOOK_READ_SECONDS if looking else _READ_SECONDS,
         retries={"mode": "standard", "total_max_attempts": 1},  # `_asked` tries again, more broadly
@@ -130,6 +128,11 @@ def _new_client(looking: bool) -> Any:
         for name in ("CreateMultipartUpload", "UploadPart"):
             _add_to(client, name, encryption)
     return client
+
+
+def _checksums(variable: str) -> str:
+    """The user's setting, or "when_required", where botocore's own default is "when_supported"."""
+    return os.environ.get(variable) or "when_required"
 
 
 def _add_to(client: Any, operation: str, more: dict[str, Any]) -> None:

@@ -436,8 +436,34 @@ def test_what_was_wrong_a_while_ago_is_asked_again(s3: str, fresh: pytest.Monkey
     assert not storage.exists(f"{s3}/x")
 
 
-def test_a_filesystem_is_made_anew_in_another_process(s3: str) -> None:
-    """Ray Train sends it to a process that has not imported storage: see the 411 there."""
+def test_import_changes_no_environment_variable() -> None:
+    check = (
+        "import os; before = dict(os.environ); import covergenre.io.s3, covergenre.io.storage;"
+        "assert dict(os.environ) == before"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+CHECKSUM_VARIABLES = {
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "request_checksum_calculation",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION": "response_checksum_validation",
+}
+
+
+def test_checksums_are_sent_when_required_unless_the_user_says_otherwise(
+    s3: str, fresh: pytest.MonkeyPatch
+) -> None:
+    for variable, setting in CHECKSUM_VARIABLES.items():
+        fresh.delenv(variable, raising=False)
+        store.forget()
+        assert getattr(store._client().meta.config, setting) == "when_required"
+        fresh.setenv(variable, "when_supported")
+        store.forget()
+        assert getattr(store._client().meta.config, setting) == "when_supported"
+
+
+def test_filesystem_is_unpickled_in_another_process(s3: str) -> None:
+    """Ray Train sends it to a process that has not imported storage."""
     system, path = storage.filesystem(f"{s3}/pickled/x")
     pickled = pickle.dumps(system)
     assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in pickled or (
