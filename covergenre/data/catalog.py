@@ -6,7 +6,7 @@ count; an error is raised only where the catalog cannot be read as one.
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -19,6 +19,7 @@ from covergenre.config import CatalogSettings, flag
 from covergenre.data import mumu
 from covergenre.data.genre_lists import JOINT, as_lists, is_any_list, join_lists, make_lists
 from covergenre.data.readers import (
+    OWN,
     SEPARATORS,
     SourceFile,
     find_files,
@@ -37,6 +38,12 @@ from covergenre.schema import CATALOG
 
 # Columns that a catalog may lack; the option `<name>_column` says what the source calls them.
 _OPTIONAL = ("genres", "title", "artist", "split", "group")
+
+ID = "id"
+"""A column beside schema.CATALOG's: the id in the catalog's own type where that is a number;
+nulls of type text where it is text, which album_id has. Rows are compared by album_id."""
+CARRIED = "carry:"
+"""Columns that a result is to have as they are in the catalog: this, and their name."""
 
 _SEPARATOR = "|"
 _HASHED_ROWS = 65_536
@@ -94,21 +101,25 @@ def read_catalog(uri: str, options: CatalogSettings) -> Catalog:
 
 
 def scan_catalog(
-    uri: str, options: CatalogSettings, columns: Collection[str] = tuple(CATALOG.names)
+    uri: str,
+    options: CatalogSettings,
+    columns: Collection[str] = tuple(CATALOG.names),
+    carry: Sequence[str] = (),
 ) -> Scan:
     """The same a part at a time, and without first_row, for catalogs that fit no memory.
 
-    columns: those that are needed; others may be null.
+    columns: those of schema.CATALOG that are needed, and ID where that is.
+    carry: columns of the source to add in their own types, named CARRIED and their name.
     """
     if options.covers is not None:
         _check_covers(storage.absolute(options.covers))
     kind, files = find_files(uri, "csv" if options.format == "mumu" else options.format)
     scan = Scan(options.image_column, iter(()))
     if options.format == "mumu" or (kind == "csv" and _is_mumu(files[0], options)):
-        parts = _mumu_parts(scan, files, options)
+        parts = _mumu_parts(scan, files, options, carry)
     else:
-        parts = _file_parts(scan, uri, kind, files, options, columns)
-    scan.parts = _numbered(uri, parts)
+        parts = _file_parts(scan, uri, kind, files, options, columns, carry)
+    scan.parts = _numbered(uri, parts, columns)
     return scan
 
 
@@ -133,31 +144,77 @@ def _file_parts(
     files: list[str],
     options: CatalogSettings,
     columns: Collection[str],
+    carry: Sequence[str],
 ) -> Iterator[pa.Table]:
     seen: set[str] = set()
     null_images = 0
     for file in files:
-        source = _open_file(file, kind, options, columns)
+        source = _open_file(file, kind, options, columns, carry)
         image_file = None
         if _has_images(source, options):
             _check_image_column(scan, source)
             image_file = len(scan.files)
             scan.files.append(file)
             null_images += source.null_images
+        _check_carried(source, carry)
         start = 0
-        for table in source.parts:
-            yield _part(source, table, options, image_file, start)
+        for table in (_with_partitions(source, table) for table in source.parts):
+            part = _part(source, table, options, image_file, start)
+            if ID in columns:
+                id_ = _own(table, options.id_column)
+                part = part.append_column(ID, _typed_id(id_, part["album_id"]))
+            for name in carry:
+                part = part.append_column(f"{CARRIED}{name}", _own(table, name))
+            yield part
             start += table.num_rows
         scan.source_rows += start
         _check_columns(source, options)  # of JSON Lines they are known now
         seen |= source.names()
         scan.ignored |= source.ignored
-    notes = _check_optional(files[0] if len(files) == 1 else uri, seen, options)
+    place = files[0] if len(files) == 1 else uri
+    for name in carry:
+        if seen and name not in seen:
+            raise CatalogError(
+                f"--carry {name}: no such column in {place}{did_you_mean(name, seen)}",
+                code="no_column",
+            )
+    notes = _check_optional(place, seen, options)
     scan.notes += notes if "genres" in columns else []
     for name, held in scan.ignored.items():
         scan.notes.append(f"column {name!r} is ignored: it holds {held}, not text")
     if null_images:
         scan.notes.append(f"{null_images:,} rows have no bytes in the column {scan.image_column!r}")
+
+
+def _check_carried(source: SourceFile, carry: Collection[str]) -> None:
+    if source.image_column in carry and source.image_type and holds_bytes(source.image_type):
+        raise CatalogError(
+            f"--carry {source.image_column}: is the column of the images in {source.uri}; carry"
+            " other columns",
+            code="image_column",
+        )
+
+
+def _own(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column of the source in its own type; nulls where the file has no such column."""
+    name = f"{OWN}{name}" if f"{OWN}{name}" in table.column_names else name
+    if name not in table.column_names:
+        return pa.chunked_array([pa.nulls(table.num_rows)])
+    column = table[name]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
+        column = column.cast(pa.string())
+    return column
+
+
+def _typed_id(own: pa.ChunkedArray, text: pa.ChunkedArray) -> pa.ChunkedArray:
+    type_ = own.type
+    if pa.types.is_null(type_):
+        return own
+    if pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_decimal(type_):
+        return pc.if_else(pc.is_valid(text), own, None)
+    return pa.chunked_array([pa.nulls(len(own), pa.string())])
 
 
 def _check_image_column(scan: Scan, source: SourceFile) -> None:
@@ -172,19 +229,23 @@ def _check_image_column(scan: Scan, source: SourceFile) -> None:
         )
 
 
-def _numbered(uri: str, parts: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Parts with all columns of CATALOG but first_row."""
-    fields = pa.schema([column for column in CATALOG if column.name != "first_row"])
+def _numbered(uri: str, parts: Iterator[pa.Table], columns: Collection[str]) -> Iterator[pa.Table]:
+    """Parts with `columns` of CATALOG but first_row, and with those that CATALOG does not have."""
+    fields = [field for field in CATALOG if field.name in columns and field.name != "first_row"]
     rows = 0
     for part in parts:
         count = part.num_rows
-        columns = {
-            **{column.name: pa.nulls(count, column.type) for column in fields},
-            **dict(zip(part.column_names, part.columns, strict=True)),
+        others = {name: part[name] for name in part.column_names if name not in CATALOG.names}
+        found = {
+            **{field.name: pa.nulls(count, field.type) for field in fields},
+            **{field.name: part[field.name] for field in fields if field.name in part.column_names},
             "row": pa.array(np.arange(rows, rows + count)),
         }
         rows += count
-        yield pa.table(columns, fields)
+        yield pa.table(
+            {**found, **others},
+            pa.schema([*fields, *[(name, column.type) for name, column in others.items()]]),
+        )
     if not rows:
         raise CatalogError(f"catalog {uri} has no rows")
 
@@ -197,7 +258,14 @@ def _is_mumu(file: str, options: CatalogSettings) -> bool:
     )
 
 
-def _mumu_parts(scan: Scan, files: list[str], options: CatalogSettings) -> Iterator[pa.Table]:
+def _mumu_parts(
+    scan: Scan, files: list[str], options: CatalogSettings, carry: Sequence[str]
+) -> Iterator[pa.Table]:
+    if carry:
+        raise ConfigError(
+            "--carry: MuMu's label files have rows of songs, not of albums; leave it out",
+            code="mumu_columns",
+        )
     for name in CatalogSettings.model_fields:
         if name.endswith("_column") and _is_set(options, name):
             raise ConfigError(
@@ -235,7 +303,11 @@ def _no_column(place: str, columns: Collection[str], options: CatalogSettings, o
 
 
 def _open_file(
-    file: str, kind: str, options: CatalogSettings, columns: Collection[str]
+    file: str,
+    kind: str,
+    options: CatalogSettings,
+    columns: Collection[str],
+    carry: Sequence[str],
 ) -> SourceFile:
     """One file, with the columns that every file must have as far as is known."""
     names = ["id", "cover", *(name for name in _OPTIONAL if name in columns)]
@@ -243,7 +315,7 @@ def _open_file(
     if kind == "parquet":
         source = read_parquet(
             file,
-            list(dict.fromkeys(wanted.values())),
+            list(dict.fromkeys([*wanted.values(), *carry])),
             image=options.image_column,
             cover=options.cover_column,
             image_is_set=_is_set(options, "image_column"),
@@ -257,11 +329,14 @@ def _open_file(
             [column for name, column in wanted.items() if _is_optional(options, name)],
             options.genres_column,
             options.genres_separator or _SEPARATOR,
+            [*([options.id_column] if ID in columns else []), *carry],
         )
     else:
-        source = read_delimited(file, kind, list(dict.fromkeys(wanted.values())))
+        source = read_delimited(file, kind, list(dict.fromkeys([*wanted.values(), *carry])))
     found = partitions(file)
-    source.partitions.update({name: found[name] for name in wanted.values() if name in found})
+    source.partitions.update(
+        {name: found[name] for name in [*wanted.values(), *carry] if name in found}
+    )
     _check_columns(source, options)
     return source
 
@@ -301,6 +376,14 @@ def _has_images(source: SourceFile, options: CatalogSettings) -> bool:
     )
 
 
+def _with_partitions(source: SourceFile, table: pa.Table) -> pa.Table:
+    for name, value in source.partitions.items():
+        table = table.select([n for n in table.column_names if n not in (name, f"{OWN}{name}")])
+        column = pa.repeat(pa.scalar(value, pa.string()), table.num_rows)
+        table = table.append_column(name, column)
+    return table
+
+
 def _part(
     source: SourceFile,
     table: pa.Table,
@@ -311,10 +394,6 @@ def _part(
     """CATALOG's columns for some rows of a file, `start` and those that follow."""
     count = table.num_rows
     folder = storage.absolute(options.covers or storage.parent(source.uri))
-    for name, value in source.partitions.items():
-        if name in table.column_names:
-            table = table.drop_columns([name])
-        table = table.append_column(name, pa.repeat(pa.scalar(value, pa.string()), count))
     missing = _missing_values(options)
     in_file = image_file is not None
 

@@ -1,13 +1,14 @@
-"""The plan of a run: every row of its input, numbered; written once, read a part at a time.
+"""The plan of a run: every row of its input, numbered; written once, read a range at a time.
 
-    FOLDER/part-00000000.parquet   ROWS, PART_ROWS of them in each file
-    FOLDER/repeats.parquet         which rows have the id of an earlier one
-    FOLDER/plan.json               how many rows, and of what input; written last
+    FOLDER/part-00000000.arrow   ROWS and further columns, PART_ROWS rows in each file
+    FOLDER/repeats.arrow         which rows have the id of an earlier row
+    FOLDER/plan.json             number of rows, types of the columns, inputs; written last
 
-It is made in one pass over the input, in memory that does not grow with it: which ids were met
-before is found out by hashes in temporary files. A run that is taken up again reads plan.json.
+It is made in one pass over the input in memory that does not grow with it: repeated ids are found
+by their hashes in temporary files. A resumed run reads plan.json.
 """
 
+import base64
 import hashlib
 import json
 import secrets
@@ -20,14 +21,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from covergenre import schema
 from covergenre.data import dataset
+from covergenre.data.catalog import CARRIED, ID
 from covergenre.data.covers import FIRST, Source, local_cover, web_schemes
-from covergenre.errors import StorageError
-from covergenre.io import storage
+from covergenre.errors import CatalogError, StorageError
+from covergenre.io import arrow_file, storage
 from covergenre.io.hashing import hash_rows
 
 _COVER = ("cover", "source", "source_row")
@@ -42,8 +43,9 @@ _REPEATS = pa.schema(
 GROUP_ROWS = dataset.TABLE_GROUP_ROWS
 PART_ROWS = 8 * GROUP_ROWS
 _BUCKETS = 64
-_RANGE_ROWS = 1 << 22
+_RANGE_ROWS = 512 * GROUP_ROWS
 _META = "plan.json"
+_REPEATS_FILE = "repeats.arrow"
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,14 @@ class Plan:
     """A cover that lies on this machine's disk, if any does."""
     web_schemes: tuple[str, ...] = ()
     """"http" and "https", as far as covers have such URLs."""
+    schema: pa.Schema = ROWS
+    """Columns of its rows: ROWS, and those that the input's parts had beside them."""
 
     def read(self, start: int, stop: int) -> pa.Table:
-        """Rows `start` to `stop`: columns ROWS, and covers.FIRST where a row repeats another."""
+        """Rows `start` to `stop`: columns `schema`, and covers.FIRST where a row repeats another.
+
+        The column `id`, where there is one, has the id in the type of the catalog.
+        """
         rows = self._rows(start, stop)
         repeats = self._repeats(start, stop)
         place = np.full(rows.num_rows, repeats.num_rows)
@@ -74,24 +81,22 @@ class Plan:
 
     def _rows(self, start: int, stop: int) -> pa.Table:
         parts = [
-            dataset.read_rows(
+            arrow_file.read_rows(
                 _part_uri(self.uri, part),
                 max(start - part * PART_ROWS, 0),
                 min(stop - part * PART_ROWS, PART_ROWS),
-            )
+                GROUP_ROWS,
+            ).cast(self.schema, safe=False)
             for part in range(start // PART_ROWS, -(-stop // PART_ROWS))
         ]
-        return pa.concat_tables(parts).combine_chunks()
+        rows = pa.concat_tables(parts).combine_chunks()
+        if ID in rows.column_names and pa.types.is_string(self.schema.field(ID).type):
+            rows = rows.set_column(rows.column_names.index(ID), ID, rows["album_id"])
+        return rows
 
     def _repeats(self, start: int, stop: int) -> pa.Table:
-        file = dataset.open_parquet(storage.join(self.uri, "repeats.parquet"))
-        groups = [
-            group
-            for group in range(file.metadata.num_row_groups)
-            for rows in [file.metadata.row_group(group).column(0).statistics]
-            if rows.min < stop and rows.max >= start
-        ]
-        found = file.read_row_groups(groups, use_threads=False)
+        uri = storage.join(self.uri, _REPEATS_FILE)
+        found = arrow_file.read_batches(uri, start // GROUP_ROWS, (stop - 1) // GROUP_ROWS)
         row = pc.field("row")
         return found.filter((row >= start) & (row < stop))
 
@@ -134,9 +139,10 @@ def read_plan(uri: str) -> Plan | None:
             value["identity"],
             value["key"],
             value["local_cover"],
-            tuple(value.get("web_schemes", ())),  # plans of older versions have none
+            tuple(value["web_schemes"]),
+            pa.ipc.read_schema(pa.py_buffer(base64.b64decode(value["schema"]))),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{meta}: was not written by this covergenre; remove {uri}") from error
 
 
@@ -146,74 +152,127 @@ def write_plan(
     source: Callable[[], Source],
     key: dict[str, Any],
 ) -> Plan:
-    """Write `parts` (columns ROWS at least, rows numbered from 0) as the plan at `uri`.
+    """Write `parts` as the plan at `uri`.
 
-    source: where image bytes are; asked when all parts have been gone through.
+    parts: columns ROWS, and others, which are kept; rows numbered from 0. Where parts differ in
+    the type of a column, it becomes the wider type, or text. Raises CatalogError where a list or
+    an object would have to.
+    source: where image bytes are; called when all parts have been read.
     """
     rows, local = 0, None
     schemes: set[str] = set()
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as temporary:
         seen = _Seen(Path(temporary))
+        unified = ROWS
         for number, part in enumerate(_even(parts)):
+            unified = _unify(unified, part.schema)
             rows += part.num_rows
             local = local or local_cover(part)
             schemes.update(web_schemes(part))
             hash_rows(digest, part)
-            storage.put(_part_uri(uri, number), dataset.to_parquet(part))
+            storage.put(_part_uri(uri, number), arrow_file.to_arrow_file(part, GROUP_ROWS))
             with storage.named(temporary, "write"):
                 seen.add(part)
-        repeats = Path(temporary, "repeats.parquet")
+        repeats = Path(temporary, _REPEATS_FILE)
         with storage.named(temporary, "write"):
-            seen.write_repeats(repeats)
-        storage.put_file(storage.join(uri, "repeats.parquet"), repeats)
-    made_of = source()
+            seen.write_repeats(repeats, rows)
+        storage.put_file(storage.join(uri, _REPEATS_FILE), repeats)
+    made_of, columns = source(), _without_null_types(unified)
     plan = Plan(
         uri,
         rows,
         made_of,
-        _identity(digest, made_of),
+        _identity(digest, made_of, columns),
         key,
         next((file for file in made_of.files if not storage.is_uri(file)), local),
         tuple(sorted(schemes)),
+        columns,
     )
     names = ("rows", "identity", "key", "local_cover", "web_schemes")
     value = {name: getattr(plan, name) for name in names}
-    storage.put_json(storage.join(uri, _META), value | {"source": asdict(made_of)})
+    types = base64.b64encode(plan.schema.serialize()).decode()
+    value |= {"source": asdict(made_of), "schema": types}
+    storage.put_json(storage.join(uri, _META), value)
     return plan
 
 
 def identify(parts: Iterable[pa.Table], source: Callable[[], Source]) -> str:
     """The identity that a plan of these rows would have."""
-    digest = hashlib.sha256()
+    digest, unified = hashlib.sha256(), ROWS
     for part in _even(parts):
+        unified = _unify(unified, part.schema)
         hash_rows(digest, part)
-    return _identity(digest, source())
+    return _identity(digest, source(), _without_null_types(unified))
 
 
-def _identity(rows: Any, source: Source) -> str:
+def _identity(rows: Any, source: Source, schema: pa.Schema) -> str:
     files = [[file, storage.size(file)] for file in source.files]
-    rows.update(json.dumps(files).encode())
+    rows.update(json.dumps([files, str(schema.names), str(schema.types)]).encode())
     return str(rows.hexdigest())
 
 
 def _part_uri(uri: str, part: int) -> str:
-    return storage.join(uri, f"part-{part:08d}.parquet")
+    return storage.join(uri, f"part-{part:08d}.arrow")
 
 
 def _even(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows, PART_ROWS in each table but the last; columns ROWS alone."""
+    """The same rows, PART_ROWS in each table but the last."""
     held: list[pa.Table] = []
     rows = 0
     for part in parts:
-        held.append(part.select(ROWS.names).cast(ROWS))
+        others = [name for name in part.column_names if name not in (*ROWS.names, *FIRST.names)]
+        held.append(part.select([*ROWS.names, *others]))
         rows += part.num_rows
         while rows >= PART_ROWS:
-            table = pa.concat_tables(held)
+            table = _concatenated(held)
             yield table.slice(0, PART_ROWS).combine_chunks()
             held, rows = [table.slice(PART_ROWS)], rows - PART_ROWS
     if rows:
-        yield pa.concat_tables(held).combine_chunks()
+        yield _concatenated(held).combine_chunks()
+
+
+def _concatenated(parts: list[pa.Table]) -> pa.Table:
+    unified = ROWS
+    for part in parts:
+        unified = _unify(unified, part.schema)
+    return pa.concat_tables([part.cast(unified, safe=False) for part in parts])
+
+
+def _unify(known: pa.Schema, new: pa.Schema) -> pa.Schema:
+    """`known` with the columns of `new`; of those in both, a type that has the values of both."""
+    fields = {field.name: field.type for field in known}
+    for field in new:
+        if field.name in ROWS.names:
+            continue
+        old = fields.get(field.name, pa.null())
+        fields[field.name] = _common_type(field.name, old, field.type)
+    return pa.schema([*ROWS, *[(n, t) for n, t in fields.items() if n not in ROWS.names]])
+
+
+def _common_type(name: str, old: pa.DataType, new: pa.DataType) -> pa.DataType:
+    if old == new or pa.types.is_null(new):
+        return old
+    if pa.types.is_null(old):
+        return new
+    if all(pa.types.is_integer(t) and t != pa.uint64() for t in (old, new)):
+        return pa.int64()
+    if name != ID and all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in (old, new)):
+        return pa.float64()
+    if any(pa.types.is_nested(t) or pa.types.is_binary(t) for t in (old, new)):
+        raise CatalogError(
+            f"column {name.removeprefix(CARRIED)!r} has the type {old} in some rows and {new} in"
+            " others; give all files one type",
+            code="mixed_types",
+        )
+    return pa.string()
+
+
+def _without_null_types(schema: pa.Schema) -> pa.Schema:
+    """A column that has no value anywhere is text: not every reader knows a type of nulls."""
+    return pa.schema(
+        [(f.name, pa.string() if pa.types.is_null(f.type) else f.type) for f in schema]
+    )
 
 
 # 128 bits of hash under a key of chance: that two of 100 million ids share one by accident, or by
@@ -257,17 +316,24 @@ class _Seen:
     def _file(self, name: str, place: int) -> Path:
         return self._folder / f"{name}-{place:06d}"
 
-    def write_repeats(self, to: Path) -> None:
-        """Write _REPEATS, in order of row."""
+    def write_repeats(self, to: Path, rows: int) -> None:
+        """Write _REPEATS in order of row: batch n has those of the plan's rows from n * GROUP_ROWS.
+
+        rows: of the plan.
+        """
         for file in sorted(self._folder.glob("ids-*")):
             found = _repeated(np.fromfile(file, _SEEN))
             file.unlink()
             self._spill("repeats", found, found["row"] // _RANGE_ROWS)
-        with pq.ParquetWriter(to, _REPEATS) as writer:
-            for file in sorted(self._folder.glob("repeats-*")):
-                found = np.sort(np.fromfile(file, _REPEATED), order="row")
-                columns = [pa.array(found[field.name]) for field in _REPEATS]
-                writer.write_table(pa.table(columns, _REPEATS), row_group_size=GROUP_ROWS)
+        with pa.ipc.new_file(to, _REPEATS, options=arrow_file.options()) as writer:
+            for start in range(0, rows, _RANGE_ROWS):
+                file = self._file("repeats", start // _RANGE_ROWS)
+                found = np.fromfile(file, _REPEATED) if file.exists() else np.empty(0, _REPEATED)
+                found.sort(order="row")
+                begins = range(start, min(start + _RANGE_ROWS, rows), GROUP_ROWS)
+                for group in np.split(found, np.searchsorted(found["row"], begins[1:])):
+                    columns = [pa.array(np.ascontiguousarray(group[f.name])) for f in _REPEATS]
+                    writer.write_batch(pa.record_batch(columns, _REPEATS))
 
 
 def _repeated(seen: NDArray[Any]) -> NDArray[Any]:

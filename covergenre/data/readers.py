@@ -35,6 +35,8 @@ EXTENSIONS = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
+OWN = "own:"
+"""Columns of a JSON Lines file in their own types: this, and their name."""
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
@@ -376,17 +378,24 @@ def _check_delimited(uri: str, kind: str, names: Sequence[str]) -> int:
 
 
 def read_jsonl(
-    uri: str, wanted: Collection[str], optional: Collection[str], lists: str, separator: str
+    uri: str,
+    wanted: Collection[str],
+    optional: Collection[str],
+    lists: str,
+    separator: str,
+    own: Collection[str] = (),
 ) -> SourceFile:
     """Columns of a JSON Lines file, as text; `lists` as lists of text, split where it is text.
 
     optional: columns whose values are left out where they are neither text nor a number.
+    own: columns to add in their own types, named OWN and their name. Lists, objects, and values of
+    several types are JSON text there.
 
     Line by line: pyarrow.json guesses types (text like 2020-01-01 becomes a date), does not know
     line numbers, and crashes the process on a line `null` (26.0).
     """
     source = SourceFile(uri, set(), iter(()))
-    parts = _jsonl_parts(source, wanted, optional, lists, separator)
+    parts = _jsonl_parts(source, wanted, optional, lists, separator, own)
     return replace(source, parts=parts)
 
 
@@ -396,16 +405,20 @@ def _jsonl_parts(
     optional: Collection[str],
     lists: str,
     separator: str,
+    own: Collection[str],
 ) -> Iterator[pa.Table]:
     uri = source.uri
     schema = pa.schema(
         [(name, pa.list_(pa.string()) if name == lists else pa.string()) for name in wanted]
     )
     cells: dict[str, list[Any]] = {name: [] for name in wanted}
+    own_cells: dict[str, list[Any]] = {name: [] for name in own}
 
     def part() -> pa.Table:
         table = pa.table(cells, schema)
-        for values in cells.values():
+        for name, values in own_cells.items():
+            table = table.append_column(f"{OWN}{name}", _json_array(values))
+        for values in (*cells.values(), *own_cells.values()):
             values.clear()
         return table
 
@@ -413,8 +426,11 @@ def _jsonl_parts(
         for number, line in enumerate(_lines(uri, io.BufferedReader(stream, 1 << 20)), 1):
             if line.isspace():
                 continue
-            record = _json_object(uri, number, line, wanted, is_first=not source.columns)
+            used = {*wanted, *own}
+            record = _json_object(uri, number, line, used, is_first=not source.columns)
             source.columns.update(record)
+            for name, values in own_cells.items():
+                values.append(record.get(name))
             for name, values in cells.items():
                 value = record.get(name)
                 if name == lists:
@@ -429,6 +445,19 @@ def _jsonl_parts(
             if number % _CHUNK_ROWS == 0:
                 yield part()
         yield part()
+
+
+def _json_array(values: list[Any]) -> pa.Array:
+    """Values of one simple type as that type; others as text, those that are no text as JSON."""
+    types = {type(value) for value in values if value is not None}
+    if not types:
+        return pa.nulls(len(values))
+    if types in ({str}, {bool}) or (types <= {int, float} and float in types):
+        return pa.array(values, pa.float64() if float in types else None)
+    if types == {int} and all(value is None or abs(value) < 2**63 for value in values):
+        return pa.array(values, pa.int64())
+    texts = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
+    return pa.array(texts, pa.string())
 
 
 _JSON_TYPES = {list: "lists", dict: "objects", bool: "true and false"}

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from covergenre import schema
-from covergenre.data import covers, dataset, plan
+from covergenre.data import covers, plan
 from covergenre.data.covers import Source
 from covergenre.data.plan import Plan, identify, read_plan, write_plan
 from covergenre.errors import StorageError
@@ -19,9 +19,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts, row groups and ranges of a few rows, so that small tables have many."""
     monkeypatch.setattr(plan, "GROUP_ROWS", 5)
     monkeypatch.setattr(plan, "PART_ROWS", 20)
-    monkeypatch.setattr(plan, "_RANGE_ROWS", 16)
+    monkeypatch.setattr(plan, "_RANGE_ROWS", 15)
     monkeypatch.setattr(plan, "_BUCKETS", 3)
-    monkeypatch.setattr(dataset, "TABLE_GROUP_ROWS", 5)
 
 
 def some_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
