@@ -2,7 +2,7 @@
 
     uv run python -m benchmarks.probe DATASET --model mobilenet_v2 --weights FILE
 
-Features are the trunk's output for each cover of a prepared dataset, with the dataset's own
+Features are the backbone's output for each cover of a prepared dataset, with the dataset's own
 splits. One logistic regression a genre (scikit-learn, standardised features); C is chosen on dev
 by macro ROC AUC, then measured once on test. No Ray: this is the check from outside.
 """
@@ -23,14 +23,14 @@ from covergenre.data.image_decoding import Preprocessing, decode
 from covergenre.metrics import multilabel_metrics
 from covergenre.models.networks import build_model
 from covergenre.models.predictor import normalise, to_unit
-from covergenre.models.pretrained import load_trunk_weights
+from covergenre.models.pretrained import load_backbone_weights
 from covergenre.progress import Progress, say
 from covergenre.registry import MODELS
 
 Arrays = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
-def features(manifest: Manifest, split: str, trunk: torch.nn.Module) -> Arrays:
+def features(manifest: Manifest, split: str, backbone: torch.nn.Module) -> Arrays:
     """(features [albums, D], multi-hot genres [albums, G]) of a split."""
     spec = Preprocessing()
     out, genres = [], []
@@ -41,7 +41,7 @@ def features(manifest: Manifest, split: str, trunk: torch.nn.Module) -> Arrays:
                 part = table.slice(start, 64)
                 pixels = np.stack([decode(image, spec) for image in part["image"].to_pylist()])
                 with torch.inference_mode():
-                    out.append(trunk(normalise(to_unit(pixels, "cpu"), spec)).numpy())
+                    out.append(backbone(normalise(to_unit(pixels, "cpu"), spec)).numpy())
                 genres += part["genres"].to_pylist()
                 progress.advance(part.num_rows)
     return np.concatenate(out), manifest.genres.multi_hot(genres)
@@ -67,9 +67,9 @@ def main() -> None:
 
     manifest = read_manifest(args.dataset)
     model = build_model(args.model, len(manifest.genres), seed=0)
-    load_trunk_weights(model, args.weights)
-    trunk = model.trunk.eval()
-    train, dev, test = (features(manifest, s, trunk) for s in ("train", "dev", "test"))
+    load_backbone_weights(model, args.weights)
+    backbone = model.backbone.eval()
+    train, dev, test = (features(manifest, s, backbone) for s in ("train", "dev", "test"))
     names = manifest.genres.names
     by_c: dict[float, float] = {}
     for c in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0):

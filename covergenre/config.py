@@ -222,7 +222,7 @@ class TrainConfig(StageConfig):
     model: str = Field("vgg16", description=f"one of: {', '.join(MODELS)}")
     weights: Place | None = Field(
         None,
-        description="imagenet, none, or a safetensors or torch file of the trunk"
+        description="imagenet, none, or a safetensors or torch file of the backbone"
         "  [default: imagenet, where the model has them]",
     )
     allow_partial_weights: bool = Field(

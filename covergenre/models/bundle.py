@@ -1,7 +1,7 @@
 """The MODEL folder: everything that is needed to load a model and to know what it is.
 
     MODEL/bundle.json            format version, ids, every file's sha256; written last
-    MODEL/model.safetensors      weights of trunk and head
+    MODEL/model.safetensors      weights of backbone and head
     MODEL/genres.json            the vocabulary: column j of the scores is genre j
     MODEL/preprocessing.json     source bytes to normalised pixels
     MODEL/decision.json          the threshold of each genre
@@ -29,7 +29,7 @@ from covergenre.io import storage
 if TYPE_CHECKING:
     from covergenre.models.networks import CoverModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _LOADED = ("model.safetensors", "genres.json", "preprocessing.json", "decision.json", "config.json")
 _BESIDE = ("history.jsonl", "steps.jsonl", "metrics.json", "loss.png", "README.md")
 BUNDLE_FILES = frozenset({"bundle.json", *_LOADED, *_BESIDE})

@@ -49,7 +49,7 @@ Made by covergenre {__version__}. Given a cover, it gives a score from 0 to 1 fo
 
 ## What it is
 - Model: {config.model} ({model_spec(config.model).about}).
-- Trunk: {origin} weights, freeze {config.freeze}. Head: new.
+- Backbone: {origin} weights, freeze {config.freeze}. Head: new.
 - Trained on dataset `{manifest.dataset_id}` ({splits} albums).
 - {plural(config.epochs or 0, "epoch")} at most, {epochs} done, batch {config.batch_size}, Adam at
   {config.learning_rate:g} ({config.schedule}), L2 {config.l2:g}, augmentation {config.augment},

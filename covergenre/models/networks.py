@@ -1,4 +1,4 @@
-"""The networks by name: a trunk that sees, a head that tells genres, and what of them trains.
+"""Build networks by name (backbone and head), and choose which of their layers train.
 
 Shapes: B albums of a batch, C = 3 colours, H x W pixels, D features, G genres.
 """
@@ -14,18 +14,18 @@ from covergenre.registry import model_spec
 
 
 class CoverModel(nn.Module):
-    """`head(trunk(images))`: the trunk may carry ImageNet weights, the head is always new."""
+    """`head(backbone(images))`: the backbone may have ImageNet weights, the head is always new."""
 
-    def __init__(self, name: str, trunk: nn.Module, head: nn.Module) -> None:
-        """name: as in registry.MODELS; trunk: images to flat features; head: features to logits."""
+    def __init__(self, name: str, backbone: nn.Module, head: nn.Module) -> None:
+        """name: key of registry.MODELS; backbone: images -> [B, D]; head: [B, D] -> [B, G]."""
         super().__init__()
         self.name = name
-        self.trunk = trunk
+        self.backbone = backbone
         self.head = head
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Logits [B, G], one a genre, before the sigmoid, of normalised float images."""
-        features_BD = self.trunk(images_BCHW)
+        features_BD = self.backbone(images_BCHW)
         logits_BG: Tensor = self.head(features_BD)
         return logits_BG
 
@@ -52,7 +52,7 @@ class BatchDropout(nn.Dropout):
 def build_model(name: str, num_genres: int, *, seed: int | None = None) -> CoverModel:
     """The model `name` with random weights, on torch's default device.
 
-    Trunk tensors have torchvision's names. With `seed` the weights are the same on every device
+    Backbone tensors have torchvision's names. With `seed` the weights are the same on every device
     and the global random state is left alone; without it they are drawn from the global state. On
     the meta device there are shapes only, and no memory is used.
 
@@ -64,8 +64,8 @@ def build_model(name: str, num_genres: int, *, seed: int | None = None) -> Cover
     device = torch.get_default_device()
     # Shapes first: torchvision's VGG fills a 494 MB classifier that is thrown away here.
     with torch.device("meta"):
-        trunk, head = _trunk_and_head(name, num_genres)
-    model = CoverModel(name, trunk, head)
+        backbone, head = _backbone_and_head(name, num_genres)
+    model = CoverModel(name, backbone, head)
     if device.type == "meta":
         return model
     model.to_empty(device="cpu")
@@ -78,25 +78,25 @@ def build_model(name: str, num_genres: int, *, seed: int | None = None) -> Cover
 
 
 def convolutions(model: CoverModel) -> list[tuple[str, nn.Conv2d]]:
-    """The trunk's convolutions with their names in the trunk, in order of definition.
+    """The backbone's convolutions with their names in the backbone, in order of definition.
 
     That is the order of execution, but that a ResNet's downsample, which runs beside the
     convolutions of its block, comes after them.
     """
-    return [(name, m) for name, m in model.trunk.named_modules() if isinstance(m, nn.Conv2d)]
+    return [(name, m) for name, m in model.backbone.named_modules() if isinstance(m, nn.Conv2d)]
 
 
 def freeze(model: CoverModel, how: str) -> int:
     """Stop the first convolutions, each with the norm that follows it, from training.
 
-    how: "none", "all" (the whole trunk), "paper" (the model's number in the registry) or a number
-    of convolutions in decimal. What was frozen of the trunk before trains again; the head always
-    trains. Returns how many parameters are frozen. Raises ConfigError for any other `how`, a
-    negative number, or more convolutions than there are.
+    how: "none", "all" (the whole backbone), "paper" (the model's number in the registry) or a
+    decimal number of convolutions. Earlier freezing of the backbone is undone; the head always
+    trains. Returns the number of frozen parameters. Raises ConfigError for any other `how`, a
+    negative number, or more convolutions than the model has.
     """
     count = _convolutions_to_freeze(model, how)
-    model.trunk.requires_grad_(how != "all")
-    leaves = [m for m in model.trunk.modules() if next(m.children(), None) is None]
+    model.backbone.requires_grad_(how != "all")
+    leaves = [m for m in model.backbone.modules() if next(m.children(), None) is None]
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, nn.Conv2d)]
     for place in places[:count]:
         leaves[place].requires_grad_(False)
@@ -109,12 +109,12 @@ def freeze(model: CoverModel, how: str) -> int:
 def training_mode(model: CoverModel, *, freeze_batch_norm: bool, rows: int) -> None:
     """Put `model` in train mode for a batch of `rows`, but for the norms that must not learn.
 
-    freeze_batch_norm: the trunk's norms keep their pretrained statistics. A norm with frozen
+    freeze_batch_norm: the backbone's norms keep their pretrained statistics. A norm with frozen
     parameters always keeps its statistics, and on fewer than 2 rows every norm does: one row has
     no variance.
     """
     model.train()
-    for part, keep in ((model.trunk, freeze_batch_norm), (model.head, False)):
+    for part, keep in ((model.backbone, freeze_batch_norm), (model.head, False)):
         for module in part.modules():
             if isinstance(module, _BatchNorm):
                 frozen = not all(p.requires_grad for p in module.parameters())
@@ -152,22 +152,22 @@ def _convolutions_to_freeze(model: CoverModel, how: str) -> int:
     return int(how)
 
 
-def _trunk_and_head(name: str, num_genres: int) -> tuple[nn.Module, nn.Module]:
+def _backbone_and_head(name: str, num_genres: int) -> tuple[nn.Module, nn.Module]:
     if name == "tiny":
         return _tiny(num_genres)
     if name == "baseline":
         return _baseline(num_genres)
     import torchvision  # takes seconds: workers of the models above go without
 
-    trunk: nn.Module = torchvision.models.get_model(name, weights=None)
+    backbone: nn.Module = torchvision.models.get_model(name, weights=None)
     if name.startswith("resnet"):
-        assert isinstance(trunk.fc, nn.Linear)
-        width = trunk.fc.in_features
-        trunk.fc = nn.Identity()
-        return trunk, nn.Linear(width, num_genres)
-    trunk.classifier = nn.Identity()
+        assert isinstance(backbone.fc, nn.Linear)
+        width = backbone.fc.in_features
+        backbone.fc = nn.Identity()
+        return backbone, nn.Linear(width, num_genres)
+    backbone.classifier = nn.Identity()
     if name == "vgg16":  # as in the paper's Figure 4: no dropout
-        return trunk, nn.Sequential(
+        return backbone, nn.Sequential(
             nn.Linear(512 * 7 * 7, 4096),
             nn.ReLU(inplace=True),
             nn.Linear(4096, 4096),
@@ -175,7 +175,7 @@ def _trunk_and_head(name: str, num_genres: int) -> tuple[nn.Module, nn.Module]:
             nn.Linear(4096, num_genres),
         )
     if name == "alexnet":  # torchvision's classifier
-        return trunk, nn.Sequential(
+        return backbone, nn.Sequential(
             BatchDropout(0.5),
             nn.Linear(256 * 6 * 6, 4096),
             nn.ReLU(inplace=True),
@@ -185,7 +185,7 @@ def _trunk_and_head(name: str, num_genres: int) -> tuple[nn.Module, nn.Module]:
             nn.Linear(4096, num_genres),
         )
     assert name == "mobilenet_v2", f"registry.MODELS names {name}, which cannot be built"
-    return trunk, nn.Sequential(BatchDropout(0.2), nn.Linear(1280, num_genres))
+    return backbone, nn.Sequential(BatchDropout(0.2), nn.Linear(1280, num_genres))
 
 
 def _baseline(num_genres: int) -> tuple[nn.Module, nn.Module]:
@@ -201,7 +201,7 @@ def _baseline(num_genres: int) -> tuple[nn.Module, nn.Module]:
                 pool=nn.MaxPool2d(2),
             )
         )
-    trunk = nn.Sequential(
+    backbone = nn.Sequential(
         OrderedDict[str, nn.Module](
             features=nn.Sequential(blocks),
             # Six halvings of 224 are 3 already; only covers of another side need the pooling.
@@ -217,7 +217,7 @@ def _baseline(num_genres: int) -> tuple[nn.Module, nn.Module]:
             nn.ReLU(inplace=True),
             BatchDropout(0.2),
         ]
-    return trunk, nn.Sequential(*layers, nn.Linear(2048, num_genres))
+    return backbone, nn.Sequential(*layers, nn.Linear(2048, num_genres))
 
 
 def _tiny(num_genres: int) -> tuple[nn.Module, nn.Module]:
@@ -233,13 +233,13 @@ def _tiny(num_genres: int) -> tuple[nn.Module, nn.Module]:
                 relu=nn.ReLU(inplace=True),
             )
         )
-    trunk = nn.Sequential(
+    backbone = nn.Sequential(
         OrderedDict[str, nn.Module](
             features=nn.Sequential(blocks), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()
         )
     )
     head = nn.Sequential(nn.Linear(128, 64), nn.ReLU(inplace=True), nn.Linear(64, num_genres))
-    return trunk, head
+    return backbone, head
 
 
 def _initialise(model: nn.Module) -> None:

@@ -67,7 +67,7 @@ def to_unit(pixels_BHWC: NDArray[np.uint8], device: str) -> "torch.Tensor":
 
 
 def normalise(images_BCHW: "torch.Tensor", spec: Preprocessing) -> "torch.Tensor":
-    """Images in 0 to 1 -> zero mean and unit variance by channel, as the trunk expects."""
+    """Images in 0 to 1 -> zero mean and unit variance by channel, as the backbone expects."""
     import torch
 
     mean = torch.tensor(spec.mean, device=images_BCHW.device).view(1, 3, 1, 1)

@@ -1,6 +1,6 @@
-"""Pretrained weights into a trunk: every tensor is accounted for, or one line says what is wrong.
+"""Load pretrained weights into a backbone: each tensor of the file must match the backbone.
 
-Nothing pickled is run: a file is safetensors, or a torch file that holds nothing but tensors.
+Nothing pickled is executed: a file is safetensors, or a torch file that holds only tensors.
 """
 
 import contextlib
@@ -39,27 +39,27 @@ _GIVE_A_FILE = (
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """What `load_trunk_weights` put into a trunk."""
+    """What `load_backbone_weights` put into a backbone."""
 
     origin: str
     """torchvision's name of the weights, "none", or the file's path or URI without any secret."""
     loaded: int
     """Tensors that were copied."""
     left_out: tuple[str, ...]
-    """Tensors of the trunk that the file lacks: they keep their random weights."""
+    """Tensors of the backbone that the file lacks: they keep their random weights."""
 
 
-def load_trunk_weights(
+def load_backbone_weights(
     model: CoverModel, weights: str, *, allow_partial: bool = False
 ) -> LoadedWeights:
-    """Copy pretrained weights into `model.trunk`, in float32.
+    """Copy pretrained weights into `model.backbone`, in float32.
 
-    weights: "imagenet" (downloaded once by torchvision), "none" (the trunk stays random), or a
+    weights: "imagenet" (downloaded once by torchvision), "none" (the backbone stays random), or a
     path, file://, s3:// or http(s):// address of a file with torchvision's names: safetensors, a
     torch state dict, or the model.safetensors of a MODEL. Entries of a classifier are passed over.
-    allow_partial: take a file that lacks some of the trunk.
+    allow_partial: take a file that lacks some of the backbone.
 
-    Raises ModelError, and leaves the trunk as it was, where the weights cannot be had or do not
+    Raises ModelError, and leaves the backbone as it was, where the weights cannot be had or do not
     fit; StorageError where a path or s3:// address cannot be read.
     """
     if weights == "none":
@@ -69,9 +69,9 @@ def load_trunk_weights(
     else:
         origin = _without_secrets(weights)
         entries = _parse(_read(weights, origin), origin)
-    tensors = _trunk_tensors(entries, origin)
+    tensors = _backbone_tensors(entries, origin)
     left_out = _check(model, tensors, origin, allow_partial)
-    model.trunk.load_state_dict(tensors, strict=False)
+    model.backbone.load_state_dict(tensors, strict=False)
     return LoadedWeights(origin, len(tensors), left_out)
 
 
@@ -152,12 +152,12 @@ def _no_warnings() -> Iterator[None]:
         yield
 
 
-def _trunk_tensors(entries: Mapping[Any, object], shown: str) -> dict[str, Tensor]:
-    """The entries that may belong to a trunk, by torchvision's names, in float32."""
+def _backbone_tensors(entries: Mapping[Any, object], shown: str) -> dict[str, Tensor]:
+    """The entries that may belong to a backbone, by torchvision's names, in float32."""
     tensors: dict[str, Tensor] = {}
     for key, value in entries.items():
-        # DistributedDataParallel puts "module." before every name, a MODEL "trunk."
-        name = str(key).removeprefix("module.").removeprefix("trunk.")
+        # DistributedDataParallel puts "module." before every name, a MODEL "backbone."
+        name = str(key).removeprefix("module.").removeprefix("backbone.")
         if name.startswith(_HEADS):
             continue
         if not isinstance(value, Tensor):
@@ -182,12 +182,12 @@ def _trunk_tensors(entries: Mapping[Any, object], shown: str) -> dict[str, Tenso
 def _check(
     model: CoverModel, tensors: Mapping[str, Tensor], shown: str, allow_partial: bool
 ) -> tuple[str, ...]:
-    """Names of the trunk's tensors that are not in `tensors`. Raises ModelError for any misfit."""
+    """Names of the backbone's tensors that `tensors` lacks. Raises ModelError for any mismatch."""
     wanted = _shapes(model)
     weights_given = [name for name in tensors if not name.endswith(_STEP_COUNT)]
     if not weights_given:
         raise ModelError(
-            f"{shown}: holds no tensor of {model.name}'s trunk; expected {next(iter(wanted))}"
+            f"{shown}: holds no tensor of {model.name}'s backbone; expected {next(iter(wanted))}"
             " and the like"
         )
     unknown = sorted(name for name in tensors if name not in wanted)
@@ -213,7 +213,7 @@ def _check(
 
 
 def _shapes(model: CoverModel) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.trunk.state_dict().items()}
+    return {name: tensor.shape for name, tensor in model.backbone.state_dict().items()}
 
 
 def _way_out(

@@ -47,8 +47,8 @@ def layer_table(name: str, num_genres: int, freeze_how: str | None = None, side:
 
     for path, module in model.named_modules():
         if next(module.children(), None) is None and not isinstance(module, _NOT_SHOWN):
-            module.register_forward_hook(partial(record, path.removeprefix("trunk.")))
-    model.trunk.register_forward_hook(record_features)
+            module.register_forward_hook(partial(record, path.removeprefix("backbone.")))
+    model.backbone.register_forward_hook(record_features)
     try:
         model.eval()(images_BCHW)
     except RuntimeError as error:  # the only thing that differs from a run at 224 is the side

@@ -93,8 +93,8 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
     finished = is_bundle(out)
     if not finished:  # before weights are loaded, which takes its time
         _check_free(out, state, resume=config.resume)
-    trunk, origin = _trunk(config, len(manifest.genres))
-    inputs = {"dataset_id": manifest.dataset_id, "trunk": _digest(trunk)}
+    backbone, origin = _backbone(config, len(manifest.genres))
+    inputs = {"dataset_id": manifest.dataset_id, "backbone": _digest(backbone)}
     run = {"fingerprint": config.fingerprint(), "inputs": inputs}
     if finished:
         return _already(out, run)
@@ -113,7 +113,7 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
                 trained = _already(out, run)
             else:
                 say(_opening(config, manifest, workers, origin))
-                trained = _train(config, manifest, workers, trunk, origin, out, run)
+                trained = _train(config, manifest, workers, backbone, origin, out, run)
     except TrainingDivergedError:
         if not checkpoints.latest_step(storage.join(state, _CHECKPOINTS)):
             storage.delete_folder(state)  # nothing there is worth keeping
@@ -126,16 +126,16 @@ def _train(
     config: TrainConfig,
     manifest: Manifest,
     workers: ray_runtime.Workers,
-    trunk: dict[str, Any] | None,
+    backbone: dict[str, Any] | None,
     origin: str,
     out: str,
     run: dict[str, Any],
 ) -> Trained:
-    """Train to the end and write the MODEL. trunk, origin: see _trunk."""
+    """Train to the end and write the MODEL. backbone, origin: see _backbone."""
     preprocessing = Preprocessing()
     with tempfile.TemporaryDirectory() as temporary:
         last, weights = _fit(
-            config, manifest, preprocessing, workers, trunk, f"{out}.training", Path(temporary)
+            config, manifest, preprocessing, workers, backbone, f"{out}.training", Path(temporary)
         )
     history = last["history"]
     losses = [
@@ -210,31 +210,33 @@ def _place(config: TrainConfig) -> ray_runtime.Workers:
     )
 
 
-def _trunk(config: TrainConfig, num_genres: int) -> tuple[dict[str, Any] | None, str]:
-    """(pretrained trunk weights or None, where they come from). Mistakes surface here, early."""
+def _backbone(config: TrainConfig, num_genres: int) -> tuple[dict[str, Any] | None, str]:
+    """(pretrained backbone weights or None, where they come from). Mistakes surface here, early."""
     from covergenre.models.networks import build_model, freeze
-    from covergenre.models.pretrained import load_trunk_weights
+    from covergenre.models.pretrained import load_backbone_weights
 
     assert config.weights is not None and config.freeze is not None  # resolved
     model = build_model(config.model, num_genres, seed=config.seed)
     freeze(model, config.freeze)
     if config.weights == "none":
         return None, "random"
-    loaded = load_trunk_weights(model, config.weights, allow_partial=config.allow_partial_weights)
+    loaded = load_backbone_weights(
+        model, config.weights, allow_partial=config.allow_partial_weights
+    )
     if loaded.left_out:
         say(
-            f"weights: {loaded.origin} lacks {len(loaded.left_out)} of the trunk's tensors; these"
-            f" stay random: {', '.join(loaded.left_out)}"
+            f"weights: {loaded.origin} lacks {len(loaded.left_out)} of the backbone's tensors;"
+            f" these keep their random values: {', '.join(loaded.left_out)}"
         )
-    return model.trunk.state_dict(), loaded.origin
+    return model.backbone.state_dict(), loaded.origin
 
 
-def _digest(trunk: dict[str, Any] | None) -> str:
-    """Identity of the trunk's weights, by content."""
-    if trunk is None:
+def _digest(backbone: dict[str, Any] | None) -> str:
+    """Identity of the backbone's weights, by content."""
+    if backbone is None:
         return "random"
     digest = hashlib.sha256()
-    for name, tensor in sorted(trunk.items()):
+    for name, tensor in sorted(backbone.items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -256,7 +258,7 @@ def _fit(
     manifest: Manifest,
     preprocessing: Preprocessing,
     workers: ray_runtime.Workers,
-    trunk: dict[str, Any] | None,
+    backbone: dict[str, Any] | None,
     state: str,
     temporary: Path,
 ) -> tuple[dict[str, Any], bytes]:
@@ -275,7 +277,7 @@ def _fit(
         preprocessing=preprocessing,
         baseline_loss=base_rate_loss(manifest.genre_counts("train"), manifest.rows("train")),
         workers=workers,
-        trunk=[ray.put(trunk)] if trunk is not None else None,
+        backbone=[ray.put(backbone)] if backbone is not None else None,
         checkpoints=folder,
         monitor=monitor,
     )

@@ -56,7 +56,7 @@ def largest_loss(baseline: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """All that a worker is told. Pickled to each; the trunk goes by reference."""
+    """All that a worker is told. Pickled to each; the backbone goes by reference."""
 
     config: TrainConfig
     """Resolved: nothing is None but max_steps, workers and checkpoint_every."""
@@ -65,8 +65,8 @@ class Job:
     baseline_loss: float
     """Of always predicting the training split's base rates: see metrics.base_rate_loss."""
     workers: Workers
-    trunk: Any
-    """ObjectRef of the trunk's weights, in a list (a bare reference would be resolved), or None."""
+    backbone: Any
+    """ObjectRef of its weights, in a list (a bare reference would be resolved), or None."""
     checkpoints: str
     """Folder that checkpoints are written to, and the newest taken up from."""
     monitor: Any
@@ -99,13 +99,13 @@ def training_loop(settings: dict[str, Any]) -> None:
     use_cores(job.workers)
     context = ray.train.get_context()
     job.monitor.enlist.remote(ray.get_runtime_context().current_actor)
-    trunk = ray.get(job.trunk[0]) if job.trunk else None
+    backbone = ray.get(job.backbone[0]) if job.backbone else None
     worker = _Worker(
         job,
         rank=context.get_world_rank(),
         world=context.get_world_size(),
         device=str(ray.train.torch.get_device()),
-        trunk=trunk,
+        backbone=backbone,
     )
     worker.run()
 
@@ -114,7 +114,13 @@ class _Worker:
     """One rank's model, optimizer and data."""
 
     def __init__(
-        self, job: Job, *, rank: int, world: int, device: str, trunk: dict[str, torch.Tensor] | None
+        self,
+        job: Job,
+        *,
+        rank: int,
+        world: int,
+        device: str,
+        backbone: dict[str, torch.Tensor] | None,
     ) -> None:
         config = job.config
         manifest = job.manifest
@@ -122,10 +128,10 @@ class _Worker:
         self._job, self._config, self._device = job, config, device
         self._epochs = job.epochs()
         self._model = networks.build_model(config.model, len(manifest.genres), seed=config.seed)
-        if trunk is not None:
-            self._model.trunk.load_state_dict(trunk)
+        if backbone is not None:
+            self._model.backbone.load_state_dict(backbone)
         networks.freeze(self._model, config.freeze or "none")
-        self._freeze_batch_norm = trunk is not None and config.batch_norm == "auto"
+        self._freeze_batch_norm = backbone is not None and config.batch_norm == "auto"
         self._model = to_device(self._model, device)
         self._net: nn.Module = self._model
         if world > 1:

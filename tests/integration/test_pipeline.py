@@ -301,7 +301,7 @@ def test_pretrained_weights_and_freezing_reach_the_workers(
     train(train_config(dataset, out, weights=weights, freeze="all", max_steps=2))
     first, then = (load_model(read_bundle(str(p))) for p in (one_worker, out))
     for (name, a), b in zip(
-        first.trunk.state_dict().items(), then.trunk.state_dict().values(), strict=True
+        first.backbone.state_dict().items(), then.backbone.state_dict().values(), strict=True
     ):
         assert a.equal(b), name
     heads = zip(first.head.parameters(), then.head.parameters(), strict=True)

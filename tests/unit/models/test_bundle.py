@@ -61,10 +61,10 @@ def outputs(model: CoverModel) -> torch.Tensor:
 
 def normed(name: str, num_genres: int) -> CoverModel:
     """A small network that, unlike `tiny`, keeps statistics."""
-    trunk = nn.Sequential(
+    backbone = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
-    return CoverModel(name, trunk, nn.Linear(4, num_genres))
+    return CoverModel(name, backbone, nn.Linear(4, num_genres))
 
 
 @pytest.mark.parametrize("with_norm", [False, True])
@@ -219,7 +219,7 @@ Change = Callable[[dict[str, Any]], object]
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (lambda v: v.update(format_version=2), "format version 2, this covergenre reads 1"),
+        (lambda v: v.update(format_version=1), "format version 1, this covergenre reads 2"),
         *[
             (lambda v, key=key: v.pop(key), key)
             for key in ("format_version", "weights_id", "decision_id", "files")

@@ -34,7 +34,7 @@ def norms(module: nn.Module) -> list[_BatchNorm]:
 def test_every_model_of_the_registry_makes_logits(name: str) -> None:
     model = on_meta(name, 7).eval()
     images = torch.empty(2, 3, 224, 224, device="meta")
-    features = model.trunk(images)
+    features = model.backbone(images)
     assert features.ndim == 2 and features.shape[0] == 2
     assert model(images).shape == (2, 7)
     assert model.name == name
@@ -53,10 +53,10 @@ def test_baseline_is_the_papers_table() -> None:
     model = on_meta("baseline")
     found = convolutions(model)
     assert [conv.out_channels for _, conv in found] == [64, 128, 256, 512, 1024, 2048]
-    assert model.trunk(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 2048 * 3 * 3)
+    assert model.backbone(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 2048 * 3 * 3)
     dense = [m for m in model.head.modules() if isinstance(m, nn.Linear)]
     assert [m.out_features for m in dense] == [2048, 2048, 2048, 20]
-    assert len(norms(model.trunk)) == 6 and len(norms(model.head)) == 3
+    assert len(norms(model.backbone)) == 6 and len(norms(model.head)) == 3
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.2] * 3
 
 
@@ -75,10 +75,10 @@ def test_dropout(name: str, dropout: list[float]) -> None:
         ("mobilenet_v2", "features.0.0.weight"),
     ],
 )
-def test_trunk_tensors_have_torchvisions_names(name: str, first: str) -> None:
+def test_backbone_tensors_have_torchvisions_names(name: str, first: str) -> None:
     with torch.device("meta"):
         theirs = torchvision.models.get_model(name, weights=None).state_dict()
-    ours = on_meta(name).trunk.state_dict()
+    ours = on_meta(name).backbone.state_dict()
     assert next(iter(ours)) == first
     assert {n: t.shape for n, t in ours.items()} == {
         n: t.shape for n, t in theirs.items() if not n.startswith(("classifier.", "fc."))
@@ -91,7 +91,7 @@ def test_seed_fixes_the_weights_and_spares_the_global_state() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-    weights = [m.trunk.state_dict()["features.block1.conv.weight"] for m in (first, other)]
+    weights = [m.backbone.state_dict()["features.block1.conv.weight"] for m in (first, other)]
     assert not torch.equal(*weights)
 
 
@@ -130,7 +130,7 @@ def test_a_layer_without_initialisation_is_refused(monkeypatch: pytest.MonkeyPat
     def parts(name: str, num_genres: int) -> tuple[nn.Module, nn.Module]:
         return nn.Flatten(), nn.Bilinear(2, 2, num_genres)
 
-    monkeypatch.setattr(covergenre.models.networks, "_trunk_and_head", parts)
+    monkeypatch.setattr(covergenre.models.networks, "_backbone_and_head", parts)
     with pytest.raises(AssertionError, match="Bilinear has no initialisation"):
         build_model("tiny", 3)
 
@@ -155,7 +155,7 @@ def test_a_convolution_is_frozen_with_its_norm() -> None:
     resnet = on_meta("resnet18")
     assert freeze(resnet, "2") == 9_408 + 128 + 36_864 + 128
     assert frozen_names(resnet) == [
-        f"trunk.{name}"
+        f"backbone.{name}"
         for name in (
             "conv1.weight",
             "bn1.weight",
@@ -167,20 +167,20 @@ def test_a_convolution_is_frozen_with_its_norm() -> None:
     ]
     freeze(resnet, "8")
     assert frozen_names(resnet)[-3:] == [
-        f"trunk.layer2.0.downsample.{name}" for name in ("0.weight", "1.weight", "1.bias")
+        f"backbone.layer2.0.downsample.{name}" for name in ("0.weight", "1.weight", "1.bias")
     ]
     mobilenet = on_meta("mobilenet_v2")
     freeze(mobilenet, "1")
     assert frozen_names(mobilenet) == [
-        f"trunk.features.0.{name}" for name in ("0.weight", "1.weight", "1.bias")
+        f"backbone.features.0.{name}" for name in ("0.weight", "1.weight", "1.bias")
     ]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_freezing_all_convolutions_is_freezing_the_trunk(name: str) -> None:
+def test_freezing_all_convolutions_is_freezing_the_backbone(name: str) -> None:
     model = on_meta(name)
     every = freeze(model, str(len(convolutions(model))))
-    assert every == sum(p.numel() for p in model.trunk.parameters())
+    assert every == sum(p.numel() for p in model.backbone.parameters())
     assert freeze(model, "all") == every
     assert all(p.requires_grad for p in model.head.parameters())
     assert freeze(model, "none") == 0  # what was frozen before trains again
@@ -219,7 +219,7 @@ def test_unusable_freeze(how: str, message: str) -> None:
 def test_pretrained_norms_keep_their_statistics(freeze_batch_norm: bool) -> None:
     model = on_meta("baseline").eval()
     training_mode(model, freeze_batch_norm=freeze_batch_norm, rows=32)
-    assert [n.training for n in norms(model.trunk)] == [not freeze_batch_norm] * 6
+    assert [n.training for n in norms(model.backbone)] == [not freeze_batch_norm] * 6
     assert all(n.training for n in norms(model.head))
     assert all(m.training for m in model.modules() if isinstance(m, nn.Dropout))
 
@@ -234,10 +234,10 @@ def test_frozen_norms_keep_their_statistics() -> None:
 def test_one_row_can_be_trained_on() -> None:
     class Small(CoverModel):
         def __init__(self) -> None:
-            trunk = nn.Sequential(
+            backbone = nn.Sequential(
                 nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
             )
-            super().__init__("tiny", trunk, nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2)))
+            super().__init__("tiny", backbone, nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2)))
 
     def step(rows: int) -> Tensor:
         logits: Tensor = model(torch.rand(rows, 3, 4, 4))

@@ -16,7 +16,7 @@ from torch import Tensor
 from covergenre.errors import ModelError, StorageError
 from covergenre.io import storage
 from covergenre.models.networks import CoverModel, build_model
-from covergenre.models.pretrained import LoadedWeights, load_trunk_weights
+from covergenre.models.pretrained import LoadedWeights, load_backbone_weights
 
 SHARED = Path(__file__).parents[4] / "shared" / "weights"
 MOBILENET = SHARED / "mobilenet_v2_imagenet_fp16.safetensors"
@@ -29,8 +29,8 @@ def needs(path: Path) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not path.exists(), reason=f"{path.name} is not in shared/weights")
 
 
-def trunk_of(name: str, seed: int = 1) -> Tensors:
-    return build_model(name, 2, seed=seed).trunk.state_dict()
+def backbone_of(name: str, seed: int = 1) -> Tensors:
+    return build_model(name, 2, seed=seed).backbone.state_dict()
 
 
 def same(a: Tensors, b: Tensors) -> bool:
@@ -44,14 +44,14 @@ def torch_bytes(value: object, **options: Any) -> bytes:
 
 
 def refused(tmp_path: Path, data: bytes | Tensors, model: str = "tiny", **options: Any) -> str:
-    """The message about a file `w` that holds `data`; the trunk must stay as it was."""
+    """The message about a file `w` that holds `data`; the backbone must stay as it was."""
     file = tmp_path / "w"
     file.write_bytes(data if isinstance(data, bytes) else safetensors.torch.save(data))
     subject = build_model(model, 2, seed=0)
-    before = {name: tensor.clone() for name, tensor in subject.trunk.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in subject.backbone.state_dict().items()}
     with pytest.raises(ModelError) as caught:
-        load_trunk_weights(subject, str(file), **options)
-    assert same(subject.trunk.state_dict(), before)
+        load_backbone_weights(subject, str(file), **options)
+    assert same(subject.backbone.state_dict(), before)
     message = str(caught.value)
     assert message.startswith(f"{file}: ") and "\n" not in message
     return message.removeprefix(f"{file}: ")
@@ -73,28 +73,28 @@ def refused(tmp_path: Path, data: bytes | Tensors, model: str = "tiny", **option
 )
 def test_formats_are_told_by_content(encode: Callable[[Tensors], bytes], tmp_path: Path) -> None:
     file = tmp_path / "weights.bin"
-    state = trunk_of("tiny")
+    state = backbone_of("tiny")
     file.write_bytes(encode(state))
     model = build_model("tiny", 2, seed=0)
-    assert load_trunk_weights(model, str(file)) == LoadedWeights(str(file), 8, ())
-    assert same(model.trunk.state_dict(), state)
+    assert load_backbone_weights(model, str(file)) == LoadedWeights(str(file), 8, ())
+    assert same(model.backbone.state_dict(), state)
 
 
-@pytest.mark.parametrize("prefix", ["trunk.", "module.trunk."])
+@pytest.mark.parametrize("prefix", ["backbone.", "module.backbone."])
 def test_a_models_own_file_and_no_head(prefix: str, tmp_path: Path) -> None:
     theirs = build_model("tiny", 9, seed=1).state_dict()
     state = {
-        prefix.removesuffix("trunk.") + name: tensor.to(torch.bfloat16)
+        prefix.removesuffix("backbone.") + name: tensor.to(torch.bfloat16)
         for name, tensor in theirs.items()
     }
     assert f"{prefix}features.block1.conv.weight" in state
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
     model = build_model("tiny", 2, seed=0)
     head = {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
-    assert load_trunk_weights(model, str(tmp_path / "model.safetensors")).loaded == 8
+    assert load_backbone_weights(model, str(tmp_path / "model.safetensors")).loaded == 8
     assert same(model.head.state_dict(), head)
-    rounded = {n: t.bfloat16().float() for n, t in trunk_of("tiny", seed=1).items()}
-    assert same(model.trunk.state_dict(), rounded)
+    rounded = {n: t.bfloat16().float() for n, t in backbone_of("tiny", seed=1).items()}
+    assert same(model.backbone.state_dict(), rounded)
 
 
 @pytest.mark.parametrize(
@@ -104,33 +104,33 @@ def test_a_models_own_file_and_no_head(prefix: str, tmp_path: Path) -> None:
 def test_classifier_is_passed_over_and_step_counts_may_be_missing(
     name: str, classifier: str, tensors: int, tmp_path: Path
 ) -> None:
-    state = {n: t for n, t in trunk_of(name).items() if not n.endswith("num_batches_tracked")}
+    state = {n: t for n, t in backbone_of(name).items() if not n.endswith("num_batches_tracked")}
     whole = state | {f"{classifier}weight": torch.ones(1000, 4), f"{classifier}bias": torch.ones(1)}
     safetensors.torch.save_file(whole, tmp_path / "w")
     model = build_model(name, 2, seed=0)
-    assert load_trunk_weights(model, str(tmp_path / "w")) == LoadedWeights(
+    assert load_backbone_weights(model, str(tmp_path / "w")) == LoadedWeights(
         str(tmp_path / "w"), tensors, ()
     )
-    found = model.trunk.state_dict()
+    found = model.backbone.state_dict()
     assert same({n: found[n] for n in state}, state)
 
 
 def test_none_loads_nothing() -> None:
     model = build_model("tiny", 2, seed=0)
-    assert load_trunk_weights(model, "none") == LoadedWeights("none", 0, ())
-    assert same(model.trunk.state_dict(), trunk_of("tiny", seed=0))
+    assert load_backbone_weights(model, "none") == LoadedWeights("none", 0, ())
+    assert same(model.backbone.state_dict(), backbone_of("tiny", seed=0))
 
 
 def test_partial_file_names_what_stays_random(tmp_path: Path) -> None:
-    state = trunk_of("tiny")
+    state = backbone_of("tiny")
     left_out = ("features.block3.conv.bias", "features.block4.conv.weight")
     given = {name: t for name, t in state.items() if name not in left_out}
     safetensors.torch.save_file(given, tmp_path / "w")
     model = build_model("tiny", 2, seed=0)
-    loaded = load_trunk_weights(model, str(tmp_path / "w"), allow_partial=True)
+    loaded = load_backbone_weights(model, str(tmp_path / "w"), allow_partial=True)
     assert (loaded.loaded, loaded.left_out) == (6, left_out)
-    random = trunk_of("tiny", seed=0)
-    assert same(model.trunk.state_dict(), given | {name: random[name] for name in left_out})
+    random = backbone_of("tiny", seed=0)
+    assert same(model.backbone.state_dict(), given | {name: random[name] for name in left_out})
     assert refused(tmp_path, given) == (
         "features.block3.conv.bias and 1 more are missing, of 8 in tiny; to leave what is missing"
         " random: --allow-partial-weights"
@@ -138,7 +138,7 @@ def test_partial_file_names_what_stays_random(tmp_path: Path) -> None:
 
 
 def test_missing_running_statistics_count_as_missing(tmp_path: Path) -> None:
-    state = trunk_of("resnet18")
+    state = backbone_of("resnet18")
     del state["bn1.running_mean"]
     assert refused(tmp_path, state, "resnet18").startswith("bn1.running_mean is missing, of 100")
 
@@ -146,10 +146,10 @@ def test_missing_running_statistics_count_as_missing(tmp_path: Path) -> None:
 @needs(MOBILENET)
 def test_real_mobilenet_weights() -> None:
     model = build_model("mobilenet_v2", 5, seed=0)
-    loaded = load_trunk_weights(model, str(MOBILENET))
+    loaded = load_backbone_weights(model, str(MOBILENET))
     assert loaded == LoadedWeights(str(MOBILENET), 312, ())
     real = safetensors.torch.load_file(MOBILENET)
-    state = model.trunk.state_dict()
+    state = model.backbone.state_dict()
     assert {t.dtype for n, t in state.items() if "num_batches" not in n} == {torch.float32}
     for name in ("features.0.0.weight", "features.18.1.running_var"):
         assert torch.equal(state[name], real[name].float())
@@ -159,15 +159,15 @@ def test_real_mobilenet_weights() -> None:
 def test_real_partial_vgg16_weights() -> None:
     with torch.device("meta"):
         model = build_model("vgg16", 5)
-    model.trunk.to_empty(device="cpu")  # 59 MB; the head's 480 stay unmade
+    model.backbone.to_empty(device="cpu")  # 59 MB; the head's 480 stay unmade
     with pytest.raises(ModelError, match=r"features\.10\.weight and 17 more are missing, of 26"):
-        load_trunk_weights(model, str(VGG16_PARTIAL))
-    loaded = load_trunk_weights(model, str(VGG16_PARTIAL), allow_partial=True)
+        load_backbone_weights(model, str(VGG16_PARTIAL))
+    loaded = load_backbone_weights(model, str(VGG16_PARTIAL), allow_partial=True)
     assert loaded.loaded == 8
     assert loaded.left_out[0] == "features.10.weight" and len(loaded.left_out) == 18
     real = safetensors.torch.load_file(VGG16_PARTIAL)
     for name, tensor in real.items():
-        assert torch.equal(model.trunk.state_dict()[name], tensor.float())
+        assert torch.equal(model.backbone.state_dict()[name], tensor.float())
 
 
 # What is refused
@@ -190,7 +190,7 @@ class Foreign:
 )
 def test_nothing_pickled_is_run(encode: Callable[[object], bytes], tmp_path: Path) -> None:
     trace = tmp_path / "was run"
-    assert refused(tmp_path, encode(trunk_of("tiny") | {"x": Foreign(trace)})) == (
+    assert refused(tmp_path, encode(backbone_of("tiny") | {"x": Foreign(trace)})) == (
         "only tensors are loaded, and this torch file holds other objects; save its state_dict()"
         " alone, best as safetensors"
     )
@@ -215,16 +215,18 @@ def test_files_of_another_kind(data: bytes, message: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("allow_partial", [False, True])
-def test_a_file_with_nothing_of_the_trunk(allow_partial: bool, tmp_path: Path) -> None:
+def test_a_file_with_nothing_of_the_backbone(allow_partial: bool, tmp_path: Path) -> None:
     head = {"classifier.1.weight": torch.ones(2)}
-    message = "holds no tensor of tiny's trunk; expected features.block1.conv.weight and the like"
+    message = (
+        "holds no tensor of tiny's backbone; expected features.block1.conv.weight and the like"
+    )
     assert refused(tmp_path, head, allow_partial=allow_partial) == message
     assert refused(tmp_path, {}, allow_partial=allow_partial) == message
 
 
 @pytest.mark.parametrize("allow_partial", [False, True])
 def test_unknown_names(allow_partial: bool, tmp_path: Path) -> None:
-    state = trunk_of("tiny")
+    state = backbone_of("tiny")
     state["features.block2.conv.wieght"] = state.pop("features.block2.conv.weight")
     assert refused(tmp_path, state, allow_partial=allow_partial) == (
         "features.block2.conv.wieght is not in tiny; did you mean 'features.block2.conv.weight'?"
@@ -236,13 +238,13 @@ def test_unknown_names(allow_partial: bool, tmp_path: Path) -> None:
 
 
 def test_another_models_file_names_that_model(tmp_path: Path) -> None:
-    assert refused(tmp_path, trunk_of("resnet18"), "mobilenet_v2") == (
+    assert refused(tmp_path, backbone_of("resnet18"), "mobilenet_v2") == (
         "bn1.bias and 119 more are not in mobilenet_v2; the file fits --model resnet18"
     )
 
 
 def test_wrong_shapes(tmp_path: Path) -> None:
-    state = trunk_of("tiny")
+    state = backbone_of("tiny")
     state["features.block1.conv.weight"] = torch.ones(16, 1, 3, 3)
     state["features.block2.conv.bias"] = torch.ones(())
     assert refused(tmp_path, state) == (
@@ -253,15 +255,15 @@ def test_wrong_shapes(tmp_path: Path) -> None:
 
 def test_numbers_that_cannot_be_weights(tmp_path: Path) -> None:
     name = "features.block1.conv.bias"
-    nan = trunk_of("tiny") | {name: torch.full((16,), torch.nan)}
+    nan = backbone_of("tiny") | {name: torch.full((16,), torch.nan)}
     assert refused(tmp_path, nan) == f"{name} holds numbers that are not finite"
-    whole = trunk_of("tiny") | {name: torch.ones(16, dtype=torch.int8)}
+    whole = backbone_of("tiny") | {name: torch.ones(16, dtype=torch.int8)}
     assert refused(tmp_path, whole) == f"{name} is torch.int8; give weights of floating point"
 
 
 def test_one_tensor_under_two_names(tmp_path: Path) -> None:
-    state = trunk_of("tiny")
-    state["trunk.features.block1.conv.bias"] = torch.ones(16)
+    state = backbone_of("tiny")
+    state["backbone.features.block1.conv.bias"] = torch.ones(16)
     assert refused(tmp_path, state) == (
         "holds features.block1.conv.bias twice, under different prefixes"
     )
@@ -276,9 +278,9 @@ def tiny() -> CoverModel:
 
 
 def test_file_uri_and_s3(tiny: CoverModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = safetensors.torch.save(trunk_of("tiny"))
+    data = safetensors.torch.save(backbone_of("tiny"))
     (tmp_path / "w").write_bytes(data)
-    assert load_trunk_weights(tiny, f"file://{tmp_path}/w").origin == f"file://{tmp_path}/w"
+    assert load_backbone_weights(tiny, f"file://{tmp_path}/w").origin == f"file://{tmp_path}/w"
 
     asked: list[str] = []
 
@@ -287,20 +289,20 @@ def test_file_uri_and_s3(tiny: CoverModel, tmp_path: Path, monkeypatch: pytest.M
         return data
 
     monkeypatch.setattr(storage, "read_bytes", read_bytes)
-    assert load_trunk_weights(tiny, "s3://bucket/w").loaded == 8
+    assert load_backbone_weights(tiny, "s3://bucket/w").loaded == 8
     assert asked == ["s3://bucket/w"]
 
 
 def test_no_such_file(tiny: CoverModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match="there is no file 'imagnet'; did you mean 'imagenet'"):
-        load_trunk_weights(tiny, "imagnet")
+        load_backbone_weights(tiny, "imagnet")
     with pytest.raises(StorageError, match="no such file"):
-        load_trunk_weights(tiny, str(tmp_path / "absent.pth"))
+        load_backbone_weights(tiny, str(tmp_path / "absent.pth"))
     with pytest.raises(ModelError, match="is a folder; name a file"):
-        load_trunk_weights(tiny, str(tmp_path))
+        load_backbone_weights(tiny, str(tmp_path))
     with pytest.raises(StorageError, match="no storage for gs://"):
-        load_trunk_weights(tiny, "gs://bucket/w")
+        load_backbone_weights(tiny, "gs://bucket/w")
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -321,15 +323,15 @@ def host(tmp_path: Path) -> Iterator[str]:
 
 
 def test_http(tiny: CoverModel, host: str, tmp_path: Path) -> None:
-    safetensors.torch.save_file(trunk_of("tiny"), tmp_path / "w")
-    loaded = load_trunk_weights(tiny, f"{host}/w?X-Amz-Signature=secret")
+    safetensors.torch.save_file(backbone_of("tiny"), tmp_path / "w")
+    loaded = load_backbone_weights(tiny, f"{host}/w?X-Amz-Signature=secret")
     assert loaded == LoadedWeights(f"{host}/w", 8, ())
-    assert same(tiny.trunk.state_dict(), trunk_of("tiny"))
+    assert same(tiny.backbone.state_dict(), backbone_of("tiny"))
 
 
 def test_http_errors(tiny: CoverModel, host: str) -> None:
     with pytest.raises(ModelError) as caught:
-        load_trunk_weights(tiny, f"{host}/absent?key=secret")
+        load_backbone_weights(tiny, f"{host}/absent?key=secret")
     assert str(caught.value) == (
         f"{host}/absent: its host answered 404 File not found; give a file instead:"
         " --weights FILE, with torchvision's names, in safetensors or .pth"
@@ -337,7 +339,7 @@ def test_http_errors(tiny: CoverModel, host: str) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as closed:
         port = closed.server_port
     with pytest.raises(ModelError, match=rf"^http://127\.0\.0\.1:{port}/w: its host could not be"):
-        load_trunk_weights(tiny, f"http://127.0.0.1:{port}/w")
+        load_backbone_weights(tiny, f"http://127.0.0.1:{port}/w")
 
 
 # torchvision's own weights
@@ -358,22 +360,22 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_imagenet(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = trunk_of("mobilenet_v2")
+    state = backbone_of("mobilenet_v2")
     torch.save(
         state | {"classifier.1.bias": torch.ones(1000)}, checkpoints / "mobilenet_v2-b0353104.pth"
     )
     model = build_model("mobilenet_v2", 2, seed=0)
-    assert load_trunk_weights(model, "imagenet") == LoadedWeights(
+    assert load_backbone_weights(model, "imagenet") == LoadedWeights(
         "MobileNet_V2_Weights.IMAGENET1K_V1", 312, ()
     )
-    assert same(model.trunk.state_dict(), state)
+    assert same(model.backbone.state_dict(), state)
     assert capsys.readouterr().out == ""
 
 
 def test_imagenet_out_of_reach(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = build_model("mobilenet_v2", 2, seed=0)
     with pytest.raises(ModelError) as caught:
-        load_trunk_weights(model, "imagenet")
+        load_backbone_weights(model, "imagenet")
     assert str(caught.value) == (
         "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth: its host could not be"
         " reached: Name or service not known; give a file instead: --weights FILE, with"
@@ -386,7 +388,7 @@ def test_imagenet_that_cannot_be_stored(checkpoints: Path, monkeypatch: pytest.M
     (checkpoints / "file").touch()
     monkeypatch.setenv("TORCH_HOME", str(checkpoints / "file"))
     with pytest.raises(ModelError, match=r"cannot be stored here: Not a directory: .*give a file"):
-        load_trunk_weights(build_model("mobilenet_v2", 2, seed=0), "imagenet")
+        load_backbone_weights(build_model("mobilenet_v2", 2, seed=0), "imagenet")
 
 
 @pytest.mark.parametrize(
@@ -395,9 +397,9 @@ def test_imagenet_that_cannot_be_stored(checkpoints: Path, monkeypatch: pytest.M
 def test_imagenet_with_a_damaged_copy(data: bytes, checkpoints: Path) -> None:
     (checkpoints / "mobilenet_v2-b0353104.pth").write_bytes(data)
     with pytest.raises(ModelError, match=r"mobilenet_v2-b0353104\.pth: the download, or its copy"):
-        load_trunk_weights(build_model("mobilenet_v2", 2, seed=0), "imagenet")
+        load_backbone_weights(build_model("mobilenet_v2", 2, seed=0), "imagenet")
 
 
 def test_imagenet_for_a_model_that_has_none(tiny: CoverModel) -> None:
     with pytest.raises(ModelError, match="there are none for tiny; use --weights none, or one of"):
-        load_trunk_weights(tiny, "imagenet")
+        load_backbone_weights(tiny, "imagenet")
