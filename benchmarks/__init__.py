@@ -9,12 +9,15 @@ from covergenre.data.genres import Genres
 from covergenre.data.image_decoding import Preprocessing
 from covergenre.errors import CovergenreError
 from covergenre.models.bundle import write_bundle
+from covergenre.progress import log_to_stderr, reporting
 
 
 def told(main: Callable[[], None]) -> None:
-    """Run `main`; a mistake is one line, as with the commands."""
+    """Run `main` with log lines and progress on stderr; a mistake is one line, as with the
+    commands."""
     try:
-        main()
+        with log_to_stderr(), reporting(True):
+            main()
     except CovergenreError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

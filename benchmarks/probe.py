@@ -9,6 +9,7 @@ by macro ROC AUC, then measured once on test. No Ray: this is the check from out
 
 import argparse
 import json
+import logging
 
 import numpy as np
 import torch
@@ -24,8 +25,10 @@ from covergenre.metrics import multilabel_metrics
 from covergenre.models.networks import build_model
 from covergenre.models.predictor import normalise, to_unit
 from covergenre.models.pretrained import load_backbone_weights
-from covergenre.progress import Progress, say
+from covergenre.progress import Progress
 from covergenre.registry import MODELS
+
+logger = logging.getLogger(__name__)
 
 Arrays = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -75,7 +78,7 @@ def main() -> None:
     for c in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0):
         scores = fit_and_score(c, train, dev[0])
         by_c[c] = multilabel_metrics(dev[1], scores, names)["roc_auc_macro"]
-        say(f"C {c:g}: macro ROC AUC {by_c[c]:.4f} on dev")
+        logger.info(f"C {c:g}: macro ROC AUC {by_c[c]:.4f} on dev")
     best = max(by_c, key=lambda c: by_c[c])
     metrics = multilabel_metrics(test[1], fit_and_score(best, train, test[0]), names)
     keys = ("albums", "roc_auc_macro", "roc_auc_micro", "pr_auc_macro", "pr_auc_micro")

@@ -13,6 +13,7 @@ else changes.
 
 import argparse
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,12 +32,13 @@ from covergenre.demo.sample import GENRES, write_sample
 from covergenre.io import storage
 from covergenre.models import networks
 from covergenre.models.predictor import Predictor, autocast, normalise, to_device, to_unit
-from covergenre.progress import say
 from covergenre.registry import MODELS
 from covergenre.stages.prepare import prepare
 from covergenre.stages.score import score
 from covergenre.stages.train import train
 from covergenre.training.worker import BETAS, EPSILON
+
+logger = logging.getLogger(__name__)
 
 
 def _rate(rows: int, run: Callable[[], object], seconds: float) -> float:
@@ -105,7 +107,7 @@ def main() -> None:
         rates = bare_rates(
             args.model, args.precision, device, args.score_batch, args.train_batch, args.seconds
         )
-        say(
+        logger.info(
             f"bare {args.model} {args.precision}: {rates[0]:.1f} scored/s, {rates[1]:.1f} trained/s"
         )
         return rates

@@ -12,6 +12,7 @@ import click
 
 from covergenre import __version__
 from covergenre.errors import ConfigError, CovergenreError, did_you_mean
+from covergenre.progress import log_to_stderr, reporting
 
 # stage -> (class of settings, what it does)
 _STAGES = {
@@ -305,7 +306,8 @@ def _passing_on(command: click.Command) -> click.Command:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line. A user's mistake is one line and exit code 2, never a traceback."""
     try:
-        cli.main(args=list(args) if args is not None else None, standalone_mode=False)
+        with log_to_stderr(), reporting(True):
+            cli.main(args=list(args) if args is not None else None, standalone_mode=False)
     except click.exceptions.NoSuchOption as error:
         near = did_you_mean(error.option_name, error.possibilities or ())
         _end(f"no option {error.option_name}{near}", 2)

@@ -1,6 +1,7 @@
 """Inference: batches of pixels -> scores. Training's dev evaluation, evaluate and score use it."""
 
 import json
+import logging
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,8 @@ from covergenre.formatting import plural
 from covergenre.io.urls import redacted
 from covergenre.models.bundle import Bundle, load_model, read_bundle
 from covergenre.models.predictor import Predictor, to_device
-from covergenre.progress import say
+
+logger = logging.getLogger(__name__)
 
 _CHUNK_ROWS = dataset.ROW_GROUP_ROWS
 """Rows that one loading task reads, as many as lie together in a dataset. Where the covers are in
@@ -84,7 +86,7 @@ def score_plan(
                 " same command goes on from here"
             )
         count = int((units[:, 2] - units[:, 1]).sum())
-        say(f"workers died over {plural(count, 'row')}: finding out over which")
+        logger.info(f"workers died over {plural(count, 'row')}: finding out over which")
     for unit, start, stop in units.tolist():
         yield _set_aside(plan, bundle, unit, start, stop)
 

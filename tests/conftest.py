@@ -22,6 +22,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+@pytest.fixture(autouse=True)
+def captured_log_messages(caplog: pytest.LogCaptureFixture) -> None:
+    """Let `caplog` capture the package's messages of level INFO too."""
+    caplog.set_level(logging.INFO, "covergenre")
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """A bucket of a real S3 server: moto's, or with COVERGENRE_TEST_S3 the one AWS_* names."""

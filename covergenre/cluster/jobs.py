@@ -23,7 +23,8 @@ from typing import Any
 
 from covergenre.errors import ConfigError, CovergenreError, essential_line
 from covergenre.io.urls import redacted
-from covergenre.progress import say
+
+logger = logging.getLogger(__name__)
 
 _DASHBOARD = "http://127.0.0.1:8265"
 _LARGEST_UPLOAD_BYTES = 100 * 2**20
@@ -95,21 +96,25 @@ def run_job(
     folder = Path(working_dir).resolve()
     sent = check_size(folder)
     client = _client(address, sleep)
-    say(f"submit: {sent / 2**20:.1f} MiB of {folder} to {redacted(address)}")
+    logger.info(f"submit: {sent / 2**20:.1f} MiB of {folder} to {redacted(address)}")
     job = f"covergenre-{uuid.uuid4().hex[:16]}"
     there = f"--address {redacted(address)} {job}"
     _start(client, job, entrypoint, folder, there)
-    say(f"job {job}\n  status: ray job status {there}\n  logs: ray job logs --follow {there}")
-    say(f"  stop: ray job stop {there}")
+    logger.info(
+        f"job {job}\n  status: ray job status {there}\n  logs: ray job logs --follow {there}"
+    )
+    logger.info(f"  stop: ray job stop {there}")
     if not wait:
         return 0
     info = _follow(client, job, sleep)
     if info.status == "SUCCEEDED":
         return 0
     if info.driver_exit_code is None:  # it never came to run
-        say(f"job {job}: {info.status}: {essential_line(info.message or '')}")
+        logger.info(f"job {job}: {info.status}: {essential_line(info.message or '')}")
     elif info.driver_exit_code == _COMMAND_NOT_FOUND:
-        say(f"job {job}: the cluster's head has no `{entrypoint[0]}` on the PATH of its jobs")
+        logger.info(
+            f"job {job}: the cluster's head has no `{entrypoint[0]}` on the PATH of its jobs"
+        )
     return info.driver_exit_code or 1
 
 
@@ -203,7 +208,7 @@ class _Retries:
         if seconds is None or time.monotonic() - self._began > _RETRY_TIMEOUT_SECONDS:
             return False
         if not self._told:
-            say(f"{reason}; trying again for up to {_RETRY_TIMEOUT_SECONDS:.0f} s")
+            logger.info(f"{reason}; trying again for up to {_RETRY_TIMEOUT_SECONDS:.0f} s")
             self._told = True
         self._sleep(seconds * random.uniform(0.5, 1))
         return True

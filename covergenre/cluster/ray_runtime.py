@@ -20,7 +20,8 @@ from covergenre.cluster.embedded import EmbeddedRayDirectory
 from covergenre.errors import ConfigError, CovergenreError, RayStartError
 from covergenre.formatting import plural
 from covergenre.io.urls import redacted
-from covergenre.progress import say
+
+logger = logging.getLogger(__name__)
 
 _EMBEDDED_OBJECT_STORE_BYTES = 2 * 2**30
 """Of an embedded Ray: encoded covers and a few batches of pixels; the rest is for the model."""
@@ -139,7 +140,7 @@ def _embed(verbose: bool) -> None:
                     f"Ray did not start on this machine: {cause}{advice}; its logs are in"
                     f" {directory.logs}"
                 ) from error
-        say("Ray did not start in its time on this busy machine; trying again")
+        logger.info("Ray did not start in its time on this busy machine; trying again")
         _kill(set(psutil.Process().children(recursive=True)) - children)
 
 
@@ -195,7 +196,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _terminated(*_: object) -> None:
-    say("covergenre: terminated")
+    logger.info("covergenre: terminated")
     sys.exit(128 + signal.SIGTERM)
 
 
@@ -218,7 +219,7 @@ def _end_with_ray() -> None:
     while all_run():
         time.sleep(_LOOK_AT_RAY_SECONDS)
     if ray.is_initialized():  # else it was told to end
-        say(
+        logger.info(
             "covergenre: the Ray of this process has died; the same command again goes on (train:"
             " with --resume)"
         )
@@ -438,7 +439,7 @@ def waiting_said(kind: str, need: float) -> Iterator[None]:
         have = ray.cluster_resources().get(kind, 0.0)
         if have < need:
             needed = plural(need, f"{kind} is", f"{kind}s are")
-            say(f"waiting for machines: {needed} needed, {have:g} there")
+            logger.info(f"waiting for machines: {needed} needed, {have:g} there")
         return bool(have >= need)
 
     # Said at once: a job that waits shall not look like one that hangs.

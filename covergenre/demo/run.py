@@ -1,5 +1,6 @@
 """demo: the whole job on a drawn sample, in minutes, on a laptop."""
 
+import logging
 import re
 import tempfile
 import time
@@ -14,11 +15,12 @@ from covergenre.errors import StorageError
 from covergenre.formatting import plural
 from covergenre.io import storage
 from covergenre.metrics import macro_over
-from covergenre.progress import say
 from covergenre.stages.evaluate import evaluate
 from covergenre.stages.prepare import prepare
 from covergenre.stages.score import score
 from covergenre.stages.train import train
+
+logger = logging.getLogger(__name__)
 
 _ALBUMS = 1200
 _UNLABELLED = 200
@@ -62,7 +64,7 @@ def run_demo(out: str, *, verbose: bool) -> None:
 
     for name, albums, seed in (("catalog", _ALBUMS, 0), ("new-albums", _UNLABELLED, 1)):
         if not storage.exists(place(f"{name}/catalog.csv")):
-            say(make_sample(place(name), albums, seed))
+            logger.info(make_sample(place(name), albums, seed))
     prepared = prepare(
         PrepareConfig(
             catalog=place("catalog/catalog.csv"),
@@ -72,7 +74,7 @@ def run_demo(out: str, *, verbose: bool) -> None:
         ),
         verbose=verbose,
     )
-    say(prepared.account())
+    logger.info(prepared.account())
     trained = train(
         TrainConfig(
             dataset=place("dataset"),
@@ -85,19 +87,19 @@ def run_demo(out: str, *, verbose: bool) -> None:
         ),
         verbose=verbose,
     )
-    say(trained.account())
+    logger.info(trained.account())
     evaluated = evaluate(
         EvaluateConfig(model=place("model"), dataset=place("dataset"), out=place("metrics")),
         verbose=verbose,
     )
-    say(evaluated.account())
+    logger.info(evaluated.account())
     labelled = score(
         ScoreConfig(
             model=place("model"), catalog=place("new-albums/catalog.csv"), out=place("labels")
         ),
         verbose=verbose,
     )
-    say(labelled.account())
+    logger.info(labelled.account())
     minutes = (time.monotonic() - began) / 60
     albums, genres = prepared.manifest.counts["albums"], len(prepared.manifest.genres)
     auc, over = evaluated.metrics["roc_auc_macro"], macro_over(evaluated.metrics)

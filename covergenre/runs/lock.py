@@ -10,6 +10,7 @@ bytes under the same names: a lease saves work, and the result does not hang on 
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import threading
@@ -20,7 +21,8 @@ from typing import Any
 
 from covergenre.errors import StorageError
 from covergenre.io import storage
-from covergenre.progress import say
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "_state/at-work"
 _BEAT_SECONDS = 5.0
@@ -101,7 +103,7 @@ class Lease:
             if _is_alive(first.get("pid"), first.get("started")):
                 raise refused
             return
-        say(f"{self._place}: a run was at work here ({who}); looking whether it still is")
+        logger.info(f"{self._place}: a run was at work here ({who}); looking whether it still is")
         deadline = time.monotonic() + _DEAD_SECONDS
         while time.monotonic() < deadline:
             _pause()

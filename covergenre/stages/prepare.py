@@ -8,6 +8,7 @@ last, in _state/shards/, and a run that is taken up again makes the shards witho
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,10 +44,12 @@ from covergenre.data.splits import SplitAssignment, assign_splits
 from covergenre.errors import CatalogError, ConfigError, LedgerError
 from covergenre.io import storage
 from covergenre.io.urls import redacted
-from covergenre.progress import Progress, say
+from covergenre.progress import Progress
 from covergenre.report import plots
 from covergenre.runs import output_dir
 from covergenre.runs.lock import lease
+
+logger = logging.getLogger(__name__)
 
 _PLAN = "_state/plan.parquet"
 _DONE = "_state/shards"
@@ -97,12 +100,12 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
         table, used = apply_genre_map(table, genre_map)
         inputs["genre_map"] = hashlib.sha256(json.dumps(genre_map).encode()).hexdigest()
         unused = [name for name, rows in used.items() if not rows]
-        say(
+        logger.info(
             f"genre map: {len(used) - len(unused)} of {len(used)} names occur in the catalog"
             + (f"; not: {', '.join(unused[:5])}" if unused else "")
         )
     for note in catalog.notes:
-        say(note)
+        logger.info(note)
     plan = covers.plan(table)
     first = covers.first_rows(plan).to_pylist()
     albums = [
@@ -115,7 +118,7 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
         explicit=config.genres,
     )
     for warning in name_warnings(selection.counts):
-        say(f"warning: {warning}")
+        logger.info(f"warning: {warning}")
     reasons = _reasons(plan, first, keep_albums(albums, selection.kept, config.keep == "all"))
     wanted = [is_first and r is None for is_first, r in zip(first, reasons, strict=True)]
     assigned = _splits(plan, config, wanted)
@@ -195,9 +198,11 @@ def _splits(plan: pa.Table, config: PrepareConfig, used: list[bool]) -> SplitAss
         split_from="catalog" if own else "hash",
     )
     if own:
-        say("splits: the catalog's own")
+        logger.info("splits: the catalog's own")
     elif config.group_by != "album_id":
-        say(f"splits: by {config.group_by}; {assigned.alone:,} albums name none and count alone")
+        logger.info(
+            f"splits: by {config.group_by}; {assigned.alone:,} albums name none and count alone"
+        )
     return assigned
 
 
@@ -238,7 +243,7 @@ def _pack(
 
     done = _records(out)
     if done:
-        say(f"prepare: {len(done):,} of {len(jobs):,} shards were made before")
+        logger.info(f"prepare: {len(done):,} of {len(jobs):,} shards were made before")
         yield from done.values()
     jobs = [job for job in jobs if _part(job) not in done]
     if not jobs:

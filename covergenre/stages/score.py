@@ -13,6 +13,7 @@ those names and does the other units; the ledger is a sum over their footers.
 
 import dataclasses
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -38,9 +39,11 @@ from covergenre.errors import LedgerError, RejectedError
 from covergenre.inference import Scored
 from covergenre.io import parquet, storage
 from covergenre.models.bundle import Bundle, check_weights, read_bundle
-from covergenre.progress import Progress, say
+from covergenre.progress import Progress
 from covergenre.runs import output_dir
 from covergenre.runs.lock import Lease, lease
+
+logger = logging.getLogger(__name__)
 
 _PLAN = "_state/plan"
 _LEDGER = "ledger.json"
@@ -160,7 +163,7 @@ def _identity(rows: _Rows, plan: Plan | None) -> str:
         return rows.identity
     if plan is not None and plan.key == rows.key:
         return plan.identity
-    say("score: reading the catalog, to see whether it is the same as before")
+    logger.info("score: reading the catalog, to see whether it is the same as before")
     return identify(*rows.read())
 
 
@@ -211,7 +214,7 @@ def _score(
     total: Counter[str] = Counter()
     speed: dict[str, float | None] = {"covers_per_second": None, "workers": None}
     if len(done):
-        say(f"score: {len(done):,} of {len(every):,} units were done before")
+        logger.info(f"score: {len(done):,} of {len(every):,} units were done before")
         count_rows(out, done, total)
     if len(pending):
         ray_runtime.start_ray(verbose=verbose)

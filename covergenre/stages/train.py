@@ -14,10 +14,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ from covergenre.io import storage
 from covergenre.metrics import base_rate_loss, chance_warning, dev_metrics, macro_over
 from covergenre.models.bundle import BUNDLE_FILES, is_bundle, read_bundle, write_bundle
 from covergenre.models.model_card import model_card
-from covergenre.progress import Progress, say
+from covergenre.progress import Progress
 from covergenre.report import plots
 from covergenre.runs import output_dir
 from covergenre.runs.lock import lease
@@ -47,6 +48,8 @@ from covergenre.training.loader import READING_CPUS
 
 if TYPE_CHECKING:
     from covergenre.training.worker import Job
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.3
 _ROOM_SECONDS = 15.0
@@ -112,7 +115,7 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
             if is_bundle(out):  # since we looked
                 trained = _already(out, run)
             else:
-                say(_opening(config, manifest, workers, origin))
+                logger.info(_opening(config, manifest, workers, origin))
                 trained = _train(config, manifest, workers, backbone, origin, out, run)
     except TrainingDivergedError:
         if not checkpoints.latest_step(storage.join(state, _CHECKPOINTS)):
@@ -224,7 +227,7 @@ def _backbone(config: TrainConfig, num_genres: int) -> tuple[dict[str, Any] | No
         model, config.weights, allow_partial=config.allow_partial_weights
     )
     if loaded.left_out:
-        say(
+        logger.info(
             f"weights: {loaded.origin} lacks {len(loaded.left_out)} of the backbone's tensors;"
             f" these keep their random values: {', '.join(loaded.left_out)}"
         )
@@ -284,7 +287,7 @@ def _fit(
     steps = sum(steps for _, steps in job.epochs())
     step = checkpoints.latest_step(folder)
     if 0 < step < steps:
-        say(f"going on from step {step:,} of {steps:,}")
+        logger.info(f"going on from step {step:,} of {steps:,}")
     shown = _shown(monitor, job.epochs(), manifest.rows("train"), config.batch_size)
     lost = 0
     with shown, _machines_asked_for(config, workers):
@@ -309,8 +312,8 @@ def _fit(
                         " go on with --resume, and with --verbose to see more"
                     )
                 if isinstance(why, Exception):
-                    shown.say(f"workers were lost ({_why(why)}): going on from step {now:,}")
-            job = dataclasses.replace(job, workers=_place_again(config, shown.say))
+                    logger.info(f"workers were lost ({_why(why)}): going on from step {now:,}")
+            job = dataclasses.replace(job, workers=_place_again(config))
     return last, _best_weights(folder, last, temporary)
 
 
@@ -325,11 +328,11 @@ def _best_weights(folder: str, last: dict[str, Any], temporary: Path) -> bytes:
     uri = storage.join(folder, last["best_weights"])
     best = [record["epoch"] for record in last["history"] if record["best"]][-1]
     end = last["history"][-1]
-    newest = checkpoints.newest(folder, temporary, say)
+    newest = checkpoints.newest(folder, temporary, logger.info)
     if newest is None or newest.step != last["steps_done"]:
         raise StorageError(f"{uri}: damaged or gone, and so is the last checkpoint; train again")
     end["best"] = True
-    say(
+    logger.info(
         f"{uri}: damaged or gone (sha256); the MODEL has the weights of epoch {end['epoch']}, from"
         f" the last checkpoint{'' if best == end['epoch'] else f', and not of {best}, the best'}"
     )
@@ -341,7 +344,7 @@ def _finished(folder: str, steps: int, temporary: Path) -> dict[str, Any] | None
     """The state of the last checkpoint, where that is the run's end."""
     if checkpoints.latest_step(folder) < steps:
         return None
-    found = checkpoints.newest(folder, temporary, say)
+    found = checkpoints.newest(folder, temporary, logger.info)
     if found is None or found.step < steps:
         return None
     return found.state()
@@ -438,7 +441,7 @@ def _resizes(config: TrainConfig, job: "Job") -> Iterator[None]:
             if count != asked:
                 only = "only " if count < job.workers.count else ""
                 room = f"{only}{plural(count, 'worker')}"
-                job.monitor.say.remote(f"there is room for {room}: regrouping")
+                job.monitor.log.remote(f"there is room for {room}: regrouping")
                 job.monitor.regroup.remote()
                 asked = count
             elif count < job.workers.count:
@@ -452,7 +455,7 @@ def _resizes(config: TrainConfig, job: "Job") -> Iterator[None]:
         job.monitor.regrouped.remote()
 
 
-def _place_again(config: TrainConfig, tell: Callable[[str], None]) -> ray_runtime.Workers:
+def _place_again(config: TrainConfig) -> ray_runtime.Workers:
     """Workers for the next group; waits where the machines that are left are too few."""
     told = False
     while True:
@@ -460,7 +463,7 @@ def _place_again(config: TrainConfig, tell: Callable[[str], None]) -> ray_runtim
             return _place(config)
         except ConfigError as error:
             if not told:
-                tell(f"waiting for machines: {error}")
+                logger.info(f"waiting for machines: {error}")
                 told = True
             threading.Event().wait(_ROOM_SECONDS)
 
@@ -479,7 +482,7 @@ def _smaller_parts(job: "Job", error: DeviceMemoryError) -> "Job":
     if job.accumulate >= share:
         raise DeviceMemoryError(f"{error}, not even a cover at a time; choose a smaller --model")
     accumulate = min(2 * job.accumulate, share)
-    say(
+    logger.info(
         f"{error}: computing it {plural(-(-share // accumulate), 'cover')} at a time, gradients"
         " accumulated;"
         f" the batch stays {job.config.batch_size}"
@@ -511,8 +514,8 @@ class _Monitor:
     def at(self, epoch: int, rows: int, loss: float) -> None:
         self._events.append(("at", (epoch, rows, loss)))
 
-    def say(self, line: str) -> None:
-        self._events.append(("say", line))
+    def log(self, line: str) -> None:
+        self._events.append(("log", line))
 
     def regroup(self) -> None:
         self._regroup = True
@@ -556,9 +559,6 @@ class _shown:  # noqa: N801 - reads as a verb where it is used
     def __enter__(self) -> None:
         self._thread.start()
 
-    def say(self, line: str) -> None:
-        self._progress.say(line)
-
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
@@ -575,12 +575,13 @@ class _shown:  # noqa: N801 - reads as a verb where it is used
         for kind, value in ray.get(self._monitor.drain.remote()):
             if kind == "at":
                 epoch, rows, loss = value
-                self._progress.at(rows, f"epoch {epoch + 1}/{self._epochs} loss {loss:.3f}")
-            elif kind == "say":
-                self._progress.say(value)
+                self._progress.update_to(rows, f"epoch {epoch + 1}/{self._epochs} loss {loss:.3f}")
+            elif kind == "log":
+                logger.info(value)
             else:
+                self._progress.epoch_ended(value)
                 best = "  (best so far)" if value["best"] else ""
-                self._progress.say(
+                logger.info(
                     f"epoch {value['epoch']}/{self._epochs}: loss {value['train_loss']:.4f},"
                     f" dev {_figures(value)}, {value['images_per_second']:.1f} covers/s{best}"
                 )

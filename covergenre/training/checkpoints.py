@@ -86,17 +86,17 @@ def latest_step(folder: str) -> int:
     return _step_of(names[-1]) if names else 0
 
 
-def newest(folder: str, into: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def newest(folder: str, into: Path, log: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint, copied below `into`; None where there is none.
 
-    Damaged ones are deleted, with a word to `say`.
+    Damaged ones are deleted, and `log` gets a line.
     """
     for name in reversed(_names(folder)):
         found = fetch(folder, name, into)
         if found is not None:
             return found
         uri = storage.join(folder, name)
-        say(f"{uri}: damaged (sha256); the checkpoint before it is used")
+        log(f"{uri}: damaged (sha256); the checkpoint before it is used")
         storage.delete_file(uri)
     return None
 

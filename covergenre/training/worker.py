@@ -450,7 +450,7 @@ class _Worker:
         with tempfile.TemporaryDirectory() as temporary:
             found: checkpoints.Checkpoint | None = None
             if self.rank == 0:
-                found = checkpoints.newest(folder, Path(temporary), self._say)
+                found = checkpoints.newest(folder, Path(temporary), self._log)
             name = [found.name if found else None]
             if self.world > 1:
                 distributed.broadcast_object_list(name, 0)
@@ -483,8 +483,8 @@ class _Worker:
         self._best_weights = state["best_weights"]
         self._best = next((r for r in reversed(self._history) if r["best"]), None)
 
-    def _say(self, line: str) -> None:
-        self._job.monitor.say.remote(line)
+    def _log(self, line: str) -> None:
+        self._job.monitor.log.remote(line)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]

@@ -109,33 +109,30 @@ def interrupt() -> None:
 
 @pytest.mark.slow
 def test_a_worker_killed_within_an_epoch_sees_each_sample_once(
-    dataset: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    dataset: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "m"
     settings = config(dataset, out, workers=2, checkpoint_every=4)
     with Watcher(out, 4, lambda: kill_workers(1)) as watcher:
         train(settings)
     assert watcher.acted.is_set()
-    assert "going on from step" in capfd.readouterr().err
+    assert "going on from step" in caplog.text
     np.testing.assert_allclose(losses(out), losses(whole), atol=1e-4)
 
 
 @pytest.fixture
-def interrupted(
-    dataset: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Path]:
+def interrupted(dataset: Path, whole: Path, tmp_path: Path) -> Iterator[Path]:
     """Where a run was to write that ^C ended in its second epoch."""
     out = tmp_path / "m"
     with Watcher(out, steps_an_epoch(whole) + 4, interrupt), pytest.raises(KeyboardInterrupt):
         train(config(dataset, out, checkpoint_every=4))
     assert not out.exists()
-    capfd.readouterr()
     yield out
 
 
 @pytest.mark.chaos
 def test_an_interrupted_run_goes_on_if_asked_to(
-    dataset: Path, whole: Path, interrupted: Path, capfd: pytest.CaptureFixture[str]
+    dataset: Path, whole: Path, interrupted: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(StorageError, match=r"unfinished run \(its last checkpoint.*--resume"):
         train(config(dataset, interrupted))
@@ -147,7 +144,7 @@ def test_an_interrupted_run_goes_on_if_asked_to(
     newest.write_bytes(data)
     # With another number of workers, and other steps between checkpoints.
     train(config(dataset, interrupted, resume=True, workers=2))
-    said = capfd.readouterr().err
+    said = caplog.text
     assert f"{newest.name}: damaged (sha256); the checkpoint before it is used" in said
     np.testing.assert_allclose(losses(interrupted), losses(whole), atol=1e-4)
     assert not interrupted.with_name("m.training").exists()
@@ -161,7 +158,7 @@ def test_a_run_ended_before_its_model_was_whole(
     whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Nothing is trained again; and a damaged file of the best weights is made up for."""
     out = tmp_path / "m"
@@ -177,11 +174,10 @@ def test_a_run_ended_before_its_model_was_whole(
         train(config(dataset, out))
     *_, best = sorted(checkpoints(out)[0].parent.glob("best-*"))
     best.write_bytes(best.read_bytes()[:-1])
-    capfd.readouterr()
     with monkeypatch.context() as patch:
         patch.delattr(train_module, "_run_group")
         train(config(dataset, out, resume=True))
-    said = capfd.readouterr().err
+    said = caplog.text
     assert f"{best}: damaged or gone (sha256); the MODEL has the weights of epoch 2" in said
     assert weights_id(out) == weights_id(whole)
     assert losses(out) == losses(whole)
@@ -189,7 +185,7 @@ def test_a_run_ended_before_its_model_was_whole(
 
 
 def test_damaged_weights_of_an_epoch_that_is_not_the_last(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = str(tmp_path / "c")
     first, last = ({"w": torch.full((3,), float(epoch))} for epoch in (1, 2))
@@ -198,12 +194,12 @@ def test_damaged_weights_of_an_epoch_that_is_not_the_last(
     state = {"best_weights": best, "history": records, "steps_done": 10}
     save(folder, "step", 10, {"model.w": last["w"], "adam.step.w": torch.tensor(10)}, state)
     assert torch.equal(load(train_module._best_weights(folder, state, tmp_path))["w"], first["w"])
-    assert capfd.readouterr().err == ""
+    assert caplog.text == ""
     (tmp_path / "c" / best).write_bytes(b"")
     found = load(train_module._best_weights(folder, state, tmp_path))
     assert list(found) == ["w"] and torch.equal(found["w"], last["w"])
     assert "has the weights of epoch 2, from the last checkpoint, and not of 1, the best" in (
-        capfd.readouterr().err
+        caplog.text
     )
     assert records[1]["best"]
 
@@ -236,6 +232,7 @@ def test_a_step_too_large_for_the_memory_is_computed_in_parts(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In real workers; only the GPU, which raises the error where rows are too many, is not."""
 
@@ -255,7 +252,7 @@ def test_a_step_too_large_for_the_memory_is_computed_in_parts(
     monkeypatch.setattr("covergenre.training.worker.training_loop", on_a_small_gpu)
     out = tmp_path / "m"
     train(config(dataset, out, workers=2))
-    said = capfd.readouterr().err
+    said = caplog.text + capfd.readouterr().err
     assert said.count("gradients accumulated; the batch stays 9") == 1, said
     assert "a step does not fit the GPU's memory: computing it 3 covers at a time" in said
     assert "Traceback" not in said and "workers were lost" not in said

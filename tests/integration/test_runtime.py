@@ -173,7 +173,7 @@ def embed(short: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[st
             monkeypatch.setenv(name, os.environ.get(name, ""))  # to be undone
         monkeypatch.setenv("RAY_TMPDIR", str(short))
         monkeypatch.setattr(ray_runtime, "_init", init)
-        monkeypatch.setattr(ray_runtime, "say", said.append)
+        monkeypatch.setattr(ray_runtime.logger, "info", said.append)
         monkeypatch.setattr(ray_runtime, "_embedded_directory", None)
         try:
             ray_runtime._embed(verbose=False)

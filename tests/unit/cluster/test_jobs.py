@@ -111,10 +111,13 @@ def failed(dashboard: FakeDashboard, folder: Path) -> tuple[str, list[float]]:
 
 
 def test_a_job_is_sent_and_followed(
-    dashboard: FakeDashboard, folder: Path, capsys: pytest.CaptureFixture[str]
+    dashboard: FakeDashboard,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert run(dashboard, folder) == (0, [])
-    out, err = capsys.readouterr()
+    out, err = capsys.readouterr().out, caplog.text
     assert out == dashboard.log
     ((job, request),) = dashboard.jobs.items()
     assert request["entrypoint"] == "python x"
@@ -151,10 +154,11 @@ def test_a_request_that_fails_for_the_moment_is_repeated(
     dashboard: FakeDashboard,
     folder: Path,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     dashboard.fails[method, path] = [failure] * 3
     code, waits = run(dashboard, folder)
-    out, err = capsys.readouterr()
+    out, err = capsys.readouterr().out, caplog.text
     assert (code, out) == (0, dashboard.log)
     assert len(dashboard.jobs) == 1
     (told,) = [line for line in err.splitlines() if "trying again" in line]
@@ -212,14 +216,14 @@ def test_a_log_that_cannot_be_read_does_not_hide_how_the_job_ended(
 def test_no_answer_in_time_is_repeated(
     dashboard: FakeDashboard,
     folder: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(jobs, "_REQUEST_TIMEOUT_SECONDS", (5.0, 0.1))
     dashboard.fails["POST", "/api/jobs/"] = ["silent"]
     code, waits = run(dashboard, folder, wait=False)
     assert (code, len(waits)) == (0, 1)
-    assert "the dashboard does not answer in time; trying again" in capsys.readouterr().err
+    assert "the dashboard does not answer in time; trying again" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -293,20 +297,20 @@ def test_a_job_that_never_ran_is_one_line(
     said: str,
     dashboard: FakeDashboard,
     folder: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     dashboard.end = {"status": "FAILED", "message": message}
     assert run(dashboard, folder)[0] == 1
-    last = capsys.readouterr().err.splitlines()[-1]
+    last = caplog.messages[-1]
     assert re.match(rf"job covergenre-\w+: FAILED: {re.escape(said)}", last), last
 
 
 def test_a_cluster_without_the_command_says_so(
-    dashboard: FakeDashboard, folder: Path, capsys: pytest.CaptureFixture[str]
+    dashboard: FakeDashboard, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dashboard.end = {"status": "FAILED", "driver_exit_code": 127}
     assert run(dashboard, folder)[0] == 127
-    assert "no `python` on the PATH" in capsys.readouterr().err
+    assert "no `python` on the PATH" in caplog.text
 
 
 def test_a_job_that_the_cluster_forgot_is_one_line(dashboard: FakeDashboard, folder: Path) -> None:

@@ -85,7 +85,7 @@ def elsewhere(place: str) -> str:
 
 
 def test_a_holder_elsewhere_is_watched(
-    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     process = at_work(place)
     process.kill()
@@ -111,7 +111,7 @@ def test_a_holder_elsewhere_is_watched(
     monkeypatch.setattr(lock, "_DEAD_SECONDS", 0.05)
     with lease(place):
         assert holders(place) == ["00000002"]
-    assert "looking whether it still is" in capsys.readouterr().err
+    assert "looking whether it still is" in caplog.text
 
 
 def test_who_was_taken_for_dead_is_told(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
