@@ -23,8 +23,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks import told, untrained_model
-from covergenre.demo.sample import write_sample
+from benchmarks import told
+from covergenre.demo.sample import write_sample, write_untrained_model
 
 _COVERS = 50
 _SAMPLE_SECONDS = 0.1
@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = untrained_model(folder / "model")
+        model = write_untrained_model(str(folder / "model"))
         covers = sorted((write_sample(folder / "sample", _COVERS, 0).parent / "covers").iterdir())
         result = (
             _begun(folder, model, covers, args.rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from flaky_proxy import FlakyProxy
 
-from covergenre.demo.sample import write_sample
+from covergenre.demo.sample import write_sample, write_untrained_model
 
 # As covergenre does before it imports ray; here a test may import ray first.
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
@@ -20,6 +20,24 @@ os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+RAY_FOLDERS = ("integration", "chaos", "cluster")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Of `-n logical`: one a core, but none (everything runs in pytest's own process) for one file
+    or for tests that would all go to the worker with the Ray."""
+    paths = [Path(argument.partition("::")[0]) for argument in config.args]
+    if len(paths) == 1 and (paths[0].is_file() or paths[0].name in RAY_FOLDERS):
+        return 0
+    return os.cpu_count() or 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` all tests that use Ray go to one worker: they share one Ray."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in RAY_FOLDERS:
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +144,9 @@ def dataset(drawn: Path, local_ray: None, tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("prepared") / "dataset"
     prepare(PrepareConfig(catalog=str(drawn), out=str(out), shard_rows=20, min_share=0.0))
     return out
+
+
+@pytest.fixture(scope="session")
+def untrained_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model directory of random weights, for tests to which the scores do not matter."""
+    return write_untrained_model(str(tmp_path_factory.mktemp("untrained") / "model"))

@@ -10,6 +10,8 @@ import io
 from pathlib import Path
 from random import Random
 
+from covergenre.data.genres import Genres
+from covergenre.data.image_decoding import Preprocessing
 from covergenre.demo.synthetic_covers import Album, draw_cover, film_grain
 from covergenre.errors import ConfigError, StorageError
 
@@ -140,6 +142,30 @@ def write_sample(out: Path, albums: int, seed: int = 0, side: int = 240) -> Path
     except OSError as error:
         raise StorageError(f"cannot write the sample to {out}: {error}") from error
     return catalog
+
+
+def write_untrained_model(out: str) -> str:
+    """Write a model directory of the smallest network with random weights; return its URI.
+
+    For trying `score` where the scores themselves do not matter: nothing has to be trained first.
+    """
+    from safetensors.torch import save
+
+    from covergenre.models.bundle import write_bundle
+    from covergenre.models.networks import build_model
+
+    bundle = write_bundle(
+        out,
+        weights=save(build_model("tiny", len(GENRES), seed=0).state_dict()),
+        model="tiny",
+        genres=Genres(GENRES),
+        preprocessing=Preprocessing(),
+        precision="fp32",
+        config={},
+        thresholds=dict.fromkeys(GENRES, 0.5),
+        others={},
+    )
+    return bundle.uri
 
 
 def _album(number: int, seed: int) -> Album:

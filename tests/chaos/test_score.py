@@ -24,7 +24,6 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import untrained_model
 from covergenre.demo.sample import write_sample
 
 SEED = int(os.environ.get("COVERGENRE_CHAOS_SEED", "0"))
@@ -34,11 +33,6 @@ ROWS = ALBUMS + 2
 UNIT_ROWS = 16
 HANG_SECONDS = 900.0
 """A guard against hanging; nothing is measured by it."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return untrained_model(tmp_path_factory.mktemp("model") / "m")
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +123,9 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(model: str, catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def whole(untrained_model: str, catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     began = time.monotonic()
-    run = Run(model, catalog, tmp_path_factory.mktemp("whole") / "labels")
+    run = Run(untrained_model, catalog, tmp_path_factory.mktemp("whole") / "labels")
     assert run.end() == 0, run.said()
     seconds = time.monotonic() - began
     ledger = json.loads((run.out / "ledger.json").read_text())
@@ -206,34 +200,34 @@ def ordeal(
 
 
 @pytest.mark.chaos
-def test_some_of_each(model: str, catalog: Path, whole: Whole, tmp_path: Path) -> None:
+def test_some_of_each(untrained_model: str, catalog: Path, whole: Whole, tmp_path: Path) -> None:
     chance = random.Random(SEED)
     harms: list[Hurt] = [driver, interrupt, cluster, worker]
     chance.shuffle(harms)
     while harms:  # a job may end before its time has come for all
-        ordeal(model, catalog, tmp_path / f"{len(harms)}", whole, harms, chance)
+        ordeal(untrained_model, catalog, tmp_path / f"{len(harms)}", whole, harms, chance)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hurt", [driver, interrupt, cluster], ids=lambda f: f.__name__)
 def test_many_of_one_kind(
-    hurt: Hurt, model: str, catalog: Path, whole: Whole, tmp_path: Path
+    hurt: Hurt, untrained_model: str, catalog: Path, whole: Whole, tmp_path: Path
 ) -> None:
     chance = random.Random(f"{SEED}{hurt.__name__}")
     harms = [hurt] * KILLS
     while harms:
         print(f"{KILLS - len(harms)} of {KILLS} done; another job (seed {SEED})", flush=True)
-        ordeal(model, catalog, tmp_path / f"{len(harms)}", whole, harms, chance)
+        ordeal(untrained_model, catalog, tmp_path / f"{len(harms)}", whole, harms, chance)
 
 
 @pytest.mark.slow
 def test_workers_that_are_killed_are_made_up_for(
-    model: str, catalog: Path, whole: Whole, tmp_path: Path
+    untrained_model: str, catalog: Path, whole: Whole, tmp_path: Path
 ) -> None:
     chance = random.Random(f"{SEED}workers")
     made = jobs = 0
     while made < KILLS:
-        run = Run(model, catalog, tmp_path / f"labels-{jobs}")
+        run = Run(untrained_model, catalog, tmp_path / f"labels-{jobs}")
         jobs += 1
         while made < KILLS and not run.ends_within(chance.uniform(0.2, 5)):
             if workers := run.workers():
@@ -278,7 +272,7 @@ def deadly() -> Iterator[str]:
 
 @pytest.mark.chaos
 def test_a_row_that_kills_its_worker_is_set_aside(
-    deadly: str, model: str, catalog: Path, tmp_path: Path
+    deadly: str, untrained_model: str, catalog: Path, tmp_path: Path
 ) -> None:
     lines = catalog.read_text().splitlines()[:101]
     folder = str(catalog.parent)
@@ -286,7 +280,14 @@ def test_a_row_that_kills_its_worker_is_set_aside(
     poisoned = tmp_path / "poisoned.csv"
     poisoned.write_text("\n".join(lines) + "\n")
     run = Run(
-        *(model, poisoned, tmp_path / "labels", "--covers", folder, "--allow-private-addresses")
+        *(
+            untrained_model,
+            poisoned,
+            tmp_path / "labels",
+            "--covers",
+            folder,
+            "--allow-private-addresses",
+        )
     )
     assert run.end() == 0, run.said()
     assert "Traceback" not in run.said(), run.said()

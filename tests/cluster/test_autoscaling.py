@@ -26,8 +26,6 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
     FakeMultiNodeProvider,
 )
 
-from benchmarks import untrained_model
-
 pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
@@ -163,15 +161,17 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return untrained_model(tmp_path_factory.mktemp("model") / "m")
-
-
 def test_more_than_there_can_ever_be_is_refused_with_the_numbers(
-    cluster: Cluster, model: str, drawn: Path, tmp_path: Path
+    cluster: Cluster, untrained_model: str, drawn: Path, tmp_path: Path
 ) -> None:
-    score = ("score", model, str(drawn), "--out", str(tmp_path / "labels"), "--shared-filesystem")
+    score = (
+        "score",
+        untrained_model,
+        str(drawn),
+        "--out",
+        str(tmp_path / "labels"),
+        "--shared-filesystem",
+    )
     for arguments, said in (
         (("--workers", "4"), "--workers 4: one GPU each, and the cluster has 3 at most"),
         (("--workers", "40", "--device", "cpu"), "and the cluster has 10 at most"),
@@ -191,7 +191,7 @@ def test_more_than_there_can_ever_be_is_refused_with_the_numbers(
 
 
 def test_preparing_and_scoring_wait_for_machines_that_are_still_to_be_started(
-    cluster: Cluster, model: str, drawn: Path, tmp_path: Path
+    cluster: Cluster, untrained_model: str, drawn: Path, tmp_path: Path
 ) -> None:
     prepared = cluster.run(
         *("prepare", str(drawn), "--out", str(tmp_path / "dataset"), "--shared-filesystem")
@@ -199,7 +199,14 @@ def test_preparing_and_scoring_wait_for_machines_that_are_still_to_be_started(
     assert prepared.returncode == 0, prepared.stdout + prepared.stderr
     assert "waiting for machines: 1 CPU is needed, 0 there" in prepared.stdout
     scored = cluster.run(
-        *("score", model, str(drawn), "--out", str(tmp_path / "labels"), "--shared-filesystem"),
+        *(
+            "score",
+            untrained_model,
+            str(drawn),
+            "--out",
+            str(tmp_path / "labels"),
+            "--shared-filesystem",
+        ),
         *("--workers", "2", "--device", "cpu"),
     )
     assert scored.returncode == 0, scored.stdout + scored.stderr

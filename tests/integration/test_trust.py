@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from benchmarks import untrained_model
 from covergenre.config import PrepareConfig, ScoreConfig
 from covergenre.errors import CatalogError, RejectedError
 from covergenre.io.urls import redacted
@@ -21,11 +20,6 @@ from covergenre.stages.prepare import prepare
 from covergenre.stages.score import score
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return untrained_model(tmp_path_factory.mktemp("model") / "m")
 
 
 def catalog(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -50,7 +44,9 @@ class Touch:
 
 
 @pytest.mark.parametrize("column", ["album_id", "cover", "image", "genres", "unused"])
-def test_code_in_a_parquet_file_does_not_run(column: str, model: str, tmp_path: Path) -> None:
+def test_code_in_a_parquet_file_does_not_run(
+    column: str, untrained_model: str, tmp_path: Path
+) -> None:
     """Ray Data's own type for Python objects unpickles what it finds."""
     columns = {"album_id": ["a"], "cover": ["b.png"], "genres": ["Rock"]}
     table = pa.table({name: values for name, values in columns.items() if name != column})
@@ -67,7 +63,7 @@ def test_code_in_a_parquet_file_does_not_run(column: str, model: str, tmp_path: 
     (tmp_path / "ran").unlink()
 
     preparing = PrepareConfig(catalog=str(file), out=str(tmp_path / "d"), min_share=0.0)
-    scoring = ScoreConfig(model=model, catalog=str(file), out=str(tmp_path / "l"))
+    scoring = ScoreConfig(model=untrained_model, catalog=str(file), out=str(tmp_path / "l"))
     refused = ("album_id", "cover", "image")
     stages: list[tuple[Callable[[], object], tuple[str, ...]]] = [
         (lambda: prepare(preparing), (*refused, "genres")),
@@ -99,7 +95,7 @@ ODD = [
 ]
 
 
-def test_ids_are_kept_as_they_are_and_make_no_path(model: str, tmp_path: Path) -> None:
+def test_ids_are_kept_as_they_are_and_make_no_path(untrained_model: str, tmp_path: Path) -> None:
     rows = [{"album_id": odd, "cover": "red.png", "genres": "Rock"} for odd in ODD]
     rows += [rows[3], rows[7] | {"cover": "blue.png"}, rows[0] | {"album_id": ""}]
     source = catalog(tmp_path / "in", rows)
@@ -108,7 +104,7 @@ def test_ids_are_kept_as_they_are_and_make_no_path(model: str, tmp_path: Path) -
     prepared = prepare(
         PrepareConfig(catalog=str(source), out=str(out / "dataset"), min_share=0.0)
     ).manifest
-    done = score(ScoreConfig(model=model, catalog=str(source), out=str(out / "labels")))
+    done = score(ScoreConfig(model=untrained_model, catalog=str(source), out=str(out / "labels")))
     ledger, counts = done.ledger, prepared.counts
     assert [ledger[n] for n in ("scored", "rejected", "duplicates")] == [len(ODD), 2, 1]
     assert [counts[n] for n in ("albums", "rejected", "duplicates")] == [len(ODD), 2, 1]
@@ -127,7 +123,7 @@ def test_ids_are_kept_as_they_are_and_make_no_path(model: str, tmp_path: Path) -
 
 
 def test_no_secret_of_an_address_is_kept_or_told(
-    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    untrained_model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """But in _state/plan, which is the catalog's own rows."""
     secrets = ("pass1", "sign2", "pass3")
@@ -142,7 +138,7 @@ def test_no_secret_of_an_address_is_kept_or_told(
     out = tmp_path / "out"
     config = {"catalog": str(source), "covers": None}
     prepare(PrepareConfig(**config, out=str(out / "dataset"), min_share=0.0))
-    done = score(ScoreConfig(**config, model=model, out=str(out / "labels")))
+    done = score(ScoreConfig(**config, model=untrained_model, out=str(out / "labels")))
     assert done.ledger["rejected"] == 3
     kept = json.dumps(
         [

@@ -1,7 +1,6 @@
 """Decoding in a process of its own, with covers that do to it what they do in the wild."""
 
 import contextlib
-import io
 import os
 import shutil
 import signal
@@ -17,21 +16,16 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from images import encoded, many_scans
 from PIL import Image
 
 import covergenre
 from covergenre.data import decoder_process, image_decoding
-from covergenre.data.decoder_process import MEMORY_BYTES, Decoder
+from covergenre.data.decoder_process import Decoder
 from covergenre.data.image_decoding import CoverError, Preprocessing
 from covergenre.errors import CovergenreError
 
 SMALL = Preprocessing(side=16)
-
-
-def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, form, **options)
-    return out.getvalue()
 
 
 def gradient(side: int = 64) -> Image.Image:
@@ -39,13 +33,6 @@ def gradient(side: int = 64) -> Image.Image:
 
 
 GOOD = encoded(gradient(), "JPEG")
-
-
-def many_scans(times: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again: 14 bytes that take 6 ms each."""
-    data = encoded(Image.new("L", (4000, 4000), 99), "JPEG", progressive=True)
-    last = data.rindex(b"\xff\xda")
-    return data[:last] + data[last:-2] * times + data[-2:]
 
 
 @pytest.fixture(scope="module")
@@ -492,32 +479,6 @@ def test_after_a_fork_each_process_has_its_own() -> None:
         """
     )
     assert (done.stdout, done.stderr) == ("good\n", "")
-
-
-def test_a_ray_worker_outlives_its_covers(local_ray: None, endless: bytes, little: int) -> None:
-    import ray
-
-    def reasons(covers: list[tuple[int, bytes]]) -> tuple[int, list[str]]:
-        found = []
-        for memory, data in covers:
-            with contextlib.closing(Decoder(seconds=0.5, memory=memory)) as decoder:
-                try:
-                    decoder.pack(data, 1500)
-                    found.append("good")
-                except CoverError as error:
-                    found.append(error.reason)
-        return os.getpid(), found
-
-    worker, found = ray.get(
-        ray.remote(reasons).remote(
-            [
-                *((MEMORY_BYTES, data) for data in (GOOD, endless, b"?", GOOD)),
-                (little, encoded(LARGE.convert("RGB"))),
-            ]
-        )
-    )
-    assert worker != os.getpid()
-    assert found == ["good", "decode_timeout", "not_an_image", "good", "too_much_memory"]
 
 
 def test_the_module_has_one_for_each_process() -> None:

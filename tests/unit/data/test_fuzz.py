@@ -4,7 +4,6 @@ A mutant depends on nothing but SEED and its number, so `mutant(SEED, number)` i
 """
 
 import contextlib
-import io
 import random
 import struct
 import zlib
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from images import encoded
 from PIL import Image
 
 from covergenre.data.decoder_process import Decoder
@@ -31,12 +31,6 @@ def picture(width: int, height: int) -> Image.Image:
     rings = 127 + 127 * np.sin(((x - width / 3) ** 2 + (y - height / 4) ** 2) / 200)
     bars = 255.0 * ((x // 5 + y // 7) % 2)
     return Image.fromarray(np.stack([rings, bars, 255 - rings], -1).astype(np.uint8))
-
-
-def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, form, **options)
-    return out.getvalue()
 
 
 @cache

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from images import encoded
 from numpy.typing import NDArray
 from PIL import EpsImagePlugin, Image, ImageCms
 
@@ -42,12 +43,6 @@ def detailed(width: int, height: int) -> Image.Image:
     rings = 127 + 127 * np.sin(((x - width / 3) ** 2 + (y - height / 4) ** 2) / 9000)
     bars = 255.0 * ((x // 23 + y // 31) % 2)
     return Image.fromarray(np.stack([rings, bars, 255 - rings], -1).astype(np.uint8))
-
-
-def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, form, **options)
-    return out.getvalue()
 
 
 def squashed(image: Image.Image, side: int = 16) -> Pixels:

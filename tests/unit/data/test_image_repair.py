@@ -1,6 +1,5 @@
 """Images whose pixels are whole, but not what is around them, decode; others stay rejected."""
 
-import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from images import encoded
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
@@ -27,12 +27,6 @@ def picture(width: int = 64, height: int = 48) -> Image.Image:
     rings = 127 + 127 * np.sin(((x - width / 3) ** 2 + (y - height / 4) ** 2) / 200)
     bars = 255.0 * ((x // 5 + y // 7) % 2)
     return Image.fromarray(np.stack([rings, bars, 255 - rings], -1).astype(np.uint8))
-
-
-def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, form, **options)
-    return out.getvalue()
 
 
 def reason(data: bytes) -> str:
