@@ -24,7 +24,7 @@ Place = Annotated[str, Field(min_length=1)]
 # Where a stage runs and how wide. They change how fast a result comes, never the result itself,
 # so that a job may be taken up again on another machine.
 _HOW_FIELDS = {
-    *("workers", "cpus_per_worker", "device", "fetches", "shared_filesystem"),
+    *("workers", "cpus_per_worker", "device", "download_concurrency", "shared_filesystem"),
     *("checkpoint_every", "resume", "max_rejected", "contact"),
 }
 # Known by what they hold, which is among the inputs of a run, and not by where it lies.
@@ -108,8 +108,8 @@ class CatalogSettings(StageConfig):
     covers: Place | None = Field(
         None, description="folder that relative covers start from  [default: the catalog's]"
     )
-    fetches: Positive = Field(
-        16, description="covers that a task fetches at a time (of each host, with http)"
+    download_concurrency: Positive = Field(
+        16, description="covers that a task downloads at a time (from each host, with http)"
     )
     allow_private_addresses: bool = Field(
         False, description="let http covers be in a private network or on this machine"
@@ -161,8 +161,8 @@ class PrepareConfig(CatalogSettings):
         (),
         description="exactly these genres, comma-separated (as CSV: quote a name that has a comma)",
     )
-    keep: Literal["any", "all"] = Field(
-        "any", description="keep an album if any of its genres is kept, or only if all are"
+    genre_match: Literal["any", "all"] = Field(
+        "any", description="keep an album if any of its genres is selected, or only if all are"
     )
     split_from: Literal["auto", "hash", "catalog"] = Field(
         "auto", description="hash a stable key, or take the catalog's split column if it has one"

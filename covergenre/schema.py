@@ -28,7 +28,7 @@ REASONS = {
     "conflicting_cover": "an earlier row has this album_id with another cover",
     "unlabelled": "the album has no genre (prepare only)",
     "no_selected_genre": "none of the album's genres was selected (prepare only)",
-    "genre_not_selected": "one of the album's genres was not selected, and --keep is all",
+    "genre_not_selected": "one of the album's genres was not selected, and --genre-match is all",
 }
 
 

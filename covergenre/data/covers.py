@@ -42,8 +42,8 @@ class Source:
     image_column: str = "image"
     prepared: bool = False
     """Whether the files are a dataset's shards, which keep the hash of the source bytes."""
-    fetches: int = 16
-    """Covers that one task fetches at a time."""
+    download_concurrency: int = 16
+    """Covers that one task downloads at a time (from each host, with http)."""
     allow_private: bool = False
     """Whether http covers may be asked for in private networks."""
     contact: str | None = None
@@ -172,7 +172,7 @@ def _outcomes(
         except CoverError as error:
             return error
 
-    with ThreadPoolExecutor(source.fetches) as pool:
+    with ThreadPoolExecutor(source.download_concurrency) as pool:
         return list(pool.map(outcome, rows))
 
 
@@ -240,7 +240,7 @@ def _fetch_exactly(path: str, source: Source) -> Cover:
         data = http.data_cover(path)
         return Cover(data, sha256(data))
     if http.is_web(path):
-        get = http.web_covers(source.fetches, source.allow_private, source.contact)
+        get = http.web_covers(source.download_concurrency, source.allow_private, source.contact)
         data = get(path)
         return Cover(data, sha256(data))
     if (scheme := storage.scheme(path)) not in ("", "file", "s3"):

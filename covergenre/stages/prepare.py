@@ -119,7 +119,8 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
     )
     for warning in name_warnings(selection.counts):
         logger.info(f"warning: {warning}")
-    reasons = _reasons(plan, first, keep_albums(albums, selection.kept, config.keep == "all"))
+    chosen = keep_albums(albums, selection.kept, config.genre_match == "all")
+    reasons = _reasons(plan, first, chosen)
     wanted = [is_first and r is None for is_first, r in zip(first, reasons, strict=True)]
     assigned = _splits(plan, config, wanted)
     output_dir.claim(out, "prepare", config, inputs)
@@ -130,7 +131,7 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
     source = Source(
         catalog.files,
         catalog.image_column,
-        fetches=config.fetches,
+        download_concurrency=config.download_concurrency,
         allow_private=config.allow_private_addresses,
         contact=config.contact,
     )

@@ -188,7 +188,7 @@ def _plan(out: str, config: ScoreConfig, bundle: Bundle, rows: _Rows) -> Plan:
     check_proxies(plan.web_schemes)
     source_now = dataclasses.replace(
         plan.source,
-        fetches=config.fetches,
+        download_concurrency=config.download_concurrency,
         allow_private=config.allow_private_addresses,
         contact=config.contact,
     )

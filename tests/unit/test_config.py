@@ -110,7 +110,7 @@ def test_text_from_the_command_line_becomes_what_it_says() -> None:
         (TrainConfig, "device", "tpu", "did you mean 'gpu'?"),
         (PrepareConfig, "min_share", "2", "less than or equal to 1"),
         (PrepareConfig, "min_share", "nan", "finite"),
-        (PrepareConfig, "keep", "some", "valid: all, any"),
+        (PrepareConfig, "genre_match", "some", "valid: all, any"),
         (PrepareConfig, "format", "xlsx", "valid: auto, csv, jsonl, mumu, parquet, tsv"),
         (PrepareConfig, "group_by", "artists", "did you mean 'artist'?"),
         (PrepareConfig, "genres_separator", "", "at least 1 character"),
@@ -341,7 +341,7 @@ def test_the_default_is_the_papers_model() -> None:
 
 UNCHANGED = {
     "contact",
-    "fetches",
+    "download_concurrency",
     "max_rejected",
     "shared_filesystem",
     "covers",
@@ -407,7 +407,7 @@ def test_a_fingerprint_is_the_same_from_flags_and_file(tmp_path: Path) -> None:
 
 
 def test_options_are_those_of_the_literal() -> None:
-    assert options(PrepareConfig, "keep") == ["any", "all"]
+    assert options(PrepareConfig, "genre_match") == ["any", "all"]
     assert options(TrainConfig, "augment") == ["none", "color", "light"]
     for name in ("epochs", "out", "keep_original", "split_fractions"):
         stage = PrepareConfig if name in PrepareConfig.model_fields else TrainConfig
