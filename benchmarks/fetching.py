@@ -48,7 +48,7 @@ def main() -> None:
 
 def _rate(plan: pa.Table, in_flight: int) -> float:
     began = time.perf_counter()
-    for _, outcomes in covers.load(plan, Source(fetches=in_flight), plan.num_rows):
+    for _, outcomes in covers.load(plan, Source(download_concurrency=in_flight), plan.num_rows):
         if not all(isinstance(outcome, Cover) for outcome in outcomes):
             raise SystemExit("not every cover came; the rate would mean nothing")
     return int(plan.num_rows) / (time.perf_counter() - began)

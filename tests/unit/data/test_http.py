@@ -661,7 +661,7 @@ def test_covers_of_a_catalog_come_in_parallel_and_in_order(server: _Server) -> N
         for n, path in enumerate(paths)
     ]
     plan = covers.plan(_table(records))
-    source = Source(fetches=3, allow_private=True)
+    source = Source(download_concurrency=3, allow_private=True)
     ((_, outcomes),) = covers.load(plan, source, len(records))
     shown = [o.data if isinstance(o, Cover) else getattr(o, "reason", None) for o in outcomes]
     assert shown == [b"cover"] * 2 + ["missing_file", "access_denied"] + [b"cover"] * 21
