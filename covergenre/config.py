@@ -7,11 +7,20 @@ what is saved with the result. A value is checked once, here, wherever it came f
 import csv
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from covergenre.errors import ConfigError, did_you_mean
 from covergenre.genre_text import MISSING_VALUES, clean_name
@@ -19,7 +28,11 @@ from covergenre.registry import MODELS, model_spec
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Place = Annotated[str, Field(min_length=1)]
+Place = Annotated[
+    str,
+    BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
+    Field(min_length=1),
+]
 
 # Where a stage runs and how wide. They change how fast a result comes, never the result itself,
 # so that a job may be taken up again on another machine.
@@ -41,6 +54,13 @@ class StageConfig(BaseModel):
         allow_inf_nan=False,
         coerce_numbers_to_str=True,  # `freeze: 4` in a file
     )
+
+    def __init__(self, **settings: Any) -> None:
+        """Raises ConfigError, in one line, for the first setting that is not valid."""
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise _config_error(error, type(self), {}) from None
 
     shared_filesystem: bool = Field(
         False, description="all machines of the cluster see the local paths that are given"
@@ -371,12 +391,17 @@ def parse(stage: type[Stage], flags: Mapping[str, Any], file: str | None = None)
         if key not in stage.model_fields:
             near = did_you_mean(key, stage.model_fields)
             raise ConfigError(f"{file} line {lines[key]}: no setting {key!r}{near}")
-    places = {name: f"{file} line {line}: {name}" for name, line in lines.items()}
+    sources = {name: f"{file} line {line}: {name}" for name, line in lines.items()}
+    settings = stage.__new__(stage)
     try:
-        return stage.model_validate(values | dict(flags))
+        # Not through the class's own __init__, whose errors name settings as Python does.
+        BaseModel.__init__(settings, **(values | dict(flags)))
     except ValidationError as error:
+        by_flag = {name: _option_name(stage, name) for name in stage.model_fields}
         # A flag overrides the file, and so it is the flag that is wrong.
-        raise ConfigError(_one_line(error, stage, places | dict.fromkeys(flags))) from error
+        in_file = {name: where for name, where in sources.items() if name not in flags}
+        raise _config_error(error, stage, by_flag | in_file) from error
+    return settings
 
 
 def _read_file(file: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -387,26 +412,34 @@ def _read_file(file: str) -> tuple[dict[str, Any], dict[str, int]]:
     return read_settings(storage.read_bytes(file), file)
 
 
-def _one_line(error: ValidationError, stage: type[Stage], places: Mapping[str, str | None]) -> str:
-    """places: setting -> where in a file it is set; None or absent: by a flag."""
+def _config_error(
+    error: ValidationError, stage: type[StageConfig], shown: Mapping[str, str]
+) -> ConfigError:
+    """The first problem in one line. shown: what to call a setting; by default its name."""
     first = error.errors()[0]
     name = str(first["loc"][0])
-    field = stage.model_fields[name]
-    is_argument = bool(field.json_schema_extra)
-    shown = name.upper() if is_argument else flag(name)
+    where = shown.get(name, name)
+    if first["type"] == "extra_forbidden":
+        near = did_you_mean(name, stage.model_fields)
+        return ConfigError(f"{stage.__name__} has no setting {name!r}{near}", code="unknown")
     if first["type"] == "missing" and first["loc"] == (name,):
-        return f"{shown} is missing"
-    where = places.get(name) or shown
+        return ConfigError(f"{where} is missing", code="missing")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         message = "too few values"
     message = message[0].lower() + message[1:]
     value = first["input"]
     if first["type"] == "literal_error" and isinstance(value, str):
-        return f"{where}: {value!r} is no valid value{did_you_mean(value, options(stage, name))}"
+        near = did_you_mean(value, options(stage, name))
+        return ConfigError(f"{where}: {value!r} is no valid value{near}", code="invalid")
     if isinstance(value, list | tuple):
         value = ",".join(map(str, value))
-    return f"{where}: {value!r}: {message}"
+    return ConfigError(f"{where}: {value!r}: {message}", code="invalid")
+
+
+def _option_name(stage: type[StageConfig], name: str) -> str:
+    """What the command line calls a setting."""
+    return name.upper() if stage.model_fields[name].json_schema_extra else flag(name)
 
 
 def _options(annotation: Any) -> list[Any]:

@@ -346,7 +346,7 @@ def accepted(settings: type[StageConfig], name: str, value: str) -> bool:
     names = [n for n, f in settings.model_fields.items() if f.json_schema_extra]
     try:
         made = settings.model_validate({**dict.fromkeys([*names, "out"], "x"), name: value})
-    except ValueError:
+    except ConfigError:
         return False
     return bool(getattr(made, name) != settings.model_fields[name].default)
 

@@ -1,5 +1,6 @@
 """Settings: their checks, their files, and which of them make another result."""
 
+import pickle
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -456,3 +457,42 @@ def test_text_in_a_file_is_a_list_too(tmp_path: Path) -> None:
     file.write_text("out: o\ngenres: ''\n")
     with pytest.raises(ConfigError, match=r"genres: '': names none"):
         parse(PrepareConfig, {"catalog": "c"}, str(file))
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "word"),
+    [
+        ({}, "missing", "catalog"),
+        ({"catalog": "c", "out": "o", "shard_rows": 0}, "invalid", "shard_rows"),
+        ({"catalog": "c", "out": "o", "split_fractions": (0.5, 0.5)}, "invalid", "split_fractions"),
+        ({"catalog": "c", "out": "o", "format": "xls"}, "invalid", "format"),
+        ({"catalog": "c", "out": "o", "shard_row": 5}, "unknown", "shard_rows"),
+        ({"catalog": None, "out": "o"}, "invalid", "catalog"),
+    ],
+)
+def test_invalid_settings_in_python_are_a_config_error_that_names_the_setting(
+    settings: dict[str, Any], code: str, word: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        PrepareConfig(**settings)
+    message = str(raised.value)
+    assert raised.value.code == code
+    assert word in message and "\n" not in message and "--" not in message
+
+
+def test_settings_in_python_may_be_paths_numbers_and_lists() -> None:
+    prepare = PrepareConfig(
+        catalog=Path("c.csv"),
+        out=Path("o"),
+        covers=Path("images"),
+        genres=["Pop", "Rock"],
+        split_fractions=[0.6, 0.2, 0.2],
+    )
+    assert (prepare.catalog, prepare.out, prepare.covers) == ("c.csv", "o", "images")
+    assert prepare.genres == ("Pop", "Rock")
+    assert prepare.fingerprint() == pickle.loads(pickle.dumps(prepare)).fingerprint()
+    train = TrainConfig(
+        dataset=Path("d"), out="o", model="tiny", freeze=2, workers=1, weights=Path("w.pt")
+    )
+    assert (train.freeze, train.workers, train.weights) == ("2", "1", "w.pt")
+    assert train.resolved().epochs == 10
