@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import told
 from covergenre.config import PrepareConfig
-from covergenre.data.image_decoding import decode, pack
+from covergenre.data.image_decoding import decode, validate_and_reencode
 from covergenre.demo.sample import write_sample
 from covergenre.models.bundle import load_model, read_bundle
 from covergenre.models.predictor import Predictor, to_device
@@ -43,10 +43,10 @@ def compare(model_uri: str, covers: Path) -> dict[str, float]:
     raw, prepared, smaller = [], [], 0
     for path in sorted(path for path in covers.iterdir() if path.is_file()):
         data = path.read_bytes()
-        packed = pack(data, max_side)
-        smaller += packed != data
+        reencoded = validate_and_reencode(data, max_side)
+        smaller += reencoded != data
         raw.append(decode(data, bundle.preprocessing))
-        prepared.append(decode(packed, bundle.preprocessing))
+        prepared.append(decode(reencoded, bundle.preprocessing))
     # One batch each, so that only the pixels differ.
     difference = np.abs(predictor(np.stack(raw)) - predictor(np.stack(prepared)))
     return {

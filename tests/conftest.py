@@ -1,4 +1,4 @@
-"""One local Ray for all tests that need one, and one drawn dataset."""
+"""One local Ray for all tests that need one, and one synthetic dataset."""
 
 import contextlib
 import logging
@@ -128,21 +128,25 @@ def local_ray(s3: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A catalog of 150 drawn covers."""
-    folder = tmp_path_factory.mktemp("drawn")
+def synthetic_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalog of 150 synthetic covers."""
+    folder = tmp_path_factory.mktemp("synthetic")
     return write_sample(folder, 150, seed=0)
 
 
 @pytest.fixture(scope="session")
-def dataset(drawn: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(
+    synthetic_catalog: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Those, prepared: 121 albums to train with, in shards far smaller than the splits, so that
     steps straddle them. To be read, not changed."""
     from covergenre.config import PrepareConfig
     from covergenre.stages.prepare import prepare
 
     out = tmp_path_factory.mktemp("prepared") / "dataset"
-    prepare(PrepareConfig(catalog=str(drawn), out=str(out), shard_rows=20, min_share=0.0))
+    prepare(
+        PrepareConfig(catalog=str(synthetic_catalog), out=str(out), shard_rows=20, min_share=0.0)
+    )
     return out
 
 

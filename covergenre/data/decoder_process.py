@@ -1,8 +1,8 @@
-"""Decoding in a process of its own: a cover that breaks the decoder breaks nothing else.
+"""Decodes covers in a child process, so that a file that crashes the decoder harms nothing else.
 
-`decode` and `pack` are those of `covers`, done by a child that this process starts once and keeps.
-A cover that kills it, wants too much memory or does not come to an end is set aside with that
-reason; the child is replaced, and work goes on.
+`decode` and `validate_and_reencode` do what the functions of the same names in `image_decoding` do,
+in a child process that each process starts once and reuses. A cover that crashes the child, needs
+too much memory or takes too long is rejected with that reason, and the child is replaced.
 """
 
 import atexit
@@ -72,9 +72,9 @@ def decode(data: bytes, spec: Preprocessing) -> NDArray[np.uint8]:
     return _own_decoder().decode(data, spec)
 
 
-def pack(data: bytes, max_side: int | None) -> bytes:
-    """Prove that a cover decodes, and give the bytes to store; see covers.pack."""
-    return _own_decoder().pack(data, max_side)
+def validate_and_reencode(data: bytes, max_side: int | None) -> bytes:
+    """Prove that a cover decodes, and give the bytes to store; see image_decoding."""
+    return _own_decoder().validate_and_reencode(data, max_side)
 
 
 class Decoder:
@@ -92,10 +92,10 @@ class Decoder:
         _, pixels = self._ask({"spec": spec.to_json()}, data)
         return np.frombuffer(pixels, np.uint8).reshape(spec.side, spec.side, 3)
 
-    def pack(self, data: bytes, max_side: int | None) -> bytes:
-        """Prove that a cover decodes, and give the bytes to store; see covers.pack."""
-        answer, packed = self._ask({"max_side": max_side}, data)
-        return data if answer["kept"] else bytes(packed)
+    def validate_and_reencode(self, data: bytes, max_side: int | None) -> bytes:
+        """Prove that a cover decodes, and give the bytes to store; see image_decoding."""
+        answer, reencoded = self._ask({"max_side": max_side}, data)
+        return data if answer["kept"] else bytes(reencoded)
 
     def close(self) -> None:
         """End the child; the next cover would start another."""
@@ -323,9 +323,9 @@ def _answer(question: dict[str, Any], received: bytearray) -> tuple[dict[str, An
         data = bytes(received)
         if "spec" in question:
             return {}, image_decoding.decode(data, _spec(json.dumps(question["spec"]))).tobytes()
-        packed = image_decoding.pack(data, question["max_side"])
-        kept = packed is data
-        return {"kept": kept}, b"" if kept else packed
+        reencoded = image_decoding.validate_and_reencode(data, question["max_side"])
+        kept = reencoded is data
+        return {"kept": kept}, b"" if kept else reencoded
     except CoverError as error:
         return {"reason": error.reason, "detail": error.detail}, b""
     except MemoryError as error:

@@ -113,7 +113,7 @@ def decode(data: bytes, spec: Preprocessing) -> NDArray[np.uint8]:
     return np.asarray(image)
 
 
-def pack(data: bytes, max_side: int | None) -> bytes:
+def validate_and_reencode(data: bytes, max_side: int | None) -> bytes:
     """Prove that a cover decodes, and give the bytes to store.
 
     A cover whose longer side is above `max_side` (pixels) is re-encoded at that size, keeping its

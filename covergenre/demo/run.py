@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _ALBUMS = 1200
 _UNLABELLED = 200
 _EPOCHS = 10
-_DRAWN = re.compile(r"covers/drawn_\d+\.jpg")
+_SYNTHETIC_COVER = re.compile(r"covers/synthetic_\d+\.jpg")
 
 
 def make_sample(out: str, albums: int, seed: int) -> str:
@@ -35,7 +35,7 @@ def make_sample(out: str, albums: int, seed: int) -> str:
     """
     place = storage.absolute(out)
     held = storage.list_sizes(place)
-    if not all(name == "README.md" or _DRAWN.fullmatch(name) for name in held):
+    if not all(name == "README.md" or _SYNTHETIC_COVER.fullmatch(name) for name in held):
         raise StorageError(f"{out}: is not empty; choose another --out, or empty it")
     if not storage.is_uri(place):
         write_sample(Path(place), albums, seed)

@@ -106,15 +106,14 @@ with this seed begins with these albums. Split by `artist`: an artist's covers r
 
 
 def write_sample(out: Path, albums: int, seed: int = 0, side: int = 240) -> Path:
-    """Write a catalog of `albums` made-up albums with drawn covers; return the catalog's path.
+    """Write a catalog of `albums` synthetic albums with covers; return the catalog's path.
 
-    Writes `out`/catalog.csv, `out`/covers/drawn_000001.jpg and so on (square JPEGs, `side` pixels
-    a side), and `out`/README.md. The same `seed` gives the same bytes on the same Pillow, and an
-    album does not depend on `albums`. Files of these names are overwritten: the caller checks
-    that `out` is free.
+    Writes `out`/catalog.csv, `out`/covers/synthetic_000001.jpg and so on (square JPEGs of `side`
+    pixels a side), and `out`/README.md. The same `seed` gives the same bytes with the same version
+    of Pillow, and no album depends on `albums`. Existing files of these names are overwritten: the
+    caller checks that `out` is free.
 
-    Raises ConfigError where `albums` or `side` is too small, StorageError where `out` cannot be
-    written.
+    Raises ConfigError if `albums` or `side` is too small, StorageError if `out` cannot be written.
     """
     if albums < 1:
         raise ConfigError(f"albums: {albums} is too few; a sample has at least 1")
@@ -187,7 +186,7 @@ def _album(number: int, seed: int) -> Album:
     palette, motif = rnd.sample(look, 2) if len(look) > 1 else (look[0], look[0])
     favourite = taste.randrange(3)
     return Album(
-        album_id=f"drawn_{number + 1:06d}",
+        album_id=f"synthetic_{number + 1:06d}",
         genres=genres,
         title=_title(rnd),
         artist=_artist(artist, seed),

@@ -311,7 +311,7 @@ def _pack_shard(
     for row, outcome in loaded:
         if isinstance(outcome, Cover):
             try:
-                image = decoder_process.pack(outcome.data, max_side)
+                image = decoder_process.validate_and_reencode(outcome.data, max_side)
             except CoverError as error:
                 rejected.append(rejection(row, error))
                 continue

@@ -38,13 +38,13 @@ HANG_SECONDS = 900.0
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Covers that decode, some that do not, some that repeat others."""
-    drawn = write_sample(tmp_path_factory.mktemp("catalog"), ALBUMS, seed=0)
-    lines = drawn.read_text().splitlines()
+    synthetic_catalog = write_sample(tmp_path_factory.mktemp("catalog"), ALBUMS, seed=0)
+    lines = synthetic_catalog.read_text().splitlines()
     header, first, *rest = lines
     rest[40] = rest[40].replace(".jpg", "-missing.jpg")
     rest[90] = rest[90].replace(rest[90].split(",")[0], first.split(",")[0], 1)  # a conflict
-    drawn.write_text("\n".join([header, first, *rest, first, rest[7]]) + "\n")
-    return drawn
+    synthetic_catalog.write_text("\n".join([header, first, *rest, first, rest[7]]) + "\n")
+    return synthetic_catalog
 
 
 class Run:

@@ -162,12 +162,12 @@ def cluster() -> Iterator[Cluster]:
 
 
 def test_more_than_there_can_ever_be_is_refused_with_the_numbers(
-    cluster: Cluster, untrained_model: str, drawn: Path, tmp_path: Path
+    cluster: Cluster, untrained_model: str, synthetic_catalog: Path, tmp_path: Path
 ) -> None:
     score = (
         "score",
         untrained_model,
-        str(drawn),
+        str(synthetic_catalog),
         "--out",
         str(tmp_path / "labels"),
         "--shared-filesystem",
@@ -191,10 +191,16 @@ def test_more_than_there_can_ever_be_is_refused_with_the_numbers(
 
 
 def test_preparing_and_scoring_wait_for_machines_that_are_still_to_be_started(
-    cluster: Cluster, untrained_model: str, drawn: Path, tmp_path: Path
+    cluster: Cluster, untrained_model: str, synthetic_catalog: Path, tmp_path: Path
 ) -> None:
     prepared = cluster.run(
-        *("prepare", str(drawn), "--out", str(tmp_path / "dataset"), "--shared-filesystem")
+        *(
+            "prepare",
+            str(synthetic_catalog),
+            "--out",
+            str(tmp_path / "dataset"),
+            "--shared-filesystem",
+        )
     )
     assert prepared.returncode == 0, prepared.stdout + prepared.stderr
     assert "waiting for machines: 1 CPU is needed, 0 there" in prepared.stdout
@@ -202,7 +208,7 @@ def test_preparing_and_scoring_wait_for_machines_that_are_still_to_be_started(
         *(
             "score",
             untrained_model,
-            str(drawn),
+            str(synthetic_catalog),
             "--out",
             str(tmp_path / "labels"),
             "--shared-filesystem",

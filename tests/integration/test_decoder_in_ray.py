@@ -18,7 +18,7 @@ def reasons(covers: list[tuple[int, bytes]]) -> tuple[int, list[str]]:
     for memory, data in covers:
         with contextlib.closing(Decoder(seconds=0.5, memory=memory)) as decoder:
             try:
-                decoder.pack(data, 1500)
+                decoder.validate_and_reencode(data, 1500)
                 found.append("good")
             except CoverError as error:
                 found.append(error.reason)

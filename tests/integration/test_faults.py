@@ -212,13 +212,13 @@ def result(place: str) -> dict[str, bytes]:
 
 @pytest.mark.chaos
 @pytest.mark.usefixtures("local_ray")
-def test_a_whole_job_through_a_store_that_fails(s3: str, drawn: Path) -> None:
+def test_a_whole_job_through_a_store_that_fails(s3: str, synthetic_catalog: Path) -> None:
     place, calm = f"{s3}/job/flaky", f"{s3}/job/calm"
-    header, first, *rest = drawn.read_text().splitlines()
+    header, first, *rest = synthetic_catalog.read_text().splitlines()
     rest[40] = rest[40].replace(".jpg", "-missing.jpg")
     catalog = f"{s3}/job/catalog/catalog.csv"
     storage.put(catalog, "\n".join([header, first, *rest, first]).encode())
-    for cover in (drawn.parent / "covers").iterdir():
+    for cover in (synthetic_catalog.parent / "covers").iterdir():
         storage.put_file(f"{s3}/job/catalog/covers/{cover.name}", cover)
     with FlakyProxy(os.environ["AWS_ENDPOINT_URL"], stall_seconds=1) as proxy:
         environment = os.environ | {"AWS_ENDPOINT_URL": proxy.url, "RAY_ADDRESS": ""}

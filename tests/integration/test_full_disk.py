@@ -97,8 +97,17 @@ def model(dataset: Path) -> Path:
     return out
 
 
-def test_prepare(drawn: Path, dataset: Path, disk: Path, run: Command) -> None:
-    command = ("prepare", drawn, "--out", disk / "d", "--shard-rows", "20", "--min-share", "0")
+def test_prepare(synthetic_catalog: Path, dataset: Path, disk: Path, run: Command) -> None:
+    command = (
+        "prepare",
+        synthetic_catalog,
+        "--out",
+        disk / "d",
+        "--shard-rows",
+        "20",
+        "--min-share",
+        "0",
+    )
     size = sum(map(len, files(dataset).values()))
     leave(disk, size // 2)
     run(*command, fails=True)
@@ -129,8 +138,10 @@ def test_train(dataset: Path, model: Path, disk: Path, run: Command) -> None:
     assert read_bundle(str(disk / "m")).weights_id == read_bundle(str(model)).weights_id
 
 
-def test_score(drawn: Path, model: Path, disk: Path, tmp_path: Path, run: Command) -> None:
-    command = ("score", model, drawn, "--unit-rows", "16", "--out")
+def test_score(
+    synthetic_catalog: Path, model: Path, disk: Path, tmp_path: Path, run: Command
+) -> None:
+    command = ("score", model, synthetic_catalog, "--unit-rows", "16", "--out")
     run(*command, tmp_path / "whole")
     leave(disk, sum(map(len, files(tmp_path / "whole").values())) * 2 // 3)
     run(*command, disk / "labels", fails=True)

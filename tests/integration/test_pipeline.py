@@ -81,8 +81,10 @@ def jsonl(path: Path) -> Rows:
 # --- prepare -------------------------------------------------------------------------------
 
 
-def test_prepare_keeps_every_album_once_with_its_genres(drawn: Path, dataset: Path) -> None:
-    with drawn.open() as file:
+def test_prepare_keeps_every_album_once_with_its_genres(
+    synthetic_catalog: Path, dataset: Path
+) -> None:
+    with synthetic_catalog.open() as file:
         source = {row["album_id"]: row for row in csv.DictReader(file)}
     manifest = read_manifest(str(dataset))
     seen: Counter[str] = Counter()
@@ -96,7 +98,7 @@ def test_prepare_keeps_every_album_once_with_its_genres(drawn: Path, dataset: Pa
                 assert row["split"] == split
                 assert set(row["genres"]) <= set(original["genres"].split("|"))
                 assert row["cover_sha256"] == sha256(
-                    (drawn.parent / original["cover"]).read_bytes()
+                    (synthetic_catalog.parent / original["cover"]).read_bytes()
                 )
     rejected = read_folder(dataset / "rejected")
     assert set(seen.values()) == {1}
@@ -116,10 +118,12 @@ def test_prepare_keeps_every_album_once_with_its_genres(drawn: Path, dataset: Pa
 
 
 def test_prepare_again_changes_nothing_and_other_settings_are_refused(
-    drawn: Path, dataset: Path
+    synthetic_catalog: Path, dataset: Path
 ) -> None:
     before = (dataset / "manifest.json").read_bytes()
-    config = PrepareConfig(catalog=str(drawn), out=str(dataset), shard_rows=20, min_share=0.0)
+    config = PrepareConfig(
+        catalog=str(synthetic_catalog), out=str(dataset), shard_rows=20, min_share=0.0
+    )
     assert "already prepared" in prepare(config).account()
     assert (dataset / "manifest.json").read_bytes() == before
     with pytest.raises(StorageError, match="other settings"):
@@ -199,13 +203,16 @@ def test_prepare_reencodes_large_covers_only(tmp_path: Path) -> None:
 
 
 def test_a_genre_map_says_which_names_the_catalog_lacks(
-    drawn: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    synthetic_catalog: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     genre_map = tmp_path / "map.csv"
     genre_map.write_text("from,to\nJazz,Jazz and Blues\nBlues,Jazz and Blues\nJazzz,Jazz\n")
     done = prepare(
         PrepareConfig(
-            catalog=str(drawn), out=str(tmp_path / "out"), genre_map=str(genre_map), min_share=0.0
+            catalog=str(synthetic_catalog),
+            out=str(tmp_path / "out"),
+            genre_map=str(genre_map),
+            min_share=0.0,
         )
     )
     assert "genre map: 2 of 3 names occur in the catalog; not: Jazzz\n" in caplog.text
@@ -213,10 +220,14 @@ def test_a_genre_map_says_which_names_the_catalog_lacks(
     assert "Jazz and Blues" in names and not {"Jazz", "Blues"} & set(names)
 
 
-def test_prepare_by_artist_puts_no_artist_in_two_splits(drawn: Path, tmp_path: Path) -> None:
+def test_prepare_by_artist_puts_no_artist_in_two_splits(
+    synthetic_catalog: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "by_artist"
     done = prepare(
-        PrepareConfig(catalog=str(drawn), out=str(out), group_by="artist", min_share=0.0)
+        PrepareConfig(
+            catalog=str(synthetic_catalog), out=str(out), group_by="artist", min_share=0.0
+        )
     )
     splits: dict[str, set[str]] = {}
     for split in schema.SPLITS:
@@ -397,10 +408,13 @@ def by_hand(bundle: Bundle, covers: list[bytes]) -> NDArray[np.float32]:
     return np.array(out)
 
 
-def messy_catalog(drawn: Path, folder: Path) -> Path:
-    """The drawn covers, and rows that are missing, damaged or repeated; absolute paths."""
-    with drawn.open() as file:
-        rows = [(r["album_id"], str(drawn.parent / r["cover"])) for r in csv.DictReader(file)]
+def messy_catalog(synthetic_catalog: Path, folder: Path) -> Path:
+    """The synthetic covers, and rows that are missing, damaged or repeated; absolute paths."""
+    with synthetic_catalog.open() as file:
+        rows = [
+            (r["album_id"], str(synthetic_catalog.parent / r["cover"]))
+            for r in csv.DictReader(file)
+        ]
     (folder / "copy.jpg").write_bytes(Path(rows[3][1]).read_bytes())
     (folder / "broken.jpg").write_bytes(Path(rows[4][1]).read_bytes()[:900])
     rows[40:40] = [("gone", str(folder / "gone.jpg")), ("broken", str(folder / "broken.jpg"))]
@@ -417,9 +431,9 @@ def messy_catalog(drawn: Path, folder: Path) -> Path:
 
 
 def test_score_labels_every_row_and_agrees_with_a_run_by_hand(
-    drawn: Path, one_worker: Path, tmp_path: Path
+    synthetic_catalog: Path, one_worker: Path, tmp_path: Path
 ) -> None:
-    catalog = messy_catalog(drawn, tmp_path)
+    catalog = messy_catalog(synthetic_catalog, tmp_path)
     out = tmp_path / "labels"
     config = ScoreConfig(
         model=str(one_worker), catalog=str(catalog), out=str(out), unit_rows=50, batch_size=8
@@ -467,12 +481,12 @@ def test_score_labels_every_row_and_agrees_with_a_run_by_hand(
 
 
 def test_a_job_with_too_many_rejected_rows_fails_until_the_limit_is_raised(
-    drawn: Path, one_worker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    synthetic_catalog: Path, one_worker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with drawn.open() as file:
+    with synthetic_catalog.open() as file:
         good = next(csv.DictReader(file))["cover"]
     catalog, out = tmp_path / "catalog.csv", tmp_path / "labels"
-    covers = [str(drawn.parent / good), "gone.jpg", "gone too.jpg", "gs://bucket/a.jpg"]
+    covers = [str(synthetic_catalog.parent / good), "gone.jpg", "gone too.jpg", "gs://bucket/a.jpg"]
     rows = [(f"album {n}", cover) for n, cover in enumerate([*covers, covers[0]])]
     with catalog.open("w", newline="") as file:
         csv.writer(file).writerows([("album_id", "cover"), *rows, rows[0]])
@@ -537,12 +551,14 @@ def test_scoring_a_dataset_scores_all_its_splits(
     assert [r["row"] for r in labels] == list(range(len(rows)))
 
 
-def test_scoring_covers_kept_in_parquet(drawn: Path, one_worker: Path, tmp_path: Path) -> None:
+def test_scoring_covers_kept_in_parquet(
+    synthetic_catalog: Path, one_worker: Path, tmp_path: Path
+) -> None:
     import pyarrow as pa
 
-    with drawn.open() as file:
+    with synthetic_catalog.open() as file:
         source = list(csv.DictReader(file))[:60]
-    images = [(drawn.parent / row["cover"]).read_bytes() for row in source]
+    images = [(synthetic_catalog.parent / row["cover"]).read_bytes() for row in source]
     images[10] = b""
     table = pa.table(
         {"album_id": [r["album_id"] for r in source], "image": pa.array(images, pa.large_binary())}
@@ -608,29 +624,31 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 
 
 def test_mistakes_are_one_line(
-    drawn: Path, dataset: Path, one_worker: Path, tmp_path: Path
+    synthetic_catalog: Path, dataset: Path, one_worker: Path, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "out")
     busy = tmp_path / "busy"
     busy.mkdir()
     (busy / "thesis.txt").touch()
     with pytest.raises(StorageError, match=r"thesis\.txt") as error:
-        prepare(PrepareConfig(catalog=str(drawn), out=str(busy)))
+        prepare(PrepareConfig(catalog=str(synthetic_catalog), out=str(busy)))
     one_line(error)
     with pytest.raises(StorageError, match=r"thesis\.txt"):
         train(train_config(dataset, busy))
     with pytest.raises(StorageError, match="no such file"):
         prepare(PrepareConfig(catalog=str(tmp_path / "none.csv"), out=out))
     with pytest.raises(UserError, match="--genres-column"):
-        prepare(PrepareConfig(catalog=str(drawn), out=out, genres_column="genre"))
+        prepare(PrepareConfig(catalog=str(synthetic_catalog), out=out, genres_column="genre"))
     with pytest.raises(ConfigError, match="min-share"):
-        prepare(PrepareConfig(catalog=str(drawn), out=out, min_share=1.0))
+        prepare(PrepareConfig(catalog=str(synthetic_catalog), out=out, min_share=1.0))
     with pytest.raises(DatasetError, match="not a dataset"):
-        train(train_config(drawn.parent, tmp_path / "m"))
+        train(train_config(synthetic_catalog.parent, tmp_path / "m"))
     with pytest.raises(ModelError, match="not a MODEL"):
-        score(ScoreConfig(model=str(dataset), catalog=str(drawn), out=out))
+        score(ScoreConfig(model=str(dataset), catalog=str(synthetic_catalog), out=out))
     with pytest.raises(ConfigError, match="workers 50"):
-        score(ScoreConfig(model=str(one_worker), catalog=str(drawn), out=out, workers=50))
+        score(
+            ScoreConfig(model=str(one_worker), catalog=str(synthetic_catalog), out=out, workers=50)
+        )
     assert not (tmp_path / "out" / "labels").exists()
     shutil.rmtree(out)
     # Four would leave their readers no CPU to decode on.
@@ -647,11 +665,14 @@ def test_workers_placed_by_default_are_refused_where_a_step_has_fewer_albums(
         train(train_config(dataset, tmp_path / "m", batch_size=1))
 
 
-def test_a_split_without_albums_is_named(drawn: Path, tmp_path: Path) -> None:
+def test_a_split_without_albums_is_named(synthetic_catalog: Path, tmp_path: Path) -> None:
     out = tmp_path / "no_dev"
     prepare(
         PrepareConfig(
-            catalog=str(drawn), out=str(out), split_fractions=(1.0, 0.0, 0.0), min_share=0.0
+            catalog=str(synthetic_catalog),
+            out=str(out),
+            split_fractions=(1.0, 0.0, 0.0),
+            min_share=0.0,
         )
     )
     with pytest.raises(DatasetError, match="the dev split is empty"):

@@ -437,11 +437,11 @@ def test_a_jobs_mistake_is_the_commands(run: Run) -> None:
 def test_an_interrupted_sample_is_drawn_to_its_end(run: Run, tmp_path: Path) -> None:
     out = str(tmp_path / "s")
     run("sample", "--out", out, "--albums", "3")
-    drawn = (tmp_path / "s/covers/drawn_000002.jpg").read_bytes()
+    original = (tmp_path / "s/covers/synthetic_000002.jpg").read_bytes()
     catalog = tmp_path / "s/catalog.csv"
     whole = catalog.read_text()
     catalog.unlink()  # it comes last
-    (tmp_path / "s/covers/drawn_000002.jpg").write_bytes(drawn[:50])
+    (tmp_path / "s/covers/synthetic_000002.jpg").write_bytes(original[:50])
     run("sample", "--out", out, "--albums", "3")
     assert catalog.read_text() == whole
-    assert (tmp_path / "s/covers/drawn_000002.jpg").read_bytes() == drawn
+    assert (tmp_path / "s/covers/synthetic_000002.jpg").read_bytes() == original

@@ -104,7 +104,9 @@ def test_it_decodes_and_packs_as_covers_does(decoder: Decoder, form: str) -> Non
         for spec in (SMALL, Preprocessing()):
             assert np.array_equal(decoder.decode(data, spec), image_decoding.decode(data, spec))
         for max_side in (None, 100, 300):
-            assert decoder.pack(data, max_side) == image_decoding.pack(data, max_side)
+            assert decoder.validate_and_reencode(
+                data, max_side
+            ) == image_decoding.validate_and_reencode(data, max_side)
     assert len(children()) == 1
 
 
@@ -112,7 +114,10 @@ def test_it_decodes_and_packs_as_covers_does(decoder: Decoder, form: str) -> Non
 def test_it_refuses_as_covers_does(decoder: Decoder, data: bytes) -> None:
     for mine, plain in (
         (lambda: decoder.decode(data, SMALL), lambda: image_decoding.decode(data, SMALL)),
-        (lambda: decoder.pack(data, 300), lambda: image_decoding.pack(data, 300)),
+        (
+            lambda: decoder.validate_and_reencode(data, 300),
+            lambda: image_decoding.validate_and_reencode(data, 300),
+        ),
     ):
         refused, expected = reason(mine), reason(plain)
         assert (refused.reason, refused.detail) == (expected.reason, expected.detail)
@@ -129,7 +134,7 @@ def test_one_child_does_all(decoder: Decoder) -> None:
     for data in (GOOD, GOOD[:-99], GOOD, b"no image", GOOD):
         with contextlib.suppress(CoverError):
             decoder.decode(data, SMALL)
-            decoder.pack(data, 10)
+            decoder.validate_and_reencode(data, 10)
     assert children() == {child}
     decoder.close()
     assert not children()
@@ -180,12 +185,15 @@ def test_a_decoder_killed_between_covers_costs_none(decoder: Decoder) -> None:
 def test_a_cover_that_decodes_for_ever(endless: bytes) -> None:
     with contextlib.closing(Decoder(seconds=0.5)) as decoder:
         child = child_of(decoder)
-        for action in (lambda: decoder.decode(endless, SMALL), lambda: decoder.pack(endless, 300)):
+        for action in (
+            lambda: decoder.decode(endless, SMALL),
+            lambda: decoder.validate_and_reencode(endless, 300),
+        ):
             refused = reason(action)
             assert refused.reason == "decode_timeout"
             assert refused.detail == "not decoded in 0.5 s of CPU time"
         assert child not in children()
-        assert decoder.pack(GOOD, 300) == GOOD
+        assert decoder.validate_and_reencode(GOOD, 300) == GOOD
 
 
 def test_a_decoder_that_stands_still_is_replaced() -> None:
@@ -226,13 +234,13 @@ def test_a_cover_that_takes_too_much_memory(
     data = encoded(LARGE.convert(mode), form, **options)
     with contextlib.closing(Decoder(memory=little)) as decoder:
         child = child_of(decoder)
-        assert reason(lambda: decoder.pack(data, 1500)).reason == "too_much_memory"
+        assert reason(lambda: decoder.validate_and_reencode(data, 1500)).reason == "too_much_memory"
         assert decoder.decode(GOOD, SMALL).shape == (16, 16, 3)
         # memory that was not there is no crash, and damage is no lack of memory
         assert children() == {child}
         assert reason(lambda: decoder.decode(GOOD[:-99], SMALL)).reason == "truncated_image"
     with contextlib.closing(Decoder()) as decoder:
-        assert len(decoder.pack(data, 1500)) > 100
+        assert len(decoder.validate_and_reencode(data, 1500)) > 100
 
 
 def test_an_interrupt_does_not_give_the_next_cover_this_ones_pixels() -> None:
@@ -383,7 +391,7 @@ def test_it_ends_when_its_parent_is_killed(endless: bytes, tmp_path: Path) -> No
         decoders = [Decoder(seconds=1), Decoder(seconds=1)]
         data = Path({str(tmp_path / "endless.jpg")!r}).read_bytes()
         for decoder in decoders:
-            decoder.pack({GOOD!r}, None)
+            decoder.validate_and_reencode({GOOD!r}, None)
         print("ready", flush=True)
         decoders[0].decode(data, Preprocessing())
         sys.stdin.read()
@@ -483,5 +491,5 @@ def test_after_a_fork_each_process_has_its_own() -> None:
 
 def test_the_module_has_one_for_each_process() -> None:
     assert np.array_equal(decoder_process.decode(GOOD, SMALL), image_decoding.decode(GOOD, SMALL))
-    assert decoder_process.pack(GOOD, 300) == GOOD
+    assert decoder_process.validate_and_reencode(GOOD, 300) == GOOD
     decoder_process._own_decoder().close()

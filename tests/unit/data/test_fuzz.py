@@ -209,11 +209,11 @@ def outcome(decoder: Decoder, data: bytes) -> str:
         assert pixels.dtype == np.uint8
         reason = "pixels"
     try:  # what prepare would store is a cover, too
-        packed = decoder.pack(data, 32)
+        reencoded = decoder.validate_and_reencode(data, 32)
     except CoverError as error:
         assert error.reason in REASONS
     else:
-        assert decoder.decode(packed, SPEC).shape == (SPEC.side, SPEC.side, 3)
+        assert decoder.decode(reencoded, SPEC).shape == (SPEC.side, SPEC.side, 3)
     return reason
 
 

@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 from PIL import EpsImagePlugin, Image, ImageCms
 
 from covergenre.data import decoder_process, image_decoding
-from covergenre.data.image_decoding import CoverError, Preprocessing, decode, pack, sha256
+from covergenre.data.image_decoding import (
+    CoverError,
+    Preprocessing,
+    decode,
+    sha256,
+    validate_and_reencode,
+)
 from covergenre.errors import ModelError
 from covergenre.schema import REASONS
 
@@ -56,9 +62,9 @@ def difference(a: Pixels, b: Pixels) -> float:
 
 
 def reason(data: bytes, max_side: int | None = 300) -> str:
-    """Why decode and pack, both, refuse `data`."""
+    """Why decode and validate_and_reencode, both, refuse `data`."""
     reasons = set()
-    for action in (lambda: decode(data, SMALL), lambda: pack(data, max_side)):
+    for action in (lambda: decode(data, SMALL), lambda: validate_and_reencode(data, max_side)):
         with pytest.raises(CoverError) as caught:
             action()
         reasons.add(caught.value.reason)
@@ -153,14 +159,14 @@ def with_orientation(orientation: int, image: Image.Image, form: str) -> bytes:
 def test_exif_orientation_is_applied(orientation: int, form: str) -> None:
     data = with_orientation(orientation, picture(), form)
     assert difference(decode(data, SMALL), squashed(picture())) < 2.5
-    # also where the JPEG comes reduced, and where it is packed
+    # also where the JPEG comes reduced, and where it is reencoded
     large = picture(400, 300)
     data = with_orientation(orientation, large, form)
     assert difference(decode(data, SMALL), squashed(large)) < 2.5
-    packed = pack(data, 60)
-    with Image.open(io.BytesIO(packed)) as stored:
+    reencoded = validate_and_reencode(data, 60)
+    with Image.open(io.BytesIO(reencoded)) as stored:
         assert stored.size == (60, 45)
-    assert difference(decode(packed, SMALL), squashed(large)) < 2.5
+    assert difference(decode(reencoded, SMALL), squashed(large)) < 2.5
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
@@ -280,7 +286,7 @@ def test_decode_is_deterministic() -> None:
     for form in ("PNG", "JPEG", "WEBP"):
         data = encoded(detailed(300, 200), form)
         assert (decode(data, SMALL) == decode(data, SMALL)).all()
-        assert pack(data, 100) == pack(data, 100)
+        assert validate_and_reencode(data, 100) == validate_and_reencode(data, 100)
 
 
 # What cannot be used
@@ -370,7 +376,7 @@ def test_limits_are_the_last_that_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_decoding, "MAX_PIXELS", 200)
     monkeypatch.setattr(image_decoding, "MAX_BYTES", len(data))
     assert decode(data, SMALL).shape == (16, 16, 3)
-    assert pack(data, 300) == data
+    assert validate_and_reencode(data, 300) == data
     monkeypatch.setattr(image_decoding, "MAX_PIXELS", 199)
     assert reason(data) == "too_many_pixels"
     monkeypatch.setattr(image_decoding, "MAX_BYTES", len(data) - 1)
@@ -382,8 +388,8 @@ def test_a_large_cover_below_the_limit_makes_no_noise(monkeypatch: pytest.Monkey
     data = encoded(picture(40, 30))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert pack(data, 300) == data
-        assert len(pack(data, 20))
+        assert validate_and_reencode(data, 300) == data
+        assert len(validate_and_reencode(data, 20))
         assert decode(data, SMALL).shape == (16, 16, 3)
 
 
@@ -403,7 +409,7 @@ def test_cover_error_survives_a_pickle() -> None:
 @pytest.mark.parametrize("size", [(300, 300), (300, 20), (64, 48), (1, 1)])
 def test_a_small_cover_keeps_its_bytes(form: str, size: tuple[int, int]) -> None:
     data = encoded(picture(*size), form)
-    assert pack(data, 300) == data
+    assert validate_and_reencode(data, 300) == data
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
@@ -420,16 +426,16 @@ def test_a_small_cover_keeps_its_bytes(form: str, size: tuple[int, int]) -> None
 def test_a_larger_cover_is_stored_smaller(
     form: str, size: tuple[int, int], stored: tuple[int, int]
 ) -> None:
-    packed = pack(encoded(picture(*size), form), 300)
-    with Image.open(io.BytesIO(packed)) as image:
+    reencoded = validate_and_reencode(encoded(picture(*size), form), 300)
+    with Image.open(io.BytesIO(reencoded)) as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", stored)
-    assert pack(packed, 300) == packed
+    assert validate_and_reencode(reencoded, 300) == reencoded
 
 
 def test_original_bytes_are_kept_only_of_covers_that_decode() -> None:
     for form in ("JPEG", "PNG"):
         data = encoded(detailed(700, 500), form)
-        assert pack(data, None) == data
+        assert validate_and_reencode(data, None) == data
         assert reason(data[: len(data) // 2], None) == "truncated_image"
 
 
@@ -440,9 +446,9 @@ def test_packing_hardly_changes_what_a_model_sees() -> None:
     for source, limit in ((picture(1000, 800), 0.8), (detailed(1000, 800), 4.5)):
         for form in ("PNG", "JPEG"):
             data = encoded(source, form)
-            packed = pack(data, 300)
-            assert len(packed) < len(data)
-            assert difference(decode(packed, spec), decode(data, spec)) < limit
+            reencoded = validate_and_reencode(data, 300)
+            assert len(reencoded) < len(data)
+            assert difference(decode(reencoded, spec), decode(data, spec)) < limit
 
 
 def test_sha256_is_of_the_bytes() -> None:
@@ -583,7 +589,7 @@ def test_a_wide_gamut_becomes_srgb(form: str, colour: tuple[int, int, int]) -> N
     data = encoded(image, form, icc_profile=ADOBE_RGB, **options)
     expected = of_adobe_rgb(colour)
     assert_is(decode(data, SMALL), expected, 2 if form in ("PNG", "TIFF") else 5)
-    assert_is(decode(pack(data, 16), SMALL), expected, 5)
+    assert_is(decode(validate_and_reencode(data, 16), SMALL), expected, 5)
     if colour[0] != colour[1]:
         assert difference(decode(encoded(image, form, **options), SMALL), expected) > 5
 
@@ -716,8 +722,8 @@ def test_deep_grey_is_scaled(dtype: str, bits: int, kind: int, levels: dict[Any,
 def test_deep_grey_of_12_bits() -> None:
     # two samples in three bytes
     for level, expected in ((0, 0), (2056, 128), (4095, 255)):
-        packed = np.frombuffer(f"{level:03x}{level:03x}".encode() * 8, "S1")
-        row = np.frombuffer(bytes.fromhex(packed.tobytes().decode()), np.uint8)
+        two_samples = np.frombuffer(f"{level:03x}{level:03x}".encode() * 8, "S1")
+        row = np.frombuffer(bytes.fromhex(two_samples.tobytes().decode()), np.uint8)
         data = bytearray(tiff(row.reshape(1, -1), 12))
         at = data.index(struct.pack("<HHI", 256, 4, 1))
         data[at + 8 : at + 12] = struct.pack("<I", 16)
@@ -811,7 +817,7 @@ def test_the_first_picture_of_any_format_counts(form: str) -> None:
     with Image.open(io.BytesIO(data)) as saved:
         assert getattr(saved, "n_frames", 1) == 3
     assert difference(decode(data, SMALL), squashed(picture())) < 6
-    assert pack(data, 300) == data
+    assert validate_and_reencode(data, 300) == data
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,13 @@ from images import encoded
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from covergenre.data.image_decoding import CoverError, Preprocessing, decode, pack, sha256
+from covergenre.data.image_decoding import (
+    CoverError,
+    Preprocessing,
+    decode,
+    sha256,
+    validate_and_reencode,
+)
 from covergenre.data.image_repair import repaired, without_stray_bytes
 from covergenre.data.jpeg_repair import repaired_jpeg
 
@@ -30,9 +36,13 @@ def picture(width: int = 64, height: int = 48) -> Image.Image:
 
 
 def reason(data: bytes) -> str:
-    """Why decode and pack, both, refuse `data`."""
+    """Why decode and validate_and_reencode, both, refuse `data`."""
     reasons = set()
-    for action in (lambda: decode(data, SMALL), lambda: pack(data, 300), lambda: pack(data, 8)):
+    for action in (
+        lambda: decode(data, SMALL),
+        lambda: validate_and_reencode(data, 300),
+        lambda: validate_and_reencode(data, 8),
+    ):
         with pytest.raises(CoverError) as caught:
             action()
         reasons.add(caught.value.reason)
@@ -41,11 +51,14 @@ def reason(data: bytes) -> str:
 
 
 def assert_decodes_as(data: bytes, whole: bytes) -> None:
-    """By decode and by pack, which keeps the bytes of a small cover."""
+    """By decode and by validate_and_reencode, which keeps the bytes of a small cover."""
     expected = decode(whole, SMALL)
     assert np.array_equal(decode(data, SMALL), expected)
-    assert pack(data, 300) == data
-    assert np.array_equal(decode(pack(data, 7), SMALL), decode(pack(whole, 7), SMALL))
+    assert validate_and_reencode(data, 300) == data
+    assert np.array_equal(
+        decode(validate_and_reencode(data, 7), SMALL),
+        decode(validate_and_reencode(whole, 7), SMALL),
+    )
 
 
 # PNG

@@ -61,8 +61,8 @@ def test_catalog_has_its_columns_and_names_every_cover(
 ) -> None:
     assert sample.name == "catalog.csv"
     assert list(rows[0]) == ["album_id", "cover", "genres", "title", "artist"]
-    assert [row["album_id"] for row in rows] == [f"drawn_{i:06d}" for i in range(1, ALBUMS + 1)]
-    assert rows[0]["cover"] == "covers/drawn_000001.jpg"
+    assert [row["album_id"] for row in rows] == [f"synthetic_{i:06d}" for i in range(1, ALBUMS + 1)]
+    assert rows[0]["cover"] == "covers/synthetic_000001.jpg"
     assert all(row["title"] and row["artist"] for row in rows)
     assert b"\r" not in sample.read_bytes()
     on_disk = {path.name for path in (sample.parent / "covers").iterdir()}
