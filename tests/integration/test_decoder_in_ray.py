@@ -29,7 +29,7 @@ def small_memory() -> int:
     """Address space in bytes that suffices for a small cover and not for one of 3000 x 3000."""
     before = set(psutil.Process().children())
     with contextlib.closing(Decoder()) as decoder:
-        decoder.pack(encoded(Image.new("RGB", (8, 8))), 300)
+        decoder.validate_and_reencode(encoded(Image.new("RGB", (8, 8))), 300)
         (child,) = set(psutil.Process().children()) - before
         return int(child.memory_info().vms) + 20 * 2**20
 
