@@ -38,7 +38,7 @@ def main() -> None:
         rates = {n: _rate(plan, n) for n in (8, *IN_FLIGHT)}  # the first run warms up
         sizes = storage.list_sizes(storage.join(folder, "covers")).values()
     finally:
-        storage.delete_folder(folder)
+        storage.delete_directory(folder)
     shown = {
         str(n): {"a_second": round(rates[n], 1), "ratio": round(rates[n] / rates[1], 2)}
         for n in IN_FLIGHT

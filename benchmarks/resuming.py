@@ -50,7 +50,7 @@ def main() -> None:
         score.count_rows(place, units, total)
         counted = time.perf_counter()
     finally:
-        storage.delete_folder(place)
+        storage.delete_directory(place)
     if total["scored"] != args.units * _ROWS:
         raise SystemExit("the footers do not add up")
     result = {

@@ -174,7 +174,7 @@ def storage_trouble(uri: str) -> str:
         storage.put(probe, data)
         if storage.read_bytes(probe) != data:
             return "other bytes came back than were written"
-        storage.delete_folder(folder)
+        storage.delete_directory(folder)
     except StorageError as error:
         return str(error)
     return ""

@@ -127,14 +127,14 @@ def _check_covers(folder: str) -> None:
     """Raises CatalogError where no cover could be there, rather than set every row aside."""
     if folder.startswith(("http://", "https://", "s3://")):
         return
-    if not storage.is_folder(folder):
+    if not storage.is_directory(folder):
         raise CatalogError(f"--covers {folder}: no such folder")
 
 
 def catalog_stamps(uri: str, options: CatalogSettings) -> list[list[Any]]:
     """[path, bytes, time of change in ns] of each file of a catalog: the same, the same content."""
     _, files = find_files(uri, "csv" if options.format == "mumu" else options.format)
-    return [[file, *storage.stamp(file)] for file in files]
+    return [[file, *storage.stat(file)] for file in files]
 
 
 def _file_parts(

@@ -249,7 +249,7 @@ def _fetch_exactly(path: str, source: Source) -> Cover:
             f"{redacted(path)}: {scheme}:// cannot be read; copy the covers to a folder or s3://",
         )
     try:
-        with storage.open_input(path) as file, storage.named(path, "read"):
+        with storage.open_input(path) as file, storage.translate_errors(path, "read"):
             if file.size() > MAX_BYTES:  # before it fills the memory
                 raise CoverError("file_too_large", f"{file.size():,} bytes, limit {MAX_BYTES:,}")
             data = bytes(file.read())

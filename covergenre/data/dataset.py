@@ -101,7 +101,7 @@ def write_manifest(manifest: Manifest, extra: dict[str, Any]) -> None:
 
 def is_dataset(uri: str) -> bool:
     """Whether `uri` is a folder that prepare finished."""
-    return storage.is_folder(uri) and storage.exists(storage.join(uri, "manifest.json"))
+    return storage.is_directory(uri) and storage.exists(storage.join(uri, "manifest.json"))
 
 
 def read_manifest(uri: str) -> Manifest:
@@ -172,7 +172,7 @@ def write_shard(root: str, path: str, table: pa.Table) -> Shard:
 
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """All rows of the Parquet file `uri`."""
-    with storage.open_input(uri) as file, storage.named(uri, "read as Parquet"):
+    with storage.open_input(uri) as file, storage.translate_errors(uri, "read as Parquet"):
         return parquet.opened(file).read(columns=columns)
 
 
@@ -186,12 +186,12 @@ def _open(uri: str, stamp: tuple[int, int], buffered: bool) -> pq.ParquetFile:
 
 def open_parquet(uri: str, buffered: bool = False) -> pq.ParquetFile:
     """The Parquet file `uri`, kept open for those who read other parts of it later."""
-    return _open(uri, storage.stamp(uri), buffered=buffered)
+    return _open(uri, storage.stat(uri), buffered=buffered)
 
 
 def read_rows(uri: str, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
     """Rows `start` to `stop` of the Parquet file `uri`, reading only the row groups they are in."""
-    with storage.named(uri, "read as Parquet"):
+    with storage.translate_errors(uri, "read as Parquet"):
         file = open_parquet(uri)
         first_row = 0
         groups: list[int] = []
@@ -213,7 +213,7 @@ def stream_rows(uri: str, rows: Sequence[int], columns: Sequence[str]) -> Iterat
     Row groups of others may be large: of those a part is in memory, never all.
     """
     wanted = np.asarray(rows, np.int64)
-    with storage.named(uri, "read as Parquet"):
+    with storage.translate_errors(uri, "read as Parquet"):
         metadata = open_parquet(uri).metadata
         ends = np.cumsum([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)])
         for group in np.unique(np.searchsorted(ends, wanted, "right")):

@@ -172,10 +172,10 @@ def write_plan(
             schemes.update(web_schemes(part))
             hash_rows(digest, part)
             storage.put(_part_uri(uri, number), arrow_file.to_arrow_file(part, GROUP_ROWS))
-            with storage.named(temporary, "write"):
+            with storage.translate_errors(temporary, "write"):
                 seen.add(part)
         repeats = Path(temporary, _REPEATS_FILE)
-        with storage.named(temporary, "write"):
+        with storage.translate_errors(temporary, "write"):
             seen.write_repeats(repeats, rows)
         storage.put_file(storage.join(uri, _REPEATS_FILE), repeats)
     made_of, columns = source(), _without_null_types(unified)

@@ -112,7 +112,7 @@ def find_files(uri: str, format_: str) -> tuple[str, list[str]]:
     """
     uri = storage.absolute(uri)
     is_pattern = any(character in uri for character in "*?[") and not storage.exists(uri)
-    if not is_pattern and not storage.is_folder(uri):
+    if not is_pattern and not storage.is_directory(uri):
         storage.size(uri)  # a missing file is told before its name is judged
         found = _format_of(uri) if format_ == "auto" else format_
         if found is None:

@@ -1,1 +1,1 @@
-"""Local and S3 storage, Parquet files from outside, hashes of content, URLs."""
+"""Local and S3 storage, Parquet files from untrusted sources, hashes of tables, URLs."""

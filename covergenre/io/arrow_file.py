@@ -29,8 +29,8 @@ def to_arrow_file(table: pa.Table, batch_rows: int) -> pa.Buffer:
 
 def read_batches(uri: str, first: int, last: int) -> pa.Table:
     """Batches `first` to `last`, inclusive, as one table."""
-    with storage.named(uri, "read as Arrow IPC"):
-        file = _open(uri, storage.stamp(uri))
+    with storage.translate_errors(uri, "read as Arrow IPC"):
+        file = _open(uri, storage.stat(uri))
         batches = [file.get_batch(number) for number in range(first, last + 1)]
         for batch in batches:
             batch.validate(full=True)

@@ -1,8 +1,9 @@
-"""Local paths and s3:// alike: the one place that makes a filesystem.
+"""Files on local disks and on S3, through one set of functions.
 
-Few verbs, because S3 has few: open, list, put atomically, put if absent, delete. There is no
-rename. A reader never sees half an object: local puts go through a temporary name in the same
-folder, S3 shows an object only when its upload is complete.
+Every function takes a local path or a URI (s3://bucket/key) as text, or a local pathlib.Path, and
+raises StorageError with one line that names it. Writes are atomic: a reader sees the old file or
+all of the new one. A local file is written under a temporary name in the same directory and then
+moved; S3 shows an object only when its upload is complete. There is no rename, because S3 has none.
 """
 
 import contextlib
@@ -10,12 +11,12 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from stat import S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFMT, S_IFSOCK, S_ISREG
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -23,28 +24,31 @@ from pyarrow import fs
 
 from covergenre.errors import StorageError
 from covergenre.io import s3
-from covergenre.io.urls import redacted
+from covergenre.io.urls import PathOrUri, redacted
 
-_PIECE_BYTES = 8 * 2**20
-_TEMPORARY = ".covergenre-writing-"
-"""How the name of a half-written local file begins; the dot keeps it out of listings by pattern."""
-
+_CHUNK_BYTES = 8 * 2**20
+_TEMPORARY_PREFIX = ".covergenre-writing-"
+"""Of the name of a half-written local file; a name with a dot is left out of globs."""
 
 ABSOLUTE = r"(?i)^(/|data:|file:/|[a-z][a-z0-9+.-]+://)"
-"""What begins like this is not relative to a folder. Not one letter: `C:/` is a Windows drive."""
+"""Matches absolute paths and URIs. A scheme has two letters or more: `C:/` is a Windows drive."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _FILE_URI = re.compile(r"file:(?://([^/]*))?(/.*)?\Z", re.IGNORECASE | re.DOTALL)
 _S3_SCHEMES = ("s3", "s3a", "s3n")
-"""The last two are Hadoop's names for S3."""
+"""s3a and s3n are Hadoop's names for S3."""
 
 
-def is_uri(text: str) -> bool:
-    """Whether `text` has a scheme, as s3://bucket/key has."""
-    return _SCHEME.match(text) is not None
+# Paths and URIs
 
 
-def scheme(uri: str) -> str:
-    """The scheme of `uri` in lower case: "" for a path, "s3" for s3a:// and s3n:// too."""
+def is_uri(path: PathOrUri) -> bool:
+    """Whether `path` has a scheme, as s3://bucket/key has."""
+    return _SCHEME.match(os.fspath(path)) is not None
+
+
+def scheme(uri: PathOrUri) -> str:
+    """The scheme of `uri` in lower case: "" for a path, "s3" also for s3a:// and s3n://."""
+    uri = os.fspath(uri)
     if uri[:6].lower() == "file:/":
         return "file"
     match = _SCHEME.match(uri)
@@ -52,14 +56,19 @@ def scheme(uri: str) -> str:
     return "s3" if found in _S3_SCHEMES else found
 
 
-def absolute(uri: str) -> str:
-    """`uri` as a path or URI that means the same in every process of this host.
+def absolute(uri: PathOrUri) -> str:
+    """`uri` as text that means the same in every process of this machine.
 
-    The scheme of a URI is written in one way: s3:// for S3A://; a file: URI becomes a path. Raises
-    StorageError for a URI that names no bucket: as a path it would be a folder `s3:`.
+    A relative path and a file: URI become absolute paths; schemes are written in lower case, and
+    s3a:// and s3n:// as s3://. Raises StorageError for an S3 URI without a bucket: as a path it
+    would be a directory named `s3:`.
     """
+    uri = os.fspath(uri)
     if re.match(r"(?i)s3[an]?:(/[^/]|/*$)", uri):
-        raise StorageError(f"{uri}: names no bucket; write s3://bucket/prefix")
+        raise StorageError(
+            f"{uri}: names no bucket; write s3://bucket/prefix, as text (pathlib.Path drops a /)",
+            code="invalid_uri",
+        )
     found = scheme(uri)
     if found == "file":
         uri = _path_of_file_uri(uri)
@@ -72,46 +81,53 @@ def _path_of_file_uri(uri: str) -> str:
     match = _FILE_URI.match(uri)
     if match is None or not match[2] or (match[1] or "localhost").lower() != "localhost":
         raise StorageError(
-            f"{redacted(uri)}: not a file on this machine; write file:///folder/file"
+            f"{redacted(uri)}: not a file on this machine; write file:///directory/file",
+            code="invalid_uri",
         )
     return unquote(match[2])
 
 
-def check_scheme(uri: str) -> None:
-    """Raises StorageError where nothing can be stored at URIs like `uri`."""
+def check_scheme(uri: PathOrUri) -> None:
+    """Raises StorageError if URIs with the scheme of `uri` are not supported."""
     found = scheme(uri)
     if found in ("", "file", "s3"):
         return
     advice = "use a local path or s3://"
     if found in ("http", "https"):
         advice = "download it first, and use a local path or s3://"
-    raise StorageError(f"{redacted(uri)}: no storage for {found}://; {advice}")
+    raise StorageError(
+        f"{redacted(uri)}: {found}:// is not supported; {advice}", code="unsupported_scheme"
+    )
 
 
-def join(base: str, *parts: str) -> str:
-    """`base/part/...`; a part that is itself absolute or a URI replaces what is before it."""
-    for part in parts:
-        base = part if re.match(ABSOLUTE, part) else f"{base.rstrip('/')}/{part}"
-    return base
+def join(base: PathOrUri, *parts: PathOrUri) -> str:
+    """`base/part/...`; a part that is an absolute path or a URI replaces everything before it."""
+    joined = os.fspath(base)
+    for part in map(os.fspath, parts):
+        joined = part if re.match(ABSOLUTE, part) else f"{joined.rstrip('/')}/{part}"
+    return joined
 
 
-def parent(uri: str) -> str:
-    """The folder that holds `uri`."""
-    folder, slash, _ = uri.rstrip("/").rpartition("/")
-    return folder or slash
+def parent(uri: PathOrUri) -> str:
+    """The directory that contains `uri`."""
+    directory, slash, _ = os.fspath(uri).rstrip("/").rpartition("/")
+    return directory or slash
 
 
-def name(uri: str) -> str:
-    """The last part of `uri`."""
-    return uri.rstrip("/").rpartition("/")[2]
+def name(uri: PathOrUri) -> str:
+    """The last component of `uri`."""
+    return os.fspath(uri).rstrip("/").rpartition("/")[2]
 
 
-def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """The Arrow filesystem of `uri` and the path in it. Raises StorageError for other schemes."""
+def filesystem(uri: PathOrUri) -> tuple[fs.FileSystem, str]:
+    """The Arrow filesystem for `uri` and the path in it.
+
+    Raises StorageError for unsupported schemes and for a bucket that cannot be reached.
+    """
     check_scheme(uri)
     if scheme(uri) != "s3":
-        return _local(), absolute(uri)
-    path = uri.partition("://")[2].rstrip("/")
+        return _local_filesystem(), absolute(uri)
+    path = os.fspath(uri).partition("://")[2].rstrip("/")
     bucket = path.partition("/")[0]
     try:
         s3.check(bucket)
@@ -121,175 +137,199 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 @lru_cache(maxsize=1)
-def _local() -> fs.LocalFileSystem:
+def _local_filesystem() -> fs.LocalFileSystem:
     return fs.LocalFileSystem()
 
 
 @contextlib.contextmanager
-def named(uri: str, verb: str) -> Iterator[None]:
-    """Turn what a filesystem raises into one line that names the place."""
+def translate_errors(uri: PathOrUri, verb: str) -> Iterator[None]:
+    """Raise what a filesystem raises as a StorageError: `URI: cannot VERB: reason`."""
     try:
         yield
     except FileNotFoundError as error:
-        raise StorageError(f"{redacted(uri)}: no such file or folder") from error
-    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: a NUL, half a character
+        raise StorageError(
+            f"{redacted(uri)}: no such file or directory", code="not_found"
+        ) from error
+    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: NUL or a lone surrogate
         reason, *_ = str(getattr(error, "strerror", None) or error or repr(error)).splitlines()
         raise StorageError(f"{redacted(uri)}: cannot {verb}: {reason}") from error
 
 
-def exists(uri: str) -> bool:
-    """Whether `uri` is a file or a folder (on S3: a key or a prefix of keys)."""
+# Reading and listing
+
+
+def exists(uri: PathOrUri) -> bool:
+    """Whether `uri` is a file or a directory (on S3: a key or a prefix of keys)."""
     return bool(_type(uri) != fs.FileType.NotFound)
 
 
-def is_folder(uri: str) -> bool:
-    """Whether `uri` is a folder (on S3: a prefix of keys)."""
+def is_directory(uri: PathOrUri) -> bool:
+    """Whether `uri` is a directory (on S3: a prefix of keys)."""
     return bool(_type(uri) == fs.FileType.Directory)
 
 
-def _type(uri: str) -> fs.FileType:
+def _type(uri: PathOrUri) -> fs.FileType:
     system, path = filesystem(uri)
-    with named(uri, "read"):
+    with translate_errors(uri, "read"):
         return system.get_file_info(path).type
 
 
-def size(uri: str) -> int:
-    """Bytes of the file `uri`. Raises StorageError where it is not a file."""
-    return stamp(uri)[0]
+class FileStat(NamedTuple):
+    """Size and mtime of a file: if they are the same as before, its content is taken to be."""
+
+    size: int
+    """In bytes."""
+    mtime_ns: int
 
 
-def stamp(uri: str) -> tuple[int, int]:
-    """(bytes, time of change in ns) of the file `uri`: another stamp is another content.
-
-    Raises StorageError where it is not a file.
-    """
+def stat(uri: PathOrUri) -> FileStat:
+    """Size and mtime of the file `uri`. Raises StorageError if it is not a file."""
     system, path = filesystem(uri)
-    with named(uri, "read"):
+    with translate_errors(uri, "read"):
         info = system.get_file_info(path)
         if info.type == fs.FileType.Unknown:
             _check_regular(path)
         if info.type != fs.FileType.File:
             raise FileNotFoundError(uri)
-    return int(info.size), int(info.mtime_ns)
+    return FileStat(int(info.size), int(info.mtime_ns))
 
 
-def open_input(uri: str) -> pa.NativeFile:
-    """`uri` opened for reading at any place. Raises StorageError where it cannot be.
+def size(uri: PathOrUri) -> int:
+    """Bytes of the file `uri`. Raises StorageError if it is not a file."""
+    return stat(uri).size
 
-    Of local files only regular ones are opened: a pipe would wait for its writer, and to open a
-    device can do something to it.
+
+def open_input(uri: PathOrUri) -> pa.NativeFile:
+    """The file `uri` opened for random access. Raises StorageError if it cannot be.
+
+    Local files must be regular ones: opening a pipe would wait for its writer, and opening a device
+    can have effects.
     """
     system, path = filesystem(uri)
-    with named(uri, "read"):
+    with translate_errors(uri, "read"):
         if isinstance(system, fs.LocalFileSystem):
             _check_regular(path)
         return system.open_input_file(path)
 
 
 def _check_regular(path: str) -> None:
-    """Raises OSError where the local `path`, symbolic links followed, is not a regular file."""
-    mode = os.stat(path.encode()).st_mode  # UTF-8, as Arrow has paths
-    if stat.S_ISREG(mode) or path == os.devnull:  # the usual name of an empty file
+    """Raises OSError if the local `path`, symbolic links followed, is not a regular file."""
+    mode = os.stat(path.encode()).st_mode  # UTF-8, as Arrow encodes paths
+    if S_ISREG(mode) or path == os.devnull:  # the usual name of an empty file
         return
     kinds = {
-        stat.S_IFDIR: "a folder",
-        stat.S_IFIFO: "a pipe",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
+        S_IFDIR: "a directory",
+        S_IFIFO: "a pipe",
+        S_IFSOCK: "a socket",
+        S_IFCHR: "a device",
+        S_IFBLK: "a device",
     }
-    kind = kinds.get(stat.S_IFMT(mode), "a special file")
-    advice = "; write what it gives to a file, and name that" if kind == "a pipe" else ""
+    kind = kinds.get(S_IFMT(mode), "a special file")
+    advice = "; write its output to a file and give that" if kind == "a pipe" else ""
     raise OSError(f"it is {kind}, not a regular file{advice}")
 
 
-def read_bytes(uri: str) -> bytes:
-    """All bytes of the file `uri`."""
+def read_bytes(uri: PathOrUri) -> bytes:
+    """The content of the file `uri`."""
     system, path = filesystem(uri)
     if not isinstance(system, fs.LocalFileSystem):
-        with named(uri, "read"):
+        with translate_errors(uri, "read"):
             return s3.read(path)
-    with open_input(uri) as file, named(uri, "read"):
+    with open_input(uri) as file, translate_errors(uri, "read"):
         return bytes(file.read())
 
 
-def read_json(uri: str) -> Any:
-    """The JSON value in the file `uri`. Raises StorageError where it is not JSON."""
+def read_json(uri: PathOrUri) -> Any:
+    """The JSON value in the file `uri`. Raises StorageError if it is not JSON."""
     try:
         return json.loads(read_bytes(uri))
     except ValueError as error:
-        raise StorageError(f"{redacted(uri)}: not valid JSON: {error}") from error
+        raise StorageError(
+            f"{redacted(uri)}: not valid JSON: {error}", code="invalid_json"
+        ) from error
 
 
-def list_files(uri: str) -> list[str]:
-    """Every file below the folder `uri`, sorted. Raises StorageError where there is no such."""
+def get_file(uri: PathOrUri, file: Path) -> None:
+    """Copy `uri` to the local `file`, a chunk at a time."""
+    with open_input(uri) as source, translate_errors(file, "write"), file.open("wb") as sink:
+        while chunk := _read_chunk(uri, source):
+            sink.write(chunk)
+
+
+def _read_chunk(uri: PathOrUri, source: pa.NativeFile) -> bytes:
+    with translate_errors(uri, "read"):
+        return bytes(source.read(_CHUNK_BYTES))
+
+
+def list_files(uri: PathOrUri) -> list[str]:
+    """Every file below the directory `uri`, sorted. Raises StorageError if there is none."""
     system, path = filesystem(uri)
-    with named(uri, "list"):
+    with translate_errors(uri, "list"):
         found = system.get_file_info(fs.FileSelector(path, recursive=True))
     prefix = "" if isinstance(system, fs.LocalFileSystem) else "s3://"
-    return sorted(prefix + info.path for info in found if _is_whole_file(info))
+    return sorted(prefix + info.path for info in found if _is_complete_file(info))
 
 
-def list_sizes(uri: str) -> dict[str, int]:
-    """Path below the folder `uri` -> bytes, of every file; empty where there is no such folder.
+def list_sizes(uri: PathOrUri) -> dict[str, int]:
+    """Path below the directory `uri` -> bytes, of every file; empty if there is no such directory.
 
-    Neither here nor in `list_files` is what a killed `put` left behind.
+    Neither this nor `list_files` lists what a killed `put` left behind.
     """
     system, path = filesystem(uri)
-    with named(uri, "list"):
+    with translate_errors(uri, "list"):
         found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     return {
         info.path[len(path) + 1 :]: int(info.size)
         for info in sorted(found, key=lambda info: str(info.path))
-        if _is_whole_file(info)
+        if _is_complete_file(info)
     }
 
 
-def _is_whole_file(info: fs.FileInfo) -> bool:
-    return bool(info.type == fs.FileType.File and not info.base_name.startswith(_TEMPORARY))
+def _is_complete_file(info: fs.FileInfo) -> bool:
+    is_file = info.type == fs.FileType.File
+    return bool(is_file and not info.base_name.startswith(_TEMPORARY_PREFIX))
 
 
-def put(uri: str, data: bytes | pa.Buffer) -> None:
-    """Write `data` to `uri` so that a reader sees the old object or all of the new one."""
+# Writing and deleting
+
+
+def put(uri: PathOrUri, data: bytes | pa.Buffer) -> None:
+    """Write `data` to `uri`, atomically."""
     system, path = filesystem(uri)
-    with named(uri, "write"):
+    with translate_errors(uri, "write"):
         if isinstance(system, fs.LocalFileSystem):
             _put_local(Path(path), data, overwrite=True)
         else:
             s3.write(path, [data])
 
 
-def put_file(uri: str, file: Path) -> None:
-    """Copy the local `file` to `uri`, atomically and a piece at a time."""
+def put_file(uri: PathOrUri, file: Path) -> None:
+    """Copy the local `file` to `uri`, atomically and a chunk at a time."""
     system, path = filesystem(uri)
-    with named(uri, "write"), file.open("rb") as source:
+    with translate_errors(uri, "write"), file.open("rb") as source:
         if isinstance(system, fs.LocalFileSystem):
             _put_local(Path(path), source, overwrite=True)
         else:
-            s3.write(path, iter(lambda: source.read(_PIECE_BYTES), b""))
+            s3.write(path, iter(lambda: source.read(_CHUNK_BYTES), b""))
 
 
-def get_file(uri: str, file: Path) -> None:
-    """Copy `uri` to the local `file`, a piece at a time."""
-    with open_input(uri) as source, named(str(file), "write"), file.open("wb") as sink:
-        while piece := _read_piece(uri, source):
-            sink.write(piece)
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented JSON in UTF-8, ending with a newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _read_piece(uri: str, source: pa.NativeFile) -> bytes:
-    with named(uri, "read"):
-        return bytes(source.read(_PIECE_BYTES))
+def put_json(uri: PathOrUri, value: Any) -> None:
+    """Write `value` to `uri` as `json_bytes`, atomically."""
+    put(uri, json_bytes(value))
 
 
-def put_json(uri: str, value: Any) -> None:
-    """Write `value` to `uri` as indented JSON, atomically."""
-    put(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+def put_if_absent(uri: PathOrUri, data: bytes) -> bool:
+    """Write `data` to `uri` unless it exists; whether this call wrote it.
 
-
-def put_if_absent(uri: str, data: bytes) -> bool:
-    """Write `data` to `uri` unless it exists. Whether this call wrote it: one caller wins."""
+    Of several callers at once, in any processes, exactly one writes it.
+    """
     system, path = filesystem(uri)
-    with named(uri, "write"):
+    with translate_errors(uri, "write"):
         if isinstance(system, fs.LocalFileSystem):
             return _put_local(Path(path), data, overwrite=False)
         return s3.write_if_absent(path, data)
@@ -297,13 +337,13 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 
 def _put_local(path: Path, data: bytes | pa.Buffer | BinaryIO, *, overwrite: bool) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY_PREFIX, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             if isinstance(data, bytes | pa.Buffer):
                 file.write(data)
             else:
-                shutil.copyfileobj(data, file, _PIECE_BYTES)
+                shutil.copyfileobj(data, file, _CHUNK_BYTES)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -311,7 +351,7 @@ def _put_local(path: Path, data: bytes | pa.Buffer | BinaryIO, *, overwrite: boo
             os.replace(temporary, path)
             return True
         try:
-            os.link(temporary, path)  # unlike replace, a link fails where the name is taken
+            os.link(temporary, path)  # unlike replace, it fails if `path` exists
         except FileExistsError:
             return False
         return True
@@ -327,15 +367,15 @@ def _umask() -> int:
     return value
 
 
-def delete_file(uri: str) -> None:
-    """Delete the file `uri`; nothing happens where there is none."""
+def delete_file(uri: PathOrUri) -> None:
+    """Delete the file `uri`, if it exists."""
     system, path = filesystem(uri)
-    with named(uri, "delete"), contextlib.suppress(FileNotFoundError):
+    with translate_errors(uri, "delete"), contextlib.suppress(FileNotFoundError):
         system.delete_file(path)
 
 
-def delete_folder(uri: str) -> None:
-    """Delete the folder `uri` and all below it; nothing happens where there is none."""
+def delete_directory(uri: PathOrUri) -> None:
+    """Delete the directory `uri` and everything below it, if it exists."""
     system, path = filesystem(uri)
-    with named(uri, "delete"), contextlib.suppress(FileNotFoundError):
+    with translate_errors(uri, "delete"), contextlib.suppress(FileNotFoundError):
         system.delete_dir(path)

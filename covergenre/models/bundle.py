@@ -76,10 +76,12 @@ def write_bundle(
     """
     files = {
         "model.safetensors": weights,
-        "genres.json": _json(list(genres.names)),
-        "preprocessing.json": _json(preprocessing.to_json()),
-        "decision.json": _json({"thresholds": dict(thresholds)}),
-        "config.json": _json({"model": model, "precision": precision, "train": dict(config)}),
+        "genres.json": storage.json_bytes(list(genres.names)),
+        "preprocessing.json": storage.json_bytes(preprocessing.to_json()),
+        "decision.json": storage.json_bytes({"thresholds": dict(thresholds)}),
+        "config.json": storage.json_bytes(
+            {"model": model, "precision": precision, "train": dict(config)}
+        ),
         **others,
     }
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
@@ -100,10 +102,6 @@ def _weights_id(hashes: Mapping[str, str], model: str, precision: str) -> str:
     parts = [model, precision]
     parts += [hashes[n] for n in ("model.safetensors", "genres.json", "preprocessing.json")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def is_bundle(uri: str) -> bool:

@@ -114,7 +114,7 @@ def _read(weights: str, shown: str) -> bytes:
     if "/" not in weights and not storage.exists(weights):
         hint = did_you_mean(weights, ("imagenet", "none"))
         raise ModelError(f"--weights: there is no file {weights!r}{hint}")
-    if storage.scheme(weights) != "s3" and storage.is_folder(weights):
+    if storage.scheme(weights) != "s3" and storage.is_directory(weights):
         raise ModelError(f"{weights}: is a folder; name a file (of a MODEL, its model.safetensors)")
     return storage.read_bytes(weights)
 

@@ -41,7 +41,7 @@ def check_folder(place: str) -> None:
     """Raises StorageError where `place`, or what it is to lie in, is a file."""
     ways = [place] if storage.is_uri(place) else [place, *map(str, Path(place).parents)]
     there = next(filter(storage.exists, ways), None)
-    if there is not None and not storage.is_folder(there):
+    if there is not None and not storage.is_directory(there):
         raise StorageError(f"{there}: is a file; choose a folder with --out")
 
 

@@ -396,7 +396,7 @@ def _finish(
             " duplicates came out"
         )
     if albums == 0:
-        storage.delete_folder(storage.join(out, _DONE))  # the same command looks at each again
+        storage.delete_directory(storage.join(out, _DONE))  # the same command looks at each again
         most, n = rejected.most_common(1)[0]
         raise CatalogError(
             f"{config.catalog}: no album can be used; {n:,} of {rows:,} rows: {most}"

@@ -268,7 +268,7 @@ def count_rows(out: str, units: NDArray[np.int64], total: Counter[str]) -> None:
 
     def counts(unit: int) -> dict[str, int]:
         uri = storage.join(out, "labels", _part(unit))
-        with storage.open_input(uri) as file, storage.named(uri, "read as Parquet"):
+        with storage.open_input(uri) as file, storage.translate_errors(uri, "read as Parquet"):
             found: dict[str, int] = json.loads(parquet.opened(file).metadata.metadata[_FOOTER])
         return found
 

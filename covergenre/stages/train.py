@@ -119,9 +119,9 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
                 trained = _train(config, manifest, workers, backbone, origin, out, run)
     except TrainingDivergedError:
         if not checkpoints.latest_step(storage.join(state, _CHECKPOINTS)):
-            storage.delete_folder(state)  # nothing there is worth keeping
+            storage.delete_directory(state)  # nothing there is worth keeping
         raise
-    storage.delete_folder(state)
+    storage.delete_directory(state)
     return trained
 
 
@@ -369,7 +369,7 @@ def _run_group(config: TrainConfig, job: "Job", state: str) -> None:
             self.controller = controller
 
     # Ray Train would take up what an ended run of this name left there, unasked.
-    storage.delete_folder(storage.join(state, _RAY))
+    storage.delete_directory(storage.join(state, _RAY))
     filesystem, path = storage.filesystem(state)
     elastic = _is_elastic(config)
     # Machines that do not come are waited for, unless fewer may do.

@@ -46,7 +46,7 @@ def test_each_request_bears_each_fault(calm_s3: Flaky, fault: str, tmp_path: Pat
         proxy.next[kind] = [fault]
     storage.put(f"{place}/x", b"cover")
     assert storage.read_bytes(f"{place}/x") == b"cover"
-    assert storage.stamp(f"{place}/x")[0] == 5
+    assert storage.stat(f"{place}/x")[0] == 5
     storage.put(f"{place}/large", LARGE)
     proxy.next["LIST"] = [fault]
     assert storage.list_sizes(place) == {"large": len(LARGE), "x": 5}
@@ -56,7 +56,7 @@ def test_each_request_bears_each_fault(calm_s3: Flaky, fault: str, tmp_path: Pat
     storage.delete_file(f"{place}/x")
     proxy.next["HEAD"], proxy.next["LIST"] = [fault], [fault]
     assert not storage.exists(f"{place}/x")
-    storage.delete_folder(place)
+    storage.delete_directory(place)
     assert not any(proxy.next.values()), "a fault was not reached"
     kinds = {kind for kind, found in proxy.counts if found not in ("", "short")}
     if fault != "short":  # where there is no body the answer is lost instead
@@ -103,7 +103,7 @@ def test_an_upload_that_failed_leaves_the_object_as_it_was(
 def test_an_object_that_changes_while_it_is_read_is_told(calm_s3: Flaky) -> None:
     uri = f"{calm_s3[0]}/changes"
     storage.put(uri, LARGE)
-    with storage.open_input(uri) as file, storage.named(uri, "read"):
+    with storage.open_input(uri) as file, storage.translate_errors(uri, "read"):
         assert file.read(10) == LARGE[:10]
         storage.put(uri, LARGE[::-1])
         with pytest.raises(OSError, match="it changed while it was read"):
@@ -173,7 +173,7 @@ def test_a_list_comes_in_pages_and_goes_as_a_whole(
     each(len(names), lambda n: storage.put(f"{bucket}/pages/{names[n]}", b""))
     assert list(storage.list_sizes(f"{bucket}/pages")) == names
     assert proxy.counts["LIST", ""] >= 41 and proxy.counts["LIST", "short"]
-    storage.delete_folder(f"{bucket}/pages")
+    storage.delete_directory(f"{bucket}/pages")
     assert not storage.exists(f"{bucket}/pages")
 
 

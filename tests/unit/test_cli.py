@@ -182,8 +182,8 @@ def test_place_with_an_unsupported_scheme_is_one_line(
 ) -> None:
     (tmp_path / "c.csv").write_text("album_id,cover,genres\na,1.jpg,Rock\n")
     for uri, advice in (
-        ("gs://bucket/x", "no storage for gs://; use a local path or s3://"),
-        ("https://host/x", "no storage for https://; download it first"),
+        ("gs://bucket/x", "gs:// is not supported; use a local path or s3://"),
+        ("https://host/x", "https:// is not supported; download it first"),
     ):
         line = mistake(run, *(arg.format(uri) for arg in args))
         assert uri in line and advice in line

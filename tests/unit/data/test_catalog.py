@@ -168,7 +168,7 @@ def test_missing_columns_name_the_option(write: Write, tmp_path: Path) -> None:
         id_column="album",
     )
     read_fails(path, f"--covers {tmp_path}/none: no such folder", covers=f"{tmp_path}/none")
-    fails(lambda: read(path, covers="gs://x"), StorageError, "no storage for gs://")
+    fails(lambda: read(path, covers="gs://x"), StorageError, "gs:// is not supported")
     read_fails(write("semi.csv", "album_id;cover\n1;a.jpg\n"), "are separated by semicolons")
     read_fails(path, "no column 'covr'", "did you mean 'cover'?", cover_column="covr")
     read_fails(path, "no column 'tags'", "valid: ", "(--genres-column)", genres_column="tags")

@@ -153,7 +153,7 @@ def test_only_the_row_groups_needed_are_read(
     uri = write(tmp_path / "x.parquet", albums([2] * 11))
     read: list[list[int]] = []
     dataset.read_rows(uri, 0, 1)
-    file = dataset._open(uri, storage.stamp(uri), buffered=False)
+    file = dataset._open(uri, storage.stat(uri), buffered=False)
     inner = file.read_row_groups
 
     def spied(wanted: list[int], **options: Any) -> pa.Table:

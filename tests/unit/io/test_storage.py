@@ -58,11 +58,11 @@ def test_what_is_put_can_be_read(place: str) -> None:
 def test_another_content_has_another_stamp(place: str) -> None:
     uri = storage.join(place, "x")
     storage.put(uri, b"abc")
-    stamp = storage.stamp(uri)
-    assert stamp == storage.stamp(uri)
+    stamp = storage.stat(uri)
+    assert stamp == storage.stat(uri)
     assert stamp[0] == 3 and stamp[1] > 0
     storage.put(uri, b"abcd")
-    assert storage.stamp(uri) != stamp
+    assert storage.stat(uri) != stamp
 
 
 @pytest.mark.parametrize("name", ["é ü/日本", "a b", "%20", "q?x#y+z&w", "..x", "[a]*"])
@@ -101,7 +101,7 @@ def test_files_and_folders_are_told_apart(place: str) -> None:
             if end and name == "folder/file":
                 continue  # a file has no such name; what is said of it matters to nobody
             assert storage.exists(uri) == exists, uri
-            assert storage.is_folder(uri) == is_folder, uri
+            assert storage.is_directory(uri) == is_folder, uri
 
 
 def test_what_is_not_there_is_told_with_its_cause(place: str) -> None:
@@ -116,9 +116,9 @@ def test_what_is_not_there_is_told_with_its_cause(place: str) -> None:
     ):
         fails(lambda action=action: action(uri), uri, missing=True)  # type: ignore[misc]
     assert not storage.exists(uri)
-    assert not storage.is_folder(uri)
+    assert not storage.is_directory(uri)
     assert storage.list_sizes(uri) == {}
-    storage.delete_folder(uri)  # nothing to do
+    storage.delete_directory(uri)  # nothing to do
 
 
 def test_a_folder_is_no_file(place: str) -> None:
@@ -146,7 +146,7 @@ def test_lists_are_sorted_and_go_all_the_way_down(place: str) -> None:
 def test_a_folder_is_deleted_with_all_below_it_and_nothing_beside(place: str) -> None:
     for name in ("gone/a", "gone/b/c", "gone.training/a", "kept"):
         storage.put(storage.join(place, name), b"")
-    storage.delete_folder(storage.join(place, "gone"))
+    storage.delete_directory(storage.join(place, "gone"))
     assert list(storage.list_sizes(place)) == ["gone.training/a", "kept"]
     assert not storage.exists(storage.join(place, "gone"))
     storage.put(storage.join(place, "gone/again"), b"")
@@ -273,7 +273,7 @@ def test_local_paths_are_taken_as_people_write_them(
 
 def test_a_bucket_is_never_deleted(s3: str) -> None:
     storage.put(f"{s3}/kept/x", b"")
-    fails(lambda: storage.delete_folder(s3), s3, verb="delete")
+    fails(lambda: storage.delete_directory(s3), s3, verb="delete")
     assert storage.exists(f"{s3}/kept/x")
 
 
@@ -489,7 +489,7 @@ def test_other_schemes_are_refused(uri: str) -> None:
         storage.exists,
         storage.list_files,
         storage.list_sizes,
-        storage.delete_folder,
+        storage.delete_directory,
         storage.filesystem,
         lambda uri: storage.put(uri, b""),
         lambda uri: storage.put_if_absent(uri, b""),
@@ -599,7 +599,7 @@ def test_other_names_of_s3_are_the_same_place(scheme: str, s3: str) -> None:
     uri = s3.replace("s3", scheme, 1) + "/named"
     assert storage.read_bytes(f"{uri}/x") == b"there"
     assert storage.list_files(uri) == [f"{s3}/named/x"]
-    assert storage.is_folder(uri) and storage.size(f"{uri}/x") == 5
+    assert storage.is_directory(uri) and storage.size(f"{uri}/x") == 5
 
 
 # Special files
