@@ -343,7 +343,7 @@ def _refusal(error: Any) -> OSError:
     if code in _WRONG_REGION:
         return StoreError(f"the bucket is in another region ({code}); look at AWS_REGION")
     if code in ("404", "NoSuchKey"):
-        return FileNotFoundError("no such file or folder")
+        return FileNotFoundError("no such file or directory")
     if code in ("403", "AccessDenied", "AllAccessDisabled", "Forbidden"):
         more = f", and at {CUSTOMER_KEY_FILE}" if os.environ.get(CUSTOMER_KEY_FILE) else ""
         return PermissionError(
@@ -638,7 +638,7 @@ class Handler(fs.FileSystemHandler):  # type: ignore[misc]
                 is_there = True
                 folders.add(f"{bucket}/{found['Prefix'].rstrip('/')}")
         if not is_there and not selector.allow_not_found:
-            raise FileNotFoundError("no such file or folder")
+            raise FileNotFoundError("no such file or directory")
         return files + [fs.FileInfo(path, fs.FileType.Directory) for path in sorted(folders)]
 
     def create_dir(self, path: str, recursive: bool) -> None:

@@ -129,7 +129,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, bool]]:
             "--workers: '2': each worker needs at least",
         ),
         ("train d --out o --batch-size 3 --workers 4:8", "and --batch-size is 3; ask for fewer"),
-        ("train d --out o --config none.yaml", "none.yaml: no such file or folder"),
+        ("train d --out o --config none.yaml", "none.yaml: no such file"),
         ("train d --out o --config=", "--config: is empty; name a file"),
         ("train d --out o --epochs 99999999999", "--epochs: '99999999999': "),
         ("score m c --out o --covers=", "--covers: '': "),

@@ -28,15 +28,14 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.getfixturevalue('s3')}/{tmp_path.name}/place"
 
 
-def fails(action: Callable[[], object], place: str, verb: str = "", missing: bool = False) -> str:
-    """`action` raises one line that begins with `place`."""
+def fails(action: Callable[[], object], uri: str, verb: str = "", code: str = "") -> str:
+    """`action` raises a StorageError whose message is one line that begins with `uri`."""
     with pytest.raises(StorageError) as caught:
         action()
     text = str(caught.value)
-    assert text.startswith(f"{place}: ") and "\n" not in text
-    assert isinstance(caught.value.__cause__, FileNotFoundError) == missing, text
-    if missing:
-        assert text == f"{place}: no such file or folder"
+    assert text.startswith(f"{uri}: ") and "\n" not in text
+    assert caught.value.code == code, text
+    assert isinstance(caught.value.__cause__, FileNotFoundError) == (code == "not_found"), text
     if verb:
         assert f"cannot {verb}: " in text
     return text
@@ -58,11 +57,11 @@ def test_what_is_put_can_be_read(place: str) -> None:
 def test_another_content_has_another_stamp(place: str) -> None:
     uri = storage.join(place, "x")
     storage.put(uri, b"abc")
-    stamp = storage.stat(uri)
-    assert stamp == storage.stat(uri)
-    assert stamp[0] == 3 and stamp[1] > 0
+    before = storage.stat(uri)
+    assert before == storage.stat(uri)
+    assert before.size == 3 and before.mtime_ns > 0
     storage.put(uri, b"abcd")
-    assert storage.stat(uri) != stamp
+    assert storage.stat(uri) != before
 
 
 @pytest.mark.parametrize("name", ["é ü/日本", "a b", "%20", "q?x#y+z&w", "..x", "[a]*"])
@@ -114,7 +113,7 @@ def test_what_is_not_there_is_told_with_its_cause(place: str) -> None:
         storage.list_files,
         storage.read_json,
     ):
-        fails(lambda action=action: action(uri), uri, missing=True)  # type: ignore[misc]
+        fails(lambda action=action: action(uri), uri, code="not_found")  # type: ignore[misc]
     assert not storage.exists(uri)
     assert not storage.is_directory(uri)
     assert storage.list_sizes(uri) == {}
@@ -124,9 +123,10 @@ def test_what_is_not_there_is_told_with_its_cause(place: str) -> None:
 def test_a_folder_is_no_file(place: str) -> None:
     storage.put(storage.join(place, "folder/x"), b"")
     folder = storage.join(place, "folder")
-    fails(lambda: storage.size(folder), folder, missing=True)
-    with pytest.raises(StorageError, match="folder: "):
+    fails(lambda: storage.size(folder), folder, code="not_found")
+    with pytest.raises(StorageError) as caught:
         storage.read_bytes(folder)
+    assert str(caught.value).startswith(f"{folder}: ")
 
 
 def test_lists_are_sorted_and_go_all_the_way_down(place: str) -> None:
@@ -175,7 +175,7 @@ def test_json_survives(place: str) -> None:
 def test_what_is_no_json_is_told(place: str, data: bytes) -> None:
     uri = storage.join(place, "value.json")
     storage.put(uri, data)
-    assert "not valid JSON" in fails(lambda: storage.read_json(uri), uri)
+    fails(lambda: storage.read_json(uri), uri, code="invalid_json")
 
 
 # Local folders alone
@@ -266,6 +266,33 @@ def test_local_paths_are_taken_as_people_write_them(
     storage.put(f"file://{tmp_path}/z", b"file")
     assert storage.list_sizes(".") == {"home/y": 4, "x": 8, "z": 4}
     assert storage.read_bytes("./home/../x") == b"relative"
+
+
+def test_path_objects_are_accepted(tmp_path: Path) -> None:
+    file = tmp_path / "a/x"
+    storage.put(file, b"abc")
+    assert not storage.put_if_absent(file, b"d")
+    storage.put_json(tmp_path / "a/y.json", [1])
+    assert storage.read_json(tmp_path / "a/y.json") == [1]
+    assert storage.read_bytes(file) == b"abc"
+    assert storage.exists(file) and storage.is_directory(file.parent) and storage.size(file) == 3
+    assert storage.list_files(tmp_path) == [str(file), str(tmp_path / "a/y.json")]
+    assert storage.join(tmp_path, Path("a"), "x") == storage.absolute(file) == str(file)
+    assert (storage.parent(file), storage.name(file)) == (str(tmp_path / "a"), "x")
+    with storage.open_input(file) as opened:
+        assert opened.read() == b"abc"
+    storage.delete_file(file)
+    storage.delete_directory(tmp_path / "a")
+    assert storage.list_sizes(tmp_path) == {}
+    absent = tmp_path / "absent"
+    fails(lambda: storage.read_bytes(absent), str(absent), code="not_found")
+
+
+def test_path_object_of_an_s3_uri_is_refused() -> None:
+    """pathlib makes s3:/bucket/key of it."""
+    path = Path("s3://bucket/key")
+    for action in (storage.absolute, storage.read_bytes, storage.exists):
+        fails(lambda action=action: action(path), str(path), code="invalid_uri")  # type: ignore[misc]
 
 
 # S3 alone
@@ -494,9 +521,8 @@ def test_other_schemes_are_refused(uri: str) -> None:
         lambda uri: storage.put(uri, b""),
         lambda uri: storage.put_if_absent(uri, b""),
     ):
-        text = fails(lambda action=action: action(uri), uri)  # type: ignore[misc]
-        advice = "download it first, and " if scheme == "http" else ""
-        assert text == f"{uri}: no storage for {scheme}://; {advice}use a local path or s3://"
+        text = fails(lambda action=action: action(uri), uri, code="unsupported_scheme")  # type: ignore[misc]
+        assert f"{scheme}://" in text
 
 
 @pytest.mark.parametrize(
@@ -566,8 +592,7 @@ def test_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert storage.absolute(uri) == expected
         assert storage.absolute(expected) == expected
     for uri in ("s3://", "s3:///", "s3:/bucket/a", "s3:", "S3A://"):
-        with pytest.raises(StorageError, match=f"{uri}: names no bucket"):
-            storage.absolute(uri)
+        fails(lambda uri=uri: storage.absolute(uri), uri, code="invalid_uri")  # type: ignore[misc]
 
 
 def test_is_uri() -> None:
@@ -590,7 +615,7 @@ def test_scheme(uri: str, scheme: str) -> None:
 
 @pytest.mark.parametrize("uri", ["file://host/a", "file://a.jpg", "file://"])
 def test_file_uri_of_another_host_is_refused(uri: str) -> None:
-    fails(lambda: storage.read_bytes(uri), uri)
+    fails(lambda: storage.read_bytes(uri), uri, code="invalid_uri")
 
 
 @pytest.mark.parametrize("scheme", ["S3", "s3a", "s3n"])
@@ -614,7 +639,7 @@ def special_files(folder: Path) -> dict[str, str]:
     kinds = {"pipe": "a pipe", "link": "a pipe", "socket": "a socket"}
     return {str(folder / name): kind for name, kind in kinds.items()} | {
         "/dev/zero": "a device",
-        str(folder): "a folder",
+        str(folder): "a directory",
     }
 
 
@@ -627,7 +652,7 @@ def test_only_regular_files_are_opened(
         for action in (storage.open_input, storage.read_bytes, storage.read_json):
             text = fails(lambda action=action, path=path: action(path), path)  # type: ignore[misc]
             assert f"it is {kind}, not a regular file" in text
-        if kind != "a folder":
+        if kind != "a directory":
             text = fails(lambda path=path: storage.size(path), path)  # type: ignore[misc]
             assert f"it is {kind}, not a regular file" in text
     (folder / "file").write_bytes(b"there")
@@ -640,7 +665,7 @@ def test_pipe_of_a_shell_is_refused() -> None:
     read_end, write_end = os.pipe()
     try:
         text = fails(lambda: storage.size(f"/dev/fd/{read_end}"), f"/dev/fd/{read_end}")
-        assert "it is a pipe, not a regular file; write what it gives to a file" in text
+        assert "it is a pipe, not a regular file" in text
     finally:
         os.close(read_end)
         os.close(write_end)

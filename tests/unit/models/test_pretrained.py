@@ -300,15 +300,9 @@ def test_no_such_file(tiny: CoverModel, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(StorageError, match="no such file"):
         load_backbone_weights(tiny, str(tmp_path / "absent.pth"))
     with pytest.raises(ModelError, match="is a folder; name a file"):
-<<<<<<< HEAD
         load_backbone_weights(tiny, str(tmp_path))
-    with pytest.raises(StorageError, match="no storage for gs://"):
-        load_backbone_weights(tiny, "gs://bucket/w")
-=======
-        load_trunk_weights(tiny, str(tmp_path))
     with pytest.raises(StorageError, match="gs:// is not supported"):
-        load_trunk_weights(tiny, "gs://bucket/w")
->>>>>>> dcbfc2b (storage: str or Path everywhere; translate_errors, stat, is_directory, delete_directory; errors with codes)
+        load_backbone_weights(tiny, "gs://bucket/w")
 
 
 class Quiet(SimpleHTTPRequestHandler):
