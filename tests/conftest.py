@@ -7,11 +7,16 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from flaky_proxy import FlakyProxy
+from training_runs import scale_dev_logits, train_config
 
 from covergenre.demo.sample import write_sample, write_untrained_model
+
+if TYPE_CHECKING:
+    from covergenre.stages.train import Trained
 
 # As covergenre does before it imports ray; here a test may import ray first.
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
@@ -154,3 +159,29 @@ def dataset(
 def untrained_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model directory of random weights, for tests to which the scores do not matter."""
     return write_untrained_model(str(tmp_path_factory.mktemp("untrained") / "model"))
+
+
+@pytest.fixture(scope="session")
+def trained_model(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory of two epochs, trained with one worker. To be read, not changed."""
+    from covergenre.stages.train import train
+
+    out = tmp_path_factory.mktemp("trained") / "model"
+    train(train_config(dataset, out, workers=1))
+    return out
+
+
+@pytest.fixture(scope="session")
+def frozen_run(
+    dataset: Path, trained_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> "Trained":
+    """One step with another seed, from the backbone of `trained_model`, which is frozen; in the dev
+    evaluation all covers have the same scores."""
+    from covergenre.stages.train import train
+
+    out = tmp_path_factory.mktemp("frozen") / "model"
+    weights = str(trained_model / "model.safetensors")
+    config = train_config(dataset, out, weights=weights, freeze="all", seed=1, max_steps=1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        scale_dev_logits(monkeypatch, 0.0)
+        return train(config)

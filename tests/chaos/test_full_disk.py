@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from training_runs import FLAGS
 
 from covergenre.cli import main
 from covergenre.data import plan
@@ -23,7 +24,7 @@ from covergenre.training import checkpoints
 pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.chaos]
 
 DISK = 16 * 2**20
-TRAIN = ("--model", "tiny", "--epochs", "1", "--batch-size", "9", "--checkpoint-every", "4")
+TRAIN = (*FLAGS, "--checkpoint-every", "4")
 
 
 @pytest.fixture
@@ -90,13 +91,6 @@ def assert_nothing_torn(place: Path) -> None:
             pq.read_table(place / file)
 
 
-@pytest.fixture(scope="module")
-def model(dataset: Path) -> Path:
-    out = dataset.with_name("model")
-    main(["train", str(dataset), "--out", str(out), *TRAIN])
-    return out
-
-
 def test_prepare(synthetic_catalog: Path, dataset: Path, disk: Path, run: Command) -> None:
     command = (
         "prepare",
@@ -125,7 +119,7 @@ def test_prepare(synthetic_catalog: Path, dataset: Path, disk: Path, run: Comman
     assert read_manifest(str(disk / "d")).dataset_id == read_manifest(str(dataset)).dataset_id
 
 
-def test_train(dataset: Path, model: Path, disk: Path, run: Command) -> None:
+def test_train(dataset: Path, trained_model: Path, disk: Path, run: Command) -> None:
     command = ("train", dataset, "--out", disk / "m", *TRAIN)
     leave(disk, 3 * 2**19)  # a checkpoint and a bit
     run(*command, fails=True)
@@ -135,13 +129,13 @@ def test_train(dataset: Path, model: Path, disk: Path, run: Command) -> None:
     assert not (disk / "m").exists()
     make_space(disk)
     run(*command, "--resume")
-    assert read_bundle(str(disk / "m")).weights_id == read_bundle(str(model)).weights_id
+    assert read_bundle(str(disk / "m")).weights_id == read_bundle(str(trained_model)).weights_id
 
 
 def test_score(
-    synthetic_catalog: Path, model: Path, disk: Path, tmp_path: Path, run: Command
+    synthetic_catalog: Path, trained_model: Path, disk: Path, tmp_path: Path, run: Command
 ) -> None:
-    command = ("score", model, synthetic_catalog, "--unit-rows", "16", "--out")
+    command = ("score", trained_model, synthetic_catalog, "--unit-rows", "16", "--out")
     run(*command, tmp_path / "whole")
     leave(disk, sum(map(len, files(tmp_path / "whole").values())) * 2 // 3)
     run(*command, disk / "labels", fails=True)

@@ -1,10 +1,7 @@
 """Storage that fails: a flaky store, expired credentials, full disks; verbs, then whole jobs."""
 
-import json
 import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +12,6 @@ import pyarrow as pa
 import pytest
 from flaky_proxy import FAULTS, FlakyProxy
 
-from covergenre.cli import main
 from covergenre.data import dataset
 from covergenre.errors import StorageError
 from covergenre.io import s3 as store
@@ -175,74 +171,6 @@ def test_a_list_comes_in_pages_and_goes_as_a_whole(
     assert proxy.counts["LIST", ""] >= 41 and proxy.counts["LIST", "short"]
     storage.delete_directory(f"{bucket}/pages")
     assert not storage.exists(f"{bucket}/pages")
-
-
-# Whole jobs
-
-
-def job(place: str, catalog: str) -> list[list[str]]:
-    dataset, model, labels = (f"{place}/{name}" for name in ("dataset", "model", "labels"))
-    train = ["--model", "tiny", "--epochs", "2", "--batch-size", "9", "--checkpoint-every", "4"]
-    return [
-        ["prepare", catalog, "--out", dataset, "--shard-rows", "20", "--min-share", "0"],
-        ["train", dataset, "--out", model, *train],
-        ["score", model, catalog, "--out", labels, "--unit-rows", "16"],
-    ]
-
-
-def result(place: str) -> dict[str, bytes]:
-    """What the job made, without notes of time and place."""
-    noted = {
-        "run",
-        "plan",
-        "manifest",
-        "bundle",
-        "config",
-        "history",
-        "README",
-        "ledger",
-        "metrics",
-    }
-    return {
-        name: storage.read_bytes(f"{place}/{name}")
-        for name in storage.list_sizes(place)
-        if Path(name).stem not in noted and not name.endswith(".png")
-    }
-
-
-@pytest.mark.chaos
-@pytest.mark.usefixtures("local_ray")
-def test_a_whole_job_through_a_store_that_fails(s3: str, synthetic_catalog: Path) -> None:
-    place, calm = f"{s3}/job/flaky", f"{s3}/job/calm"
-    header, first, *rest = synthetic_catalog.read_text().splitlines()
-    rest[40] = rest[40].replace(".jpg", "-missing.jpg")
-    catalog = f"{s3}/job/catalog/catalog.csv"
-    storage.put(catalog, "\n".join([header, first, *rest, first]).encode())
-    for cover in (synthetic_catalog.parent / "covers").iterdir():
-        storage.put_file(f"{s3}/job/catalog/covers/{cover.name}", cover)
-    with FlakyProxy(os.environ["AWS_ENDPOINT_URL"], stall_seconds=1) as proxy:
-        environment = os.environ | {"AWS_ENDPOINT_URL": proxy.url, "RAY_ADDRESS": ""}
-        # In one process, which embeds one Ray.
-        verbs = "import sys, json; from covergenre.cli import main\n"
-        verbs += "for arguments in json.loads(sys.argv[1]): main(arguments)"
-        command = [sys.executable, "-c", verbs, json.dumps(job(place, catalog))]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
-        print(dict(sorted(proxy.counts.items())))
-        assert all(proxy.faults()[fault] for fault in FORMS), proxy.counts
-    for arguments in job(calm, catalog):
-        main(arguments)
-    ledger = storage.read_json(f"{place}/labels/ledger.json")
-    counts = [ledger[name] for name in ("rows", "scored", "rejected", "duplicates")]
-    assert counts == [151, 149, 1, 1]
-    found, expected = result(place), result(calm)
-    assert found.keys() == expected.keys()
-    for name, data in expected.items():
-        assert found[name] == data, name
-    for name in ("dataset/manifest.json", "model/bundle.json", "labels/ledger.json"):
-        ids = ("dataset_id", "weights_id", "counts", "reasons", "units_written")
-        one, other = (storage.read_json(f"{where}/{name}") for where in (place, calm))
-        assert [one.get(key) for key in ids] == [other.get(key) for key in ids]
 
 
 # A customer's key

@@ -1,0 +1,55 @@
+"""Small training runs, and what they leave."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from covergenre.config import TrainConfig
+
+BATCH_SIZE = 10
+"""Leaves a single row of the dataset's 121 for the last step, so that of two ranks one has none."""
+SETTINGS: dict[str, Any] = {
+    "model": "tiny",
+    "epochs": 2,
+    "batch_size": BATCH_SIZE,
+    "shuffle_window": 2,
+}
+FLAGS = ("--model", "tiny", "--epochs", "2", "--batch-size", "10", "--shuffle-window", "2")
+"""The same settings for the command line."""
+
+
+def train_config(dataset: Path, out: Path, **settings: Any) -> TrainConfig:
+    """SETTINGS, but for `settings`."""
+    return TrainConfig(dataset=str(dataset), out=str(out), **(SETTINGS | settings))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(model: Path) -> list[float]:
+    """The training loss of every step; none is missing and none comes twice."""
+    lines = read_jsonl(model / "steps.jsonl")
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    return [line["loss"] for line in lines]
+
+
+def scale_dev_logits(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Have every worker of a training run multiply the logits of the dev split."""
+
+    def scaled_loop(settings: dict[str, Any]) -> None:
+        from covergenre.models import predictor
+        from covergenre.training import worker
+
+        logits_of = predictor.Predictor.logits_of
+
+        def scaled(self: Any, images_BCHW: torch.Tensor) -> torch.Tensor:
+            return factor * logits_of(self, images_BCHW)
+
+        predictor.Predictor.logits_of = scaled  # type: ignore[method-assign]
+        worker.training_loop(settings)
+
+    monkeypatch.setattr("covergenre.training.worker.training_loop", scaled_loop)
