@@ -171,10 +171,12 @@ def test_standard_error_is_that_over_all_permutations_of_the_albums(ties: bool) 
     truth = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 1], [0, 1, 1], [1, 1, 1]]) > 0
     scores = np.array([[5, 4, 1], [4, 5, 2], [1, 1, 6], [2, 0, 3], [6, 6, 0], [3, 2, 4]])
     scores = scores // 3 if ties else scores
-    aucs = [
-        roc_auc_score(truth, scores[list(order)], average="macro")
-        for order in itertools.permutations(range(6))
-    ]
+    permuted = scores[list(itertools.permutations(range(6)))]  # permutation, album, genre
+    ahead, behind = permuted[:, :, None], permuted[:, None]
+    wins = (ahead > behind) + 0.5 * (ahead == behind)
+    pairs = truth[:, None] & ~truth  # of a positive and a negative album
+    aucs = ((wins * pairs).sum((1, 2)) / pairs.sum((0, 1))).mean(axis=1)
+    assert aucs[0] == pytest.approx(roc_auc_score(truth, scores, average="macro"))
     assert np.mean(aucs) == pytest.approx(0.5)
     assert macro_auc_standard_error(truth, scores) == pytest.approx(np.std(aucs))
 
@@ -203,11 +205,11 @@ def test_random_scores_pass_for_better_than_chance_about_one_time_in_twenty() ->
     rng = np.random.default_rng(0)
     truth, _ = random_case(0)
     passed = 0
-    for _ in range(200):
+    for _ in range(100):
         # One random number for each album moves the scores of all genres together.
         scores = rng.random((40, 1)) + 0.1 * rng.random((40, 3))
         passed += multilabel_metrics(truth, scores, NAMES)["better_than_chance"]
-    assert 2 <= passed <= 20
+    assert 1 <= passed <= 10
 
 
 def test_macro_says_over_which_genres() -> None:

@@ -175,8 +175,8 @@ sys.stdin.read()
 """Not in this process: moto keeps one state a process, and other tests have theirs here."""
 
 
-@pytest.fixture
-def account(tmp_path: Path) -> Iterator[Account]:
+@pytest.fixture(scope="module")
+def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     server = subprocess.Popen(
         [sys.executable, "-c", _SERVER],
@@ -188,7 +188,7 @@ def account(tmp_path: Path) -> Iterator[Account]:
     )
     assert server.stdin and server.stdout
     try:
-        yield _account(tmp_path, server.stdout.readline().strip(), clean)
+        yield _account(tmp_path_factory.mktemp("account"), server.stdout.readline().strip(), clean)
     finally:
         server.kill()
         server.wait()
