@@ -30,12 +30,10 @@ RAY_FOLDERS = ("integration", "chaos", "cluster")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Of `-n logical`: one a core, but none (everything runs in pytest's own process) for one file
-    or for tests that would all go to the worker with the Ray."""
-    paths = [Path(argument.partition("::")[0]) for argument in config.args]
-    if len(paths) == 1 and (paths[0].is_file() or paths[0].name in RAY_FOLDERS):
-        return 0
-    return os.cpu_count() or 1
+    """Of `-n logical`: one for each core where no path is given; for chosen paths none, since they
+    are sooner done in pytest's own process."""
+    chosen = config.args_source is pytest.Config.ArgsSource.ARGS
+    return 0 if chosen else os.cpu_count() or 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
