@@ -1,1 +1,1 @@
-"""Output directories: which run owns one, and which process is writing to it."""
+"""Runs of stages: their start, the lock on the output directory, and the record of whose it is."""

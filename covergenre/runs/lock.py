@@ -1,22 +1,23 @@
-"""Leases: one run at a time in a place. Of two the second is refused; a dead one's does not last.
+"""Locks on output directories: one run at a time writes to each.
 
-    PLACE/_state/at-work/<N>   who is at work; the largest N counts; written anew every few seconds
+    OUT/_state/lock/<N>   the process that holds the lock; the largest N counts
 
-A lease is taken by creating the next N, which one of several can do. No clock is compared with
-another: a holder whose process is gone from this machine is dead at once, and one elsewhere when
-its lease does not change for a while. Should it only have been asleep, both would write the same
-bytes under the same names: a lease saves work, and the result does not hang on it.
+A run acquires the lock by creating the next N, which only one of several runs can do, and rewrites
+that file every few seconds: the heartbeat. A second run is refused, unless the lock is stale: its
+process, on this machine, no longer runs, or the file of a process on another machine does not
+change for a while. Clocks of different machines are never compared. If that process was only
+suspended, both runs write the same bytes under the same names: the lock saves work, the results do
+not depend on it.
 """
 
 import contextlib
-import json
 import logging
 import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from covergenre.errors import StorageError
@@ -24,131 +25,140 @@ from covergenre.io import storage
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "_state/at-work"
-_BEAT_SECONDS = 5.0
-_DEAD_SECONDS = 30.0
-_LOOK_SECONDS = 1.0
+LOCK_DIRECTORY = "_state/lock"
+_HEARTBEAT_SECONDS = 5.0
+_STALE_SECONDS = 30.0
+"""Without a heartbeat for so long, the lock of a process on another machine is stale."""
+_POLL_SECONDS = 1.0
 
 
-@contextlib.contextmanager
-def lease(place: str) -> Iterator["Lease"]:
-    """Be the one run that is at work in `place`. Raises StorageError where another is."""
-    held = Lease(place)
-    try:
-        yield held
-    finally:
-        held.release()
+class OutputLock:
+    """The lock on an output directory, held while the `with` block runs."""
 
-
-class Lease:
-    """That this process is at work in a place."""
-
-    def __init__(self, place: str) -> None:
-        self._place = place
-        self._folder = storage.join(place, FOLDER)
-        self._record: dict[str, Any] = {
+    def __init__(self, out: str) -> None:
+        self._out = out
+        self._directory = storage.join(out, LOCK_DIRECTORY)
+        self._holder: dict[str, Any] = {
             **_this_process(),
             "host": platform.node(),
             "since": time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime()),
-            "beat": 0,
+            "heartbeat": 0,
         }
-        self._over = threading.Event()
-        self._lost = False
-        self._uri = self._take()
-        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._uri = ""
+        self._is_lost = False
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._send_heartbeats, daemon=True)
+
+    def __enter__(self) -> "OutputLock":
+        self.acquire()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Raises StorageError (code "locked") if another run holds the lock.
+
+        Returns at once, or after 30 s where the holder may be a dead process of another machine.
+        """
+        while True:
+            newest = self._newest()
+            if newest:
+                self._wait_until_stale(storage.join(self._directory, newest))
+            self._uri = storage.join(self._directory, f"{int(newest or 0) + 1:08d}")
+            if storage.put_if_absent(self._uri, storage.json_bytes(self._holder)):
+                break
+        if newest:
+            storage.delete_file(storage.join(self._directory, newest))
         self._thread.start()
 
-    def check(self) -> None:
-        """Raises StorageError where another run took the place over, having found this one dead."""
-        if self._lost:
-            raise StorageError(
-                f"{self._place}: another run has taken over here, as this one showed no sign of"
-                " life; let that one finish"
-            )
-
     def release(self) -> None:
-        """Let others work there."""
-        self._over.set()
+        """Let other runs acquire the lock."""
+        self._released.set()
         self._thread.join()
-        if not self._lost:
-            with contextlib.suppress(StorageError):  # then it dies with this process
+        if not self._is_lost:
+            with contextlib.suppress(StorageError):  # it is stale when this process has ended
                 storage.delete_file(self._uri)
 
-    def _take(self) -> str:
-        while True:
-            last = self._last()
-            if last:
-                self._wait_for_end(storage.join(self._folder, last))
-            name = f"{int(last or 0) + 1:08d}"
-            uri = storage.join(self._folder, name)
-            if storage.put_if_absent(uri, self._text()):
-                if last:
-                    storage.delete_file(storage.join(self._folder, last))
-                return uri
+    def check(self) -> None:
+        """Raises StorageError (code "lock_lost") if another run has taken over the lock."""
+        if self._is_lost:
+            raise StorageError(
+                f"{self._out}: another run took over the lock, because this one sent no heartbeat"
+                f" for {_STALE_SECONDS:g} s; let that run finish",
+                code="lock_lost",
+            )
 
-    def _last(self) -> str | None:
-        names = [name for name in storage.list_sizes(self._folder) if name.isdecimal()]
+    def _newest(self) -> str | None:
+        names = [name for name in storage.list_sizes(self._directory) if name.isdecimal()]
         return max(names, default=None)
 
-    def _wait_for_end(self, uri: str) -> None:
-        """Come back when the holder of the lease is dead. Raises StorageError where it is not."""
-        first = _read(uri)
-        if first is None:
+    def _wait_until_stale(self, uri: str) -> None:
+        """Return if the lock at `uri` is stale or released. Raises StorageError if it is held."""
+        holder = _read(uri)
+        if holder is None:
             return
-        who = f"process {first.get('pid')} on {first.get('host')}, since {first.get('since')}"
-        refused = StorageError(
-            f"{self._place}: another run is at work here ({who}); wait for it, or end it"
+        who = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
+        held = StorageError(
+            f"{self._out}: locked by another run ({who}); wait until it ends, or end it",
+            code="locked",
         )
-        if {key: first.get(key) for key in ("boot", "namespace")} == _this_machine():
-            if _is_alive(first.get("pid"), first.get("started")):
-                raise refused
+        if {key: holder.get(key) for key in ("boot", "namespace")} == _this_machine():
+            if _is_alive(holder.get("pid"), holder.get("started")):
+                raise held
             return
-        logger.info(f"{self._place}: a run was at work here ({who}); looking whether it still is")
-        deadline = time.monotonic() + _DEAD_SECONDS
+        logger.info(
+            f"{self._out}: locked by a run on another machine ({who}); waiting up to"
+            f" {_STALE_SECONDS:g} s for its heartbeat"
+        )
+        deadline = time.monotonic() + _STALE_SECONDS
         while time.monotonic() < deadline:
             _pause()
             now = _read(uri)
             if now is None:
                 return
-            if now != first:
-                raise refused
+            if now != holder:
+                raise held
 
-    def _keep(self) -> None:
-        while not self._lost and not self._over.wait(_BEAT_SECONDS):
-            # A store that fails for a moment is met again at the next beat.
+    def _send_heartbeats(self) -> None:
+        while not self._is_lost and not self._released.wait(_HEARTBEAT_SECONDS):
+            # A store that is out of reach for a moment gets the next heartbeat.
             with contextlib.suppress(StorageError):
-                self._beat()
+                self._send_heartbeat()
 
-    def _beat(self) -> None:
-        # Not whether the own file is there: the beat before may have written it anew when whoever
-        # took over had deleted it.
-        self._lost = self._last() != storage.name(self._uri)
-        if self._lost:
+    def _send_heartbeat(self) -> None:
+        # A newer file, not the absence of our own, shows that the lock is lost: our previous
+        # heartbeat may have rewritten the file after the run that took over deleted it.
+        self._is_lost = self._newest() != storage.name(self._uri)
+        if self._is_lost:
             storage.delete_file(self._uri)
             return
-        self._record["beat"] += 1
-        storage.put(self._uri, self._text())
-
-    def _text(self) -> bytes:
-        return json.dumps(self._record).encode()
+        self._holder["heartbeat"] += 1
+        storage.put_json(self._uri, self._holder)
 
 
 def _pause() -> None:
-    time.sleep(_LOOK_SECONDS)
+    time.sleep(_POLL_SECONDS)
 
 
 def _read(uri: str) -> dict[str, Any] | None:
+    """The holder's record; None if there is no such file, or something else in it."""
     try:
         value = storage.read_json(uri)
     except StorageError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+        if error.code == "not_found":
             return None
         raise
     return value if isinstance(value, dict) else None
 
 
 def _this_machine() -> dict[str, str]:
-    """What tells apart two machines, two boots of one, and two tables of processes on one."""
+    """Differs between two machines, two boots of one, and two process namespaces on one."""
     if not Path("/proc/self/ns/pid").exists():  # not Linux
         return {"boot": platform.node(), "namespace": ""}
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -156,13 +166,13 @@ def _this_machine() -> dict[str, str]:
 
 
 def _this_process() -> dict[str, Any]:
-    return {**_this_machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+    return {**_this_machine(), "pid": os.getpid(), "started": _start_time(os.getpid())}
 
 
-def _started(pid: int) -> str | None:
-    """When the process started, in ticks since boot: a number may be given to another one later.
+def _start_time(pid: int) -> str | None:
+    """When the process started, in ticks since boot, because process ids are reused.
 
-    "" where there is no /proc, None where the process is no more, or waits to be buried.
+    "" if there is no /proc; None if the process has ended, zombies included.
     """
     if not Path("/proc/self/stat").exists():
         return ""
@@ -182,4 +192,4 @@ def _is_alive(pid: Any, started: Any) -> bool:
         return False
     except PermissionError:
         pass
-    return isinstance(started, str) and _started(pid) == started
+    return isinstance(started, str) and _start_time(pid) == started

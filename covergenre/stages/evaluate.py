@@ -29,7 +29,8 @@ from covergenre.models.bundle import Bundle, check_weights, read_bundle
 from covergenre.progress import Progress
 from covergenre.report import plots
 from covergenre.runs import output_dir
-from covergenre.runs.lock import lease
+from covergenre.runs.lock import OutputLock
+from covergenre.runs.stage_run import check_reachable
 
 _PLAN = "_state/plan"
 _SHEET_COVERS = 24
@@ -71,20 +72,20 @@ class Evaluated:
 def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
     """Measure as `config` says. Raises UserError for a user's mistake."""
     out = storage.absolute(config.out)
-    output_dir.check_apart(out, {"MODEL": config.model, "dataset": config.dataset})
+    output_dir.check_not_inside(out, {"MODEL": config.model, "dataset": config.dataset})
     bundle = read_bundle(config.model)
     check_weights(bundle)
     manifest = read_manifest(config.dataset)
     _check_genres(bundle, manifest)
     manifest.require(config.split)
     inputs = {"weights_id": bundle.weights_id, "dataset_id": manifest.dataset_id}
-    output_dir.claim(out, "evaluate", config, inputs)
+    output_dir.write_run_record(out, output_dir.run_record("evaluate", config, inputs), config)
     metrics_file = storage.join(out, "metrics.json")
     if storage.exists(metrics_file):
         remark = ": already measured by this same command"
         return Evaluated(out, config.split, storage.read_json(metrics_file), remark)
 
-    with lease(out):
+    with OutputLock(out):
         return _evaluate(out, config, bundle, manifest, verbose)
 
 
@@ -93,7 +94,7 @@ def _evaluate(
 ) -> Evaluated:
     ray_runtime.start_ray(verbose=verbose)
     reached = {"--out": out, "MODEL": bundle.uri, "DATASET": manifest.uri}
-    output_dir.check_shared(reached, config.shared_filesystem)
+    check_reachable(reached, config.shared_filesystem)
     workers = ray_runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
     parts, source = covers.dataset_parts(manifest, [config.split])
     table = pa.concat_tables(parts)

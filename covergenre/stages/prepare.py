@@ -47,7 +47,8 @@ from covergenre.io.urls import redacted
 from covergenre.progress import Progress
 from covergenre.report import plots
 from covergenre.runs import output_dir
-from covergenre.runs.lock import lease
+from covergenre.runs.lock import OutputLock
+from covergenre.runs.stage_run import check_reachable
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class Prepared:
 def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
     """Validate and pack as `config` says. Raises UserError for a user's mistake."""
     out = storage.absolute(config.out)
-    output_dir.check_apart(out, {"catalog": config.catalog})
+    output_dir.check_not_inside(out, {"catalog": config.catalog})
     catalog = read_catalog(storage.absolute(config.catalog), config)
     inputs = {"catalog": catalog.fingerprint}
     table, genre_map = catalog.table, None
@@ -123,7 +124,7 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
     reasons = _reasons(plan, first, chosen)
     wanted = [is_first and r is None for is_first, r in zip(first, reasons, strict=True)]
     assigned = _splits(plan, config, wanted)
-    output_dir.claim(out, "prepare", config, inputs)
+    output_dir.write_run_record(out, output_dir.run_record("prepare", config, inputs), config)
     if dataset.is_dataset(out):
         return Prepared(dataset.read_manifest(out), ": already prepared by this same command")
 
@@ -135,7 +136,7 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
         allow_private=config.allow_private_addresses,
         contact=config.contact,
     )
-    with lease(out):
+    with OutputLock(out):
         if dataset.is_dataset(out):  # since we looked
             return Prepared(dataset.read_manifest(out))
         ray_runtime.start_ray(verbose=verbose)
@@ -157,7 +158,7 @@ def _check_shared(out: str, source: Source, plan: pa.Table, config: PrepareConfi
     local = [file for file in source.files if not storage.is_uri(file)]
     local += [cover] if (cover := covers.local_cover(plan)) else []
     reached = {"--out": out, "the cover": next(iter(local), None)}
-    output_dir.check_shared(reached, config.shared_filesystem)
+    check_reachable(reached, config.shared_filesystem)
 
 
 def _reasons(plan: pa.Table, first: list[bool], chosen: list[str | None]) -> list[str | None]:

@@ -41,7 +41,8 @@ from covergenre.io import parquet, storage
 from covergenre.models.bundle import Bundle, check_weights, read_bundle
 from covergenre.progress import Progress
 from covergenre.runs import output_dir
-from covergenre.runs.lock import Lease, lease
+from covergenre.runs.lock import OutputLock
+from covergenre.runs.stage_run import check_reachable
 
 logger = logging.getLogger(__name__)
 
@@ -82,20 +83,20 @@ class Labelled:
 def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
     """Label as `config` says. Raises UserError for a user's mistake, LedgerError for ours."""
     out = storage.absolute(config.out)
-    output_dir.check_apart(out, {"MODEL": config.model, "catalog": config.catalog})
+    output_dir.check_not_inside(out, {"MODEL": config.model, "catalog": config.catalog})
     bundle = read_bundle(config.model)
     check_weights(bundle)
     rows = _open(config)
-    output_dir.check_free(out)
-    if output_dir.is_claimed(out):  # refuse another run before anything of this one is touched
+    output_dir.check_available(out)
+    if output_dir.has_run_record(out):  # refuse another run before anything of this one is touched
         _claim(out, config, bundle, _identity(rows, read_plan(storage.join(out, _PLAN))))
     if storage.exists(storage.join(out, _SUCCESS)):
         ledger = storage.read_json(storage.join(out, _LEDGER))
         _check_rejected(out, ledger, config.max_rejected)
         return Labelled(out, ledger, ": already labelled by this same command")
-    with lease(out) as held:
+    with OutputLock(out) as lock:
         plan = _plan(out, config, bundle, rows)
-        ledger = _score(out, config, bundle, plan, held, verbose=verbose)
+        ledger = _score(out, config, bundle, plan, lock, verbose=verbose)
     accounted = ledger["scored"] + ledger["rejected"] + ledger["duplicates"]
     if accounted != plan.rows:
         raise LedgerError(
@@ -173,14 +174,14 @@ def _claim(out: str, config: ScoreConfig, bundle: Bundle, identity: str) -> None
         "weights_id": bundle.weights_id,
         "decision_id": bundle.decision_id,
     }
-    output_dir.claim(out, "score", config, inputs)
+    output_dir.write_run_record(out, output_dir.run_record("score", config, inputs), config)
 
 
 def _plan(out: str, config: ScoreConfig, bundle: Bundle, rows: _Rows) -> Plan:
     """The plan of this run: as it was left there, or made now. The place is this run's then."""
     uri = storage.join(out, _PLAN)
     plan = read_plan(uri)
-    if plan is None or not (output_dir.is_claimed(out) or plan.key == rows.key):
+    if plan is None or not (output_dir.has_run_record(out) or plan.key == rows.key):
         parts, source = rows.read()
         with Progress("catalog", None, "rows") as progress:
             plan = write_plan(uri, _counted(parts, progress), source, rows.key)
@@ -202,7 +203,7 @@ def _counted(parts: Iterable[pa.Table], progress: Progress) -> Iterator[pa.Table
 
 
 def _score(
-    out: str, config: ScoreConfig, bundle: Bundle, plan: Plan, held: Lease, *, verbose: bool
+    out: str, config: ScoreConfig, bundle: Bundle, plan: Plan, lock: OutputLock, *, verbose: bool
 ) -> dict[str, Any]:
     """Do the units that are not done yet, on Ray; the ledger of all."""
     ledger_file = storage.join(out, _LEDGER)
@@ -219,7 +220,7 @@ def _score(
     if len(pending):
         ray_runtime.start_ray(verbose=verbose)
         reached = {"--out": out, "MODEL": bundle.uri, "the cover": plan.local_cover}
-        output_dir.check_shared(reached, config.shared_filesystem)
+        check_reachable(reached, config.shared_filesystem)
         workers = ray_runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
         rows = int((units[:, 2] - units[:, 1]).sum())
         with (
@@ -230,7 +231,7 @@ def _score(
                 plan, units, bundle, batch_size=config.batch_size, workers=workers
             )
             for unit, parts in _whole_units(batches, units, progress):
-                held.check()
+                lock.check()
                 total.update(_commit(out, unit, parts, bundle))
             speed = {"covers_per_second": round(progress.rate, 1), "workers": workers.count}
     elif storage.exists(ledger_file):

@@ -42,7 +42,8 @@ from covergenre.models.model_card import model_card
 from covergenre.progress import Progress
 from covergenre.report import plots
 from covergenre.runs import output_dir
-from covergenre.runs.lock import lease
+from covergenre.runs.lock import OutputLock
+from covergenre.runs.stage_run import check_reachable
 from covergenre.training import checkpoints
 from covergenre.training.loader import READING_CPUS
 
@@ -88,7 +89,7 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
     """Fine-tune as `config` says and write the MODEL. Raises UserError for a user's mistake."""
     config = config.resolved()
     out = storage.absolute(config.out)
-    output_dir.check_apart(out, {"dataset": config.dataset})
+    output_dir.check_not_inside(out, {"dataset": config.dataset})
     manifest = read_manifest(config.dataset)
     for split in ("train", "dev"):
         manifest.require(split)
@@ -102,16 +103,16 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
     if finished:
         return _already(out, run)
     ray_runtime.start_ray(verbose=verbose)
-    output_dir.check_shared({"--out": out, "DATASET": manifest.uri}, config.shared_filesystem)
+    check_reachable({"--out": out, "DATASET": manifest.uri}, config.shared_filesystem)
     workers = _place(config)
     if config.batch_size < workers.count:
         raise ConfigError(
             f"--batch-size {config.batch_size}: each of {plural(workers.count, 'worker')} needs at"
             " least one album of each step; raise it, or ask for fewer --workers"
         )
-    output_dir.claim(state, "train", config, inputs)
+    output_dir.write_run_record(state, output_dir.run_record("train", config, inputs), config)
     try:
-        with lease(state):
+        with OutputLock(state):
             if is_bundle(out):  # since we looked
                 trained = _already(out, run)
             else:
@@ -191,7 +192,7 @@ def _check_free(out: str, state: str, *, resume: bool) -> None:
     where an unfinished run is to be gone on with only if the user says so."""
     if storage.is_uri(out) and "/" not in out.partition("://")[2]:
         raise StorageError(f"{out}: is a whole bucket; choose a prefix in it for --out")
-    output_dir.check_folder(out)
+    output_dir.check_is_directory(out)
     held = storage.list_sizes(out)
     step = checkpoints.latest_step(storage.join(state, _CHECKPOINTS))
     if step and not resume:

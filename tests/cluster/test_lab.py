@@ -429,7 +429,7 @@ def test_a_local_path_is_refused_on_two_hosts(lab: Lab) -> None:
         *("--out", f"{lab.hosts['LAB']}/refused", "--min-share", "0"),
     )
     assert done.returncode == 2
-    assert "a path of one machine, and the cluster has 2" in done.stdout
+    assert "is local to one machine, and the cluster has 2" in done.stdout
 
 
 def test_without_the_token_nothing_is_run(lab: Lab) -> None:

@@ -1,6 +1,7 @@
-"""Leases: of two runs the second is refused, and a dead one's claim does not last."""
+"""Locks on output directories: a second run is refused, a stale lock is taken over."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,145 +13,162 @@ import pytest
 from covergenre.errors import StorageError
 from covergenre.io import storage
 from covergenre.runs import lock
-from covergenre.runs.lock import FOLDER, lease
+from covergenre.runs.lock import LOCK_DIRECTORY, OutputLock
 
-# A process that is at work in a place until its standard input ends.
-AT_WORK = """
+# A process that holds the lock on a directory until its standard input ends.
+HOLDER = """
 import sys
-from covergenre.runs.lock import lease
-with lease(sys.argv[1]) as held:
-    print("held", flush=True)
+from covergenre.runs.lock import OutputLock
+with OutputLock(sys.argv[1]):
+    print("locked", flush=True)
     sys.stdin.read()
 """
 
 
-def at_work(place: str) -> subprocess.Popen[str]:
+def start_holder(out: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", AT_WORK, place],
+        [sys.executable, "-c", HOLDER, out],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    assert process.stdout is not None and process.stdout.readline() == "locked\n"
     return process
 
 
-def holders(place: str) -> list[str]:
-    return sorted(storage.list_sizes(storage.join(place, FOLDER)))
+def lock_files(out: str) -> list[str]:
+    return sorted(storage.list_sizes(storage.join(out, LOCK_DIRECTORY)))
+
+
+def refused(out: str) -> str:
+    """The message of the lock's refusal, one line."""
+    with pytest.raises(StorageError) as caught:
+        OutputLock(out).acquire()
+    assert caught.value.code == "locked" and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def assert_lost(held: OutputLock) -> None:
+    with pytest.raises(StorageError) as caught:
+        held.check()
+    assert caught.value.code == "lock_lost"
 
 
 @pytest.fixture(params=["local", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "out")
     return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
 
 
-def test_a_lease_is_given_back(place: str) -> None:
+def test_lock_is_released_after_the_block_and_after_an_error(out: str) -> None:
     for _ in range(2):
-        with lease(place):
-            assert holders(place) == ["00000001"]
-        assert holders(place) == []
-    with pytest.raises(KeyError), lease(place):
+        with OutputLock(out) as held:
+            assert lock_files(out) == ["00000001"]
+            held.check()
+        assert lock_files(out) == []
+    with pytest.raises(KeyError), OutputLock(out):
         raise KeyError
-    assert holders(place) == []
+    assert lock_files(out) == []
 
 
-def test_the_second_of_two_is_refused(place: str) -> None:
-    process = at_work(place)
-    with pytest.raises(StorageError) as caught, lease(place):
-        pass
-    assert f"process {process.pid} on" in str(caught.value) and "\n" not in str(caught.value)
+def test_second_run_is_refused_while_the_first_holds_the_lock(out: str) -> None:
+    process = start_holder(out)
+    assert f"process {process.pid} on" in refused(out)
     process.communicate("")
     assert process.returncode == 0
-    with lease(place):
+    with OutputLock(out):
         pass
 
 
-def test_a_dead_process_holds_nothing(place: str) -> None:
-    process = at_work(place)
+def test_stale_lock_of_a_dead_process_is_taken_over(out: str) -> None:
+    process = start_holder(out)
     process.send_signal(signal.SIGKILL)
-    # Not waited for: what is dead and not yet buried is dead.
+    # Its exit status is not collected: a zombie counts as dead.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    with lease(place):
-        assert holders(place) == ["00000002"]
+    with OutputLock(out):
+        assert lock_files(out) == ["00000002"]
     process.communicate()
 
 
-def elsewhere(place: str) -> str:
-    """Make the holder of the lease one of another machine; the file."""
-    uri = storage.join(place, FOLDER, "00000001")
+def on_another_machine(out: str) -> str:
+    """Change the lock file to one of another machine; its URI."""
+    uri = storage.join(out, LOCK_DIRECTORY, "00000001")
     storage.put_json(uri, storage.read_json(uri) | {"boot": "another", "host": "there"})
     return uri
 
 
-def test_a_holder_elsewhere_is_watched(
-    place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_holder_on_another_machine_is_judged_by_its_heartbeat(
+    out: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    process = at_work(place)
+    process = start_holder(out)
     process.kill()
     process.communicate()
-    uri = elsewhere(place)
-    record = storage.read_json(uri)
+    uri = on_another_machine(out)
+    holder = storage.read_json(uri)
 
-    # It beats: refused.
-    looks: list[None] = []
+    # With a heartbeat: refused.
+    polls: list[None] = []
 
-    def beat() -> None:
-        looks.append(None)
-        storage.put_json(uri, record | {"beat": len(looks)})
+    def send_heartbeat() -> None:
+        polls.append(None)
+        storage.put_json(uri, holder | {"heartbeat": len(polls)})
 
     with monkeypatch.context() as patch:
-        patch.setattr(lock, "_pause", beat)
-        with pytest.raises(StorageError, match=r"another run is at work here .* on there"):
-            lock.Lease(place)
-    assert len(looks) == 1
+        patch.setattr(lock, "_pause", send_heartbeat)
+        assert " on there" in refused(out)
+    assert len(polls) == 1
 
-    # It does not: taken over.
-    monkeypatch.setattr(lock, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(lock, "_DEAD_SECONDS", 0.05)
-    with lease(place):
-        assert holders(place) == ["00000002"]
-    assert "looking whether it still is" in caplog.text
+    # Without one: taken over.
+    monkeypatch.setattr(lock, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(lock, "_STALE_SECONDS", 0.05)
+    with caplog.at_level(logging.INFO, "covergenre"), OutputLock(out):
+        assert lock_files(out) == ["00000002"]
+    assert any(out in message and " on there" in message for message in caplog.messages)
 
 
-def test_who_was_taken_for_dead_is_told(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.01)
-    monkeypatch.setattr(lock, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(lock, "_DEAD_SECONDS", 0.0)
-    first = lock.Lease(place)
+@pytest.fixture
+def instantly_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock of any other machine is stale at once."""
+    monkeypatch.setattr(lock, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(lock, "_STALE_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("instantly_stale")
+def test_run_whose_lock_was_taken_over_notices(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_HEARTBEAT_SECONDS", 0.01)
+    first = OutputLock(out)
+    first.acquire()
     monkeypatch.setattr(lock, "_this_machine", lambda: {"boot": "another", "namespace": ""})
-    with lease(place):
+    with OutputLock(out):
         first._thread.join(60)
-        with pytest.raises(StorageError, match="another run has taken over here"):
-            first.check()
+        assert_lost(first)
         first.release()
-        assert len(holders(place)) == 1
+        assert len(lock_files(out)) == 1
 
 
-def test_a_beat_that_comes_late_takes_nothing_back(
-    place: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("instantly_stale")
+def test_late_heartbeat_does_not_take_the_lock_back(
+    out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It looks, is taken for dead, and then writes."""
-    monkeypatch.setattr(lock, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(lock, "_DEAD_SECONDS", 0.0)
-    monkeypatch.setattr(lock, "_BEAT_SECONDS", 3600.0)
-    first = lock.Lease(place)
+    """The first run lists the lock files, is taken over, and only then writes."""
+    monkeypatch.setattr(lock, "_HEARTBEAT_SECONDS", 3600.0)
+    first = OutputLock(out)
+    first.acquire()
     monkeypatch.setattr(lock, "_this_machine", lambda: {"boot": "another", "namespace": ""})
-    with lease(place) as second:
-        storage.put(first._uri, first._text())
-        first._beat()
-        with pytest.raises(StorageError, match="another run has taken over here"):
-            first.check()
-        second._beat()
+    with OutputLock(out) as second:
+        storage.put_json(first._uri, first._holder)
+        first._send_heartbeat()
+        assert_lost(first)
+        second._send_heartbeat()
         second.check()
-        assert holders(place) == ["00000002"]
+        assert lock_files(out) == ["00000002"]
     first.release()
-    assert holders(place) == []
+    assert lock_files(out) == []
 
 
-def test_a_lease_says_who_holds_it(tmp_path: Path) -> None:
-    with lease(str(tmp_path)):
-        (name,) = holders(str(tmp_path))
-        record = json.loads((tmp_path / FOLDER / name).read_text())
-    assert record["pid"] == os.getpid() and record["host"] and record["since"]
+def test_lock_file_names_its_holder(tmp_path: Path) -> None:
+    with OutputLock(str(tmp_path)):
+        (name,) = lock_files(str(tmp_path))
+        holder = json.loads((tmp_path / LOCK_DIRECTORY / name).read_text())
+    assert holder["pid"] == os.getpid() and holder["host"] and holder["since"]
