@@ -6,6 +6,7 @@ CovergenreError
 │   ├── CatalogError     the catalog as a whole (a bad row is set aside, never raised)
 │   ├── DatasetError     a prepared dataset
 │   ├── ModelError       a MODEL folder, a model name, or weights
+│   ├── ImageError       a cover given to Model.predict
 │   ├── StorageError     a place that cannot be read or written
 │   ├── TrainingDivergedError   the loss is not finite, or far above a baseline's
 │   └── DeviceMemoryError       a step does not fit the memory of the GPU
@@ -55,6 +56,17 @@ class DatasetError(UserError):
 
 class ModelError(UserError):
     """A MODEL folder, model name or weights file cannot be used."""
+
+
+class ImageError(UserError):
+    """A cover cannot be read or decoded. `code`: the reason, as in schema.REASONS."""
+
+    index: int | None
+    """Position of the cover in what was given; None where it was given alone."""
+
+    def __init__(self, message: str, *, code: str, index: int | None = None) -> None:
+        super().__init__(message, code=code)
+        self.index = index
 
 
 class StorageError(UserError):

@@ -156,11 +156,11 @@ def _outcomes(
     firsts = dict(zip(places, _embedded(places, source), strict=True))
 
     def cover_of(row: dict[str, Any]) -> Cover:
-        return own.get(row["row"]) or _fetch(row["cover"], source)
+        return own.get(row["row"]) or fetch(row["cover"], source)
 
     def first_cover_of(row: dict[str, Any]) -> Cover:
         place = (row["first_source"], row["first_source_row"])
-        return firsts.get(place) or _fetch(row["first_cover"], source)
+        return firsts.get(place) or fetch(row["first_cover"], source)
 
     def outcome(row: dict[str, Any]) -> Outcome:
         try:
@@ -203,7 +203,8 @@ _MAYBE_ELSEWHERE = ("missing_file", "access_denied")
 """S3 denies access to what is missing, to those who may not list."""
 
 
-def _fetch(path: str | None, source: Source) -> Cover:
+def fetch(path: str | None, source: Source) -> Cover:
+    """The bytes at a path or URL. Raises CoverError."""
     if path is None:
         raise CoverError("no_cover")
     try:

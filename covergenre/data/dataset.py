@@ -189,6 +189,13 @@ def open_parquet(uri: str, buffered: bool = False) -> pq.ParquetFile:
     return _open(uri, storage.stat(uri), buffered=buffered)
 
 
+def row_group_rows(uri: str) -> list[int]:
+    """Rows of each row group of the Parquet file `uri`."""
+    with storage.named(uri, "read as Parquet"):
+        metadata = open_parquet(uri).metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
 def read_rows(uri: str, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
     """Rows `start` to `stop` of the Parquet file `uri`, reading only the row groups they are in."""
     with storage.translate_errors(uri, "read as Parquet"):

@@ -108,6 +108,20 @@ def sha256(data: bytes) -> str:
 def decode(data: bytes, spec: Preprocessing) -> NDArray[np.uint8]:
     """Pixels of an encoded cover, uint8 [side, side, 3]. Raises CoverError."""
     image, _ = _read(data, at_least=2 * spec.side)
+    return _resized(image, spec)
+
+
+def decode_image(image: Image.Image, spec: Preprocessing) -> NDArray[np.uint8]:
+    """The same of an image in memory, which is not decoded at a reduced size."""
+    return _resized(_load_rgb(image, None), spec)
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """An encoded cover at its full size: upright, in sRGB, over white. Raises CoverError."""
+    return _read(data, at_least=None)[0]
+
+
+def _resized(image: Image.Image, spec: Preprocessing) -> NDArray[np.uint8]:
     if image.size != (spec.side, spec.side):
         image = image.resize((spec.side, spec.side), _FILTERS[spec.filter])
     return np.asarray(image)
@@ -179,12 +193,12 @@ def _open(data: bytes) -> ImageFile:
     return image
 
 
-def _load_rgb(image: ImageFile, at_least: int | None) -> Image.Image:
+def _load_rgb(image: Image.Image, at_least: int | None) -> Image.Image:
     """The image upright, in RGB; a JPEG may come reduced, but no side below `at_least` pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            if at_least is not None:
+            if at_least is not None and isinstance(image, ImageFile):
                 image.draft(None, (at_least, at_least))  # JPEG only; no effect on others
             image.load()
             return _to_rgb(_upright(image), image)
@@ -212,7 +226,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image, file: ImageFile) -> Image.Image:
+def _to_rgb(image: Image.Image, file: Image.Image) -> Image.Image:
     """RGB as a person sees it: in sRGB, over white. `file`: what the image was read from."""
     alpha = _alpha(image) if image.has_transparency_data else None
     rgb = _to_srgb(_colours(image, file), file.info.get("icc_profile"))
@@ -230,7 +244,7 @@ def _alpha(image: Image.Image) -> Image.Image:
     return image.convert("RGBA").getchannel("A")
 
 
-def _colours(image: Image.Image, file: ImageFile) -> Image.Image:
+def _colours(image: Image.Image, file: Image.Image) -> Image.Image:
     """Without alpha and in 8 bits: L, RGB, CMYK or LAB, to which profiles apply."""
     if image.mode in _DEEP:
         return _to_8_bits(image, file)
@@ -239,7 +253,7 @@ def _colours(image: Image.Image, file: ImageFile) -> Image.Image:
     return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
 
 
-def _to_8_bits(image: Image.Image, file: ImageFile) -> Image.Image:
+def _to_8_bits(image: Image.Image, file: Image.Image) -> Image.Image:
     """Deep grey, scaled: Pillow would clip it at 255. Floats are black at 0 and white at 1."""
     samples = np.asarray(image)
     bits, signed, inverted = 16, False, False

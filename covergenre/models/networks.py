@@ -29,6 +29,20 @@ class CoverModel(nn.Module):
         logits_BG: Tensor = self.head(features_BD)
         return logits_BG
 
+    def embed(self, images_BCHW: Tensor) -> Tensor:
+        """Penultimate features [B, num_features]: the input of the last layer."""
+        features_BD: Tensor = self.backbone(images_BCHW)
+        if isinstance(self.head, nn.Sequential):
+            features_BD = self.head[:-1](features_BD)
+        return features_BD
+
+    @property
+    def num_features(self) -> int:
+        """Width of `embed`."""
+        last = self.head[-1] if isinstance(self.head, nn.Sequential) else self.head
+        assert isinstance(last, nn.Linear)
+        return last.in_features
+
 
 class BatchDropout(nn.Dropout):
     """Dropout whose mask is drawn for all rows of a step, of which a worker uses its own: with one

@@ -1,5 +1,6 @@
 """A model on a device: uint8 pixels in, scores out."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,14 +36,24 @@ class Predictor:
 
     def logits_of(self, images_BCHW: "torch.Tensor") -> "torch.Tensor":
         """The logits of the scores: float32, also where a score would round to 0 or 1."""
+        return self._run(self._model, images_BCHW)
+
+    def features(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Penultimate features, float32 [batch, features], of uint8 [batch, side, side, 3]."""
+        features = self._run(self._model.embed, to_unit(pixels_BHWC, self._device))
+        return np.asarray(features.cpu().numpy(), np.float32)
+
+    def _run(
+        self, function: "Callable[[torch.Tensor], torch.Tensor]", images_BCHW: "torch.Tensor"
+    ) -> "torch.Tensor":
         import torch
 
         training = self._model.training
         self._model.eval()
         with torch.inference_mode(), autocast(self._device, self._precision):
-            logits: torch.Tensor = self._model(normalise(images_BCHW, self._preprocessing)).float()
+            output = function(normalise(images_BCHW, self._preprocessing)).float()
         self._model.train(training)
-        return logits
+        return output
 
 
 def autocast(device: str, precision: str) -> "torch.autocast":

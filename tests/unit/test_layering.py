@@ -28,6 +28,7 @@ SLOW = {"boto3", "matplotlib", "pandas", "ray", "sklearn", "torch", "torchvision
 TORCH = {"torch", "torchvision"}
 # Modules that consist of it may import it at their top; others import them inside functions.
 AT_TOP = {
+    "covergenre.api.torch_dataset": TORCH,
     "covergenre.models.networks": TORCH,
     "covergenre.models.pretrained": TORCH,
     "covergenre.models.summary": TORCH,
