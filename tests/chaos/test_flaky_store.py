@@ -45,7 +45,9 @@ def result(place: str) -> dict[str, bytes]:
 
 @pytest.mark.chaos
 @pytest.mark.usefixtures("local_ray")
-def test_a_whole_job_through_a_store_that_fails(s3: str, synthetic_catalog: Path) -> None:
+def test_all_stages_through_a_flaky_store_give_the_same_results(
+    s3: str, synthetic_catalog: Path
+) -> None:
     place, calm = f"{s3}/job/flaky", f"{s3}/job/calm"
     header, first, *rest = synthetic_catalog.read_text().splitlines()
     rest[40] = rest[40].replace(".jpg", "-missing.jpg")

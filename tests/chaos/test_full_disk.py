@@ -1,4 +1,4 @@
-"""A disk that is full, for real: one line, nothing torn, and going on once there is space."""
+"""A full disk: an error of one line, no partial files, and resuming once there is space."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Training that is interrupted for real, and goes on: workers killed, files damaged, ^C sent."""
+"""Resuming training: killed workers, damaged files, Ctrl-C, and too little GPU memory."""
 
 import os
 import signal
@@ -84,7 +84,7 @@ def interrupt() -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_killed_within_an_epoch_sees_each_sample_once(
+def test_killed_training_worker_repeats_and_skips_no_sample(
     dataset: Path, trained_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "m"
@@ -110,7 +110,7 @@ def interrupted(dataset: Path, trained_model: Path, tmp_path: Path) -> Iterator[
 
 
 @pytest.mark.chaos
-def test_an_interrupted_run_goes_on_if_asked_to(
+def test_interrupted_run_resumes_on_request(
     dataset: Path, trained_model: Path, interrupted: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(StorageError, match=r"unfinished run \(its last checkpoint.*--resume"):
@@ -132,7 +132,7 @@ def test_an_interrupted_run_goes_on_if_asked_to(
 
 
 @pytest.mark.chaos
-def test_a_run_ended_before_its_model_was_whole(
+def test_run_interrupted_while_writing_the_model_resumes_without_training(
     dataset: Path,
     trained_model: Path,
     tmp_path: Path,
@@ -164,9 +164,7 @@ def test_a_run_ended_before_its_model_was_whole(
 
 
 @pytest.mark.chaos
-def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_non_finite_loss_names_the_last_good_checkpoint(dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "m"
     with pytest.raises(TrainingDivergedError) as caught:
         train(train_config(dataset, out, learning_rate=1e30, checkpoint_every=1, workers=2))
@@ -185,7 +183,7 @@ def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(
 
 
 @pytest.mark.chaos
-def test_a_step_too_large_for_the_memory_is_computed_in_parts(
+def test_step_too_large_for_gpu_memory_accumulates_gradients(
     dataset: Path,
     trained_model: Path,
     tmp_path: Path,

@@ -1,8 +1,8 @@
-"""Scoring that is hurt for real, at random moments; in the end every album is labelled once.
+"""Failures injected into score at random times; in the end every album is labelled once.
 
-Drivers get kill -9 and ^C, workers kill -9, and whole Rays are taken away. What happened when is
-printed; COVERGENRE_CHAOS_SEED draws other moments. The short form is behind the marker `chaos`; the
-long one, twenty of each kind, or COVERGENRE_CHAOS_KILLS, behind `slow`.
+Drivers get kill -9 and Ctrl-C, workers kill -9, and whole Rays are killed. Each failure and its
+time are printed; COVERGENRE_CHAOS_SEED selects other times. The short form has the marker `chaos`;
+the long one, 20 failures of each kind, or COVERGENRE_CHAOS_KILLS, has the marker `slow`.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ KILLS = int(os.environ.get("COVERGENRE_CHAOS_KILLS", "20"))
 ALBUMS = 400
 ROWS = ALBUMS + 2
 UNIT_ROWS = 16
-HANG_SECONDS = 900.0
-"""A guard against hanging; nothing is measured by it."""
+TIMEOUT_SECONDS = 900.0
+"""Fails a test that hangs; nothing else depends on it."""
 
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Covers that decode, some that do not, some that repeat others."""
+    """A catalog with a missing cover, a conflicting cover, and duplicates."""
     synthetic_catalog = write_sample(tmp_path_factory.mktemp("catalog"), ALBUMS, seed=0)
     lines = synthetic_catalog.read_text().splitlines()
     header, first, *rest = lines
@@ -62,7 +62,7 @@ class Run:
         self._family: dict[int, psutil.Process] = {}
 
     def family(self) -> list[psutil.Process]:
-        """Every process that it has started, Ray's too, and that still runs."""
+        """Every running process that it has started, including those of Ray."""
         try:
             found = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -71,7 +71,7 @@ class Run:
         return [process for process in self._family.values() if process.is_running()]
 
     def workers(self) -> list[psutil.Process]:
-        """Those of Ray that do its work now."""
+        """Ray workers that run one of its tasks or actors now."""
         found = []
         for process in self.family():
             try:
@@ -86,18 +86,18 @@ class Run:
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self.family()  # while its head is there to tell them
+            self.family()  # while the head process can still list them
             return False
         return True
 
     def end(self) -> int:
         """Its exit code. It must leave no process behind."""
-        code = self.process.wait(HANG_SECONDS)
-        _, alive = psutil.wait_procs(self.family(), HANG_SECONDS)
+        code = self.process.wait(TIMEOUT_SECONDS)
+        _, alive = psutil.wait_procs(self.family(), TIMEOUT_SECONDS)
         assert not alive, alive
         return code
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self._log.read_text()
 
 
@@ -114,19 +114,21 @@ def contents(out: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Reference:
     """An uninterrupted run."""
 
     contents: dict[str, str]
     seconds: float
-    """That it took: moments are drawn from them."""
+    """How long it took: the times of failures are drawn from it."""
 
 
 @pytest.fixture(scope="module")
-def whole(untrained_model: str, catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def reference(
+    untrained_model: str, catalog: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
     began = time.monotonic()
-    run = Run(untrained_model, catalog, tmp_path_factory.mktemp("whole") / "labels")
-    assert run.end() == 0, run.said()
+    run = Run(untrained_model, catalog, tmp_path_factory.mktemp("reference") / "labels")
+    assert run.end() == 0, run.output()
     seconds = time.monotonic() - began
     ledger = json.loads((run.out / "ledger.json").read_text())
     assert ledger["rows"] == ROWS
@@ -138,121 +140,134 @@ def whole(untrained_model: str, catalog: Path, tmp_path_factory: pytest.TempPath
         for row in pq.read_table(run.out / folder, columns=["row"])["row"].to_pylist()
     ]
     assert sorted(rows) == list(range(ROWS))
-    print(f"whole: {seconds:.0f} s", flush=True)
-    return Whole(contents(run.out), seconds)
+    print(f"reference: {seconds:.0f} s", flush=True)
+    return Reference(contents(run.out), seconds)
 
 
 def committed(out: Path) -> dict[str, int]:
-    """The units that are done: file -> inode, which another write would change."""
+    """Finished output parts: file -> inode, which another write would change."""
     return {file.name: file.stat().st_ino for file in (out / "labels").glob("part-*")}
 
 
-Hurt = Callable[[Run], None]
+Failure = Callable[[Run], None]
 
 
-def driver(run: Run) -> None:
+def kill_driver(run: Run) -> None:
     run.process.kill()
 
 
-def interrupt(run: Run) -> None:
+def interrupt_driver(run: Run) -> None:
     run.process.send_signal(signal.SIGINT)
-    assert run.process.wait(HANG_SECONDS) in (130, 0), run.said()
-    assert "Traceback" not in run.said(), run.said()
+    assert run.process.wait(TIMEOUT_SECONDS) in (130, 0), run.output()
+    assert "Traceback" not in run.output(), run.output()
 
 
-def cluster(run: Run) -> None:
-    """All of Ray but the driver."""
+def kill_ray(run: Run) -> None:
+    """Kill all processes of Ray except the driver."""
     for process in run.family():
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
-def worker(run: Run) -> None:
-    """One of Ray's; the run goes on."""
+def kill_worker(run: Run) -> None:
+    """Kill one Ray worker; the run continues."""
     while not run.ends_within(0.1):
         if found := run.workers():
             found[0].kill()
             return
 
 
-def ordeal(
-    model: str, catalog: Path, out: Path, whole: Whole, harms: list[Hurt], chance: random.Random
+def run_with_failures(
+    model: str,
+    catalog: Path,
+    out: Path,
+    reference: Reference,
+    failures: list[Failure],
+    rng: random.Random,
 ) -> None:
-    """One job to its end by the same command again and again, hurt while `harms` last."""
+    """Repeat the same command to its end, with failures while `failures` last."""
     done: dict[str, int] = {}
     code = -1
     while code != 0:
         run = Run(model, catalog, out)
-        hurt: Hurt | None = worker
+        failure: Failure | None = kill_worker
         what = ""
-        while hurt is worker:
-            moment = chance.uniform(0, whole.seconds)
-            hurt = harms.pop() if harms and not run.ends_within(moment) else None
-            if hurt:
-                hurt(run)
-                what += f"{hurt.__name__} after {moment:.1f} s, "
+        while failure is kill_worker:
+            delay = rng.uniform(0, reference.seconds)
+            failure = failures.pop() if failures and not run.ends_within(delay) else None
+            if failure:
+                failure(run)
+                what += f"{failure.__name__} after {delay:.1f} s, "
         code = run.end()
         now = committed(out)
-        assert done.items() <= now.items(), "a finished unit was done again"
+        assert done.items() <= now.items(), "a finished output part was written again"
         print(f"{what}exit {code}, {len(now)} of {-(-ROWS // UNIT_ROWS)} units", flush=True)
         done = now
-    assert contents(out) == whole.contents
+    assert contents(out) == reference.contents
 
 
 @pytest.mark.chaos
-def test_some_of_each(untrained_model: str, catalog: Path, whole: Whole, tmp_path: Path) -> None:
-    chance = random.Random(SEED)
-    harms: list[Hurt] = [driver, interrupt, cluster, worker]
-    chance.shuffle(harms)
-    while harms:  # a job may end before its time has come for all
-        ordeal(untrained_model, catalog, tmp_path / f"{len(harms)}", whole, harms, chance)
+def test_one_failure_of_each_kind(
+    untrained_model: str, catalog: Path, reference: Reference, tmp_path: Path
+) -> None:
+    rng = random.Random(SEED)
+    failures: list[Failure] = [kill_driver, interrupt_driver, kill_ray, kill_worker]
+    rng.shuffle(failures)
+    while failures:  # a job may end before all failures had their time
+        run_with_failures(
+            untrained_model, catalog, tmp_path / f"{len(failures)}", reference, failures, rng
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hurt", [driver, interrupt, cluster], ids=lambda f: f.__name__)
-def test_many_of_one_kind(
-    hurt: Hurt, untrained_model: str, catalog: Path, whole: Whole, tmp_path: Path
+@pytest.mark.parametrize(
+    "failure", [kill_driver, interrupt_driver, kill_ray], ids=lambda f: f.__name__
+)
+def test_many_failures_of_one_kind(
+    failure: Failure, untrained_model: str, catalog: Path, reference: Reference, tmp_path: Path
 ) -> None:
-    chance = random.Random(f"{SEED}{hurt.__name__}")
-    harms = [hurt] * KILLS
-    while harms:
-        print(f"{KILLS - len(harms)} of {KILLS} done; another job (seed {SEED})", flush=True)
-        ordeal(untrained_model, catalog, tmp_path / f"{len(harms)}", whole, harms, chance)
+    rng = random.Random(f"{SEED}{failure.__name__}")
+    failures = [failure] * KILLS
+    while failures:
+        print(f"{KILLS - len(failures)} of {KILLS} done; another job (seed {SEED})", flush=True)
+        run_with_failures(
+            untrained_model, catalog, tmp_path / f"{len(failures)}", reference, failures, rng
+        )
 
 
 @pytest.mark.slow
-def test_workers_that_are_killed_are_made_up_for(
-    untrained_model: str, catalog: Path, whole: Whole, tmp_path: Path
+def test_killed_workers_are_restarted(
+    untrained_model: str, catalog: Path, reference: Reference, tmp_path: Path
 ) -> None:
-    chance = random.Random(f"{SEED}workers")
+    rng = random.Random(f"{SEED}workers")
     made = jobs = 0
     while made < KILLS:
         run = Run(untrained_model, catalog, tmp_path / f"labels-{jobs}")
         jobs += 1
-        while made < KILLS and not run.ends_within(chance.uniform(0.2, 5)):
+        while made < KILLS and not run.ends_within(rng.uniform(0.2, 5)):
             if workers := run.workers():
-                victim = chance.choice(workers)
+                victim = rng.choice(workers)
                 print(f"worker {made}: {' '.join(victim.cmdline())[:60]}", flush=True)
                 victim.kill()
                 made += 1
-        assert run.end() == 0, run.said()
-        assert contents(run.out) == whole.contents
+        assert run.end() == 0, run.output()
+        assert contents(run.out) == reference.contents
     print(f"workers: {made} killed over {jobs} jobs (seed {SEED})")
 
 
 @pytest.fixture
-def deadly() -> Iterator[str]:
-    """An address: whoever asks for it is killed before there is an answer."""
+def killer_url() -> Iterator[str]:
+    """A URL: the process that requests it is killed before there is a response."""
 
-    class Answer(http.server.BaseHTTPRequestHandler):
+    class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asker = self.client_address[1]
+            client_port = self.client_address[1]
             for process in psutil.process_iter():
                 try:
                     ports = [c.laddr.port for c in process.net_connections() if c.laddr]
                 except psutil.Error:
                     continue
-                if asker in ports and process.pid != os.getpid():
+                if client_port in ports and process.pid != os.getpid():
                     process.kill()
                     killed.append(process.pid)
 
@@ -260,7 +275,7 @@ def deadly() -> Iterator[str]:
             pass
 
     killed: list[int] = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}/cover.jpg"
@@ -271,12 +286,12 @@ def deadly() -> Iterator[str]:
 
 
 @pytest.mark.chaos
-def test_a_row_that_kills_its_worker_is_set_aside(
-    deadly: str, untrained_model: str, catalog: Path, tmp_path: Path
+def test_row_that_kills_its_worker_is_rejected(
+    killer_url: str, untrained_model: str, catalog: Path, tmp_path: Path
 ) -> None:
     lines = catalog.read_text().splitlines()[:101]
     folder = str(catalog.parent)
-    lines.insert(50, f"poison,{deadly}" + "," * (lines[0].count(",") - 1))
+    lines.insert(50, f"poison,{killer_url}" + "," * (lines[0].count(",") - 1))
     poisoned = tmp_path / "poisoned.csv"
     poisoned.write_text("\n".join(lines) + "\n")
     run = Run(
@@ -289,8 +304,8 @@ def test_a_row_that_kills_its_worker_is_set_aside(
             "--allow-private-addresses",
         )
     )
-    assert run.end() == 0, run.said()
-    assert "Traceback" not in run.said(), run.said()
+    assert run.end() == 0, run.output()
+    assert "Traceback" not in run.output(), run.output()
     ledger = json.loads((run.out / "ledger.json").read_text())
     assert ledger["reasons"] == {"missing_file": 1, "conflicting_cover": 1, "worker_died": 1}
     assert ledger["scored"] == 98

@@ -1,11 +1,10 @@
-"""Training that is hurt for real, again and again, at random moments; it must end as if it was not.
+"""Failures injected into train at random times; the result must be that of an uninterrupted run.
 
-Workers and drivers get kill -9, drivers ^C, and nodes are taken away. What happened when is
-printed; COVERGENRE_CHAOS_SEED draws other moments. The short form is behind the marker `chaos`, the
-long one, ten of each kind and three nodes, behind `slow`.
+Workers and drivers get kill -9, drivers Ctrl-C, and nodes are removed. Each failure and its time
+are printed; COVERGENRE_CHAOS_SEED selects other times. The short form has the marker `chaos`; the
+long one, ten failures of each kind and three nodes, has the marker `slow`.
 """
 
-import json
 import math
 import os
 import random
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from training_runs import losses, read_jsonl
 
 from covergenre.models.bundle import read_bundle
 from covergenre.training.checkpoints import newest
@@ -26,37 +26,23 @@ from covergenre.training.checkpoints import newest
 SEED = int(os.environ.get("COVERGENRE_CHAOS_SEED", "0"))
 EPOCHS = 4
 STEPS = 14  # of an epoch
-SETTINGS = [
-    "--model",
-    "tiny",
-    "--epochs",
-    str(EPOCHS),
-    "--batch-size",
-    "9",
-    "--shuffle-window",
-    "2",
-]
-HANG_SECONDS = 600.0
+SETTINGS = ["--model", "tiny", "--epochs", str(EPOCHS), "--batch-size", "9"]
+SETTINGS += ["--shuffle-window", "2"]
+TIMEOUT_SECONDS = 600.0
 MARK = "COVERGENRE_CHAOS_RUN"
 
 
 @pytest.fixture(scope="module")
-def whole(dataset: Path) -> Path:
+def reference(dataset: Path) -> Path:
     """An uninterrupted run."""
-    out = dataset.with_name("whole")
+    out = dataset.with_name("reference")
     Driver(dataset, out).finish()
     assert len(losses(out)) == EPOCHS * STEPS
     return out
 
 
-def losses(model: Path) -> list[float]:
-    lines = [json.loads(line) for line in (model / "steps.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(len(lines)))
-    return [line["loss"] for line in lines]
-
-
 def history(model: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (model / "history.jsonl").read_text().splitlines()]
+    lines = read_jsonl(model / "history.jsonl")
     timed = ("seconds", "images_per_second")
     return [{name: v for name, v in line.items() if name not in timed} for line in lines]
 
@@ -97,16 +83,16 @@ class Driver:
             )
         self.began = time.monotonic()
 
-    def said(self) -> str:
-        """What this run has written, both streams."""
+    def output(self) -> str:
+        """What this process has written to both streams."""
         return self.log.read_bytes()[self._begin :].decode()
 
     def check(self) -> None:
-        """That it still runs, or has come to its good end."""
+        """Raise where it has failed; start it again where Ray did not start in time."""
         if self._process.poll() in (None, 0):
             return
-        # Ray itself gives a start 30 s. A machine that is too busy for that is not the subject.
-        assert "node timed out during startup" in self.said(), self.said()
+        # Ray limits its start to 30 s, which a busy machine may exceed; that is not tested here.
+        assert "node timed out during startup" in self.output(), self.output()
         print(f"{self.out.name}: Ray did not start in its 30 s; the same command again", flush=True)
         self._command += ["--resume"]
         self._start()
@@ -116,22 +102,22 @@ class Driver:
         return self._process.poll() == 0
 
     def wait(self) -> int:
-        """Its exit code; it must leave nothing running."""
-        code = self._process.wait(HANG_SECONDS)
-        end = time.monotonic() + HANG_SECONDS
+        """Its exit code; it must leave no process running."""
+        code = self._process.wait(TIMEOUT_SECONDS)
+        end = time.monotonic() + TIMEOUT_SECONDS
         while left := self.family():
             assert time.monotonic() < end, f"left behind: {left}"
             time.sleep(0.1)
         return code
 
     def finish(self) -> None:
-        """Wait for its good end."""
+        """Wait until it has succeeded."""
         while self.wait() != 0:
             self.check()
-        assert "Traceback" not in self.said(), self.said()
+        assert "Traceback" not in self.output(), self.output()
 
     def family(self) -> list[psutil.Process]:
-        """The processes below it, also when it is gone: Ray's own and those that work in it."""
+        """Its descendants, also after its end: all processes of its Ray."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -147,7 +133,7 @@ class Driver:
         self._process.kill()
 
     def interrupt(self) -> None:
-        """^C: a terminal sends it to all that run in it."""
+        """Ctrl-C: a terminal sends it to the whole process group."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGINT)
 
@@ -168,24 +154,24 @@ def await_step(driver: Driver, step: int, at_most: float = math.inf) -> None:
         driver.check()
         if driver.ended:
             return
-        assert time.monotonic() < began + HANG_SECONDS, driver.said()
+        assert time.monotonic() < began + TIMEOUT_SECONDS, driver.output()
         time.sleep(0.01)
 
 
-class Moments:
-    """When to hurt a run next: some steps on and a little later, or while it starts."""
+class FailureTimes:
+    """When to inject the next failure: some steps and a little later, or while the run starts."""
 
-    def __init__(self, harms: int, seed: int) -> None:
+    def __init__(self, failures: int, seed: int) -> None:
         self._random = random.Random(seed)
-        self._harms, self._number = harms, 0
+        self._failures, self._number = failures, 0
         self._at_start = False
 
     def await_next(self, driver: Driver) -> str:
-        """Wait for the moment; in words, when it was."""
+        """Wait until then; returns a description of the time."""
         draw = self._random
         # Never twice in a row while it starts: three losses without a new step end a run.
         self._at_start = not self._at_start and draw.random() < 0.25
-        window = (EPOCHS - 1) * STEPS // self._harms
+        window = (EPOCHS - 1) * STEPS // self._failures
         step = self._number * window + draw.randrange(1, window)
         step = max(step, latest_step(driver.out) + 1)
         self._number += 1
@@ -199,77 +185,79 @@ class Moments:
         )
 
 
-def hurt(driver: Driver, harm: str) -> bool:
-    """Whether it came in time: a run may end before."""
-    if harm == "worker":
-        end = time.monotonic() + HANG_SECONDS
+def inject(driver: Driver, failure: str) -> bool:
+    """Whether the failure came in time: the run may have ended before."""
+    if failure == "worker":
+        end = time.monotonic() + TIMEOUT_SECONDS
         while not (found := training_workers(driver.family())):
             driver.check()
             if driver.ended:
                 return False
-            assert time.monotonic() < end, driver.said()
+            assert time.monotonic() < end, driver.output()
             time.sleep(0.01)
         found[0].kill()
         return True
-    if harm == "driver":
+    if failure == "driver":
         driver.kill()
         return driver.wait() == -signal.SIGKILL
     driver.interrupt()
     if driver.wait() == 0:
         return False
-    assert driver.wait() == 130, driver.said()
-    assert driver.said().splitlines()[-1] == "covergenre: interrupted", driver.said()
+    assert driver.wait() == 130, driver.output()
+    assert driver.output().splitlines()[-1] == "covergenre: interrupted", driver.output()
     return True
 
 
-def ordeal(dataset: Path, out: Path, harms: list[str], seed: int) -> None:
-    """One run to its end, hurt by worker, driver or interrupt while `harms` last; those that it did
-    not live to see are left there."""
-    moments = Moments(len(harms), seed)
+def run_with_failures(dataset: Path, out: Path, failures: list[str], seed: int) -> None:
+    """One run to its end, with failures (worker, driver, interrupt) while `failures` last; those
+    for which the run ended too early stay in the list."""
+    times = FailureTimes(len(failures), seed)
     driver = Driver(dataset, out)
-    while harms:
-        when = moments.await_next(driver)
+    while failures:
+        when = times.await_next(driver)
         driver.check()
         began = time.monotonic()
-        if not hurt(driver, harms[-1]):
+        if not inject(driver, failures[-1]):
             break
-        harm = harms.pop()
+        failure = failures.pop()
         took = time.monotonic() - began
-        print(f"{out.name}: {harm} {when}; {took:.1f} s; {len(harms)} to come", flush=True)
-        assert "Traceback" not in driver.said(), driver.said()
-        if harm != "worker":
+        print(f"{out.name}: {failure} {when}; {took:.1f} s; {len(failures)} to come", flush=True)
+        assert "Traceback" not in driver.output(), driver.output()
+        if failure != "worker":
             driver = Driver(dataset, out, "--resume")
     driver.finish()
 
 
-def assert_equal(model: Path, whole: Path) -> None:
+def assert_equal(model: Path, reference: Path) -> None:
     """Bit for bit: the loss of every step, every epoch's figures on dev, and the weights."""
-    assert losses(model) == losses(whole)
-    assert history(model) == history(whole)
-    assert weights_id(model) == weights_id(whole)
+    assert losses(model) == losses(reference)
+    assert history(model) == history(reference)
+    assert weights_id(model) == weights_id(reference)
 
 
 @pytest.mark.chaos
-def test_a_worker_and_the_driver(dataset: Path, whole: Path, tmp_path: Path) -> None:
-    harms = ["worker", "driver"]  # ^C: test_resume.py
-    random.Random(SEED).shuffle(harms)
-    while harms:
-        out = tmp_path / f"m-{len(harms)}"
-        ordeal(dataset, out, harms, SEED)
-        assert_equal(out, whole)
+def test_killed_worker_and_killed_driver(dataset: Path, reference: Path, tmp_path: Path) -> None:
+    failures = ["worker", "driver"]  # Ctrl-C: test_resume.py
+    random.Random(SEED).shuffle(failures)
+    while failures:
+        out = tmp_path / f"m-{len(failures)}"
+        run_with_failures(dataset, out, failures, SEED)
+        assert_equal(out, reference)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("harm", ["worker", "driver", "interrupt"])
-def test_many_of_one_kind(harm: str, dataset: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("failure", ["worker", "driver", "interrupt"])
+def test_many_failures_of_one_kind(
+    failure: str, dataset: Path, reference: Path, tmp_path: Path
+) -> None:
     to_come, run = 10, 0
     while to_come:
-        harms = [harm] * min(5, to_come)
-        to_come -= len(harms)
-        out, run = tmp_path / f"{harm}-{run}", run + 1
-        ordeal(dataset, out, harms, 1000 * SEED + run)
-        to_come += len(harms)
-        assert_equal(out, whole)
+        failures = [failure] * min(5, to_come)
+        to_come -= len(failures)
+        out, run = tmp_path / f"{failure}-{run}", run + 1
+        run_with_failures(dataset, out, failures, 1000 * SEED + run)
+        to_come += len(failures)
+        assert_equal(out, reference)
 
 
 class Nodes:
@@ -287,7 +275,7 @@ class Nodes:
         return str(self._cluster.address)
 
     def lose(self, draw: random.Random) -> None:
-        """One node dies at once, with all that runs on it; never the head."""
+        """Kill a node, never the head, with all that runs on it."""
         node = self._nodes.pop(draw.randrange(len(self._nodes)))
         self._cluster.remove_node(node, allow_graceful=False)
 
@@ -298,16 +286,16 @@ class Nodes:
         self._cluster.shutdown()
 
 
-def await_said(driver: Driver, text: str, times: int) -> None:
-    end = time.monotonic() + HANG_SECONDS
-    while driver.said().count(text) < times:
+def await_output(driver: Driver, text: str, times: int) -> None:
+    end = time.monotonic() + TIMEOUT_SECONDS
+    while driver.output().count(text) < times:
         driver.check()
-        assert time.monotonic() < end, driver.said()
+        assert time.monotonic() < end, driver.output()
         time.sleep(0.1)
 
 
 def lose_nodes(dataset: Path, out: Path, times: int, seed: int) -> None:
-    """A run that goes on with fewer workers where a node is lost, and with more when one comes."""
+    """A run continues with fewer workers where a node is lost, with more once one joins."""
     flags = ["--workers", "1:2", "--cpus-per-worker", "2", "--shared-filesystem"]
     flags += ["--learning-rate", "1e-5", "--epochs", "1000"]
     draw = random.Random(seed)
@@ -327,12 +315,12 @@ def lose_nodes(dataset: Path, out: Path, times: int, seed: int) -> None:
             await_step(driver, step + 8)
             if not replaced:
                 nodes.join()
-            now = driver.said().count("workers were lost")
+            now = driver.output().count("workers were lost")
             what = "workers lost" if now > lost else "no worker was on it"
             if now > lost and not replaced:
-                grown = driver.said().count("there is room for 2 workers: regrouping")
+                grown = driver.output().count("there is room for 2 workers: regrouping")
                 step = latest_step(out)
-                await_said(driver, "there is room for 2 workers: regrouping", grown + 1)
+                await_output(driver, "there is room for 2 workers: regrouping", grown + 1)
                 what += ", later regrouped for 2"
                 await_step(driver, step + 8)
             lost, step = now, latest_step(out)
@@ -342,17 +330,17 @@ def lose_nodes(dataset: Path, out: Path, times: int, seed: int) -> None:
                 flush=True,
             )
         driver.interrupt()
-        assert driver.wait() == 130, driver.said()
-        assert "Traceback" not in driver.said(), driver.said()
-        assert lost, driver.said()
+        assert driver.wait() == 130, driver.output()
+        assert "Traceback" not in driver.output(), driver.output()
+        assert lost, driver.output()
         done = step_losses(out)
-        whole = out.with_name("whole")
-        Driver(dataset, whole, *flags[-4:], "--max-steps", str(len(done))).finish()
-        np.testing.assert_allclose(done, losses(whole), atol=1e-4)
+        reference = out.with_name("reference")
+        Driver(dataset, reference, *flags[-4:], "--max-steps", str(len(done))).finish()
+        np.testing.assert_allclose(done, losses(reference), atol=1e-4)
     finally:
         nodes.end()
 
 
 @pytest.mark.slow
-def test_nodes_lost_and_others_joined(dataset: Path, tmp_path: Path) -> None:
+def test_lost_nodes_and_new_nodes(dataset: Path, tmp_path: Path) -> None:
     lose_nodes(dataset, tmp_path / "m", 3, SEED)

@@ -1,6 +1,6 @@
-"""A cluster that starts its machines when they are wanted: Ray's own autoscaler, on this machine.
+"""Ray's autoscaler on this machine: machines are started when they are needed.
 
-The head does no work, as in cluster.yaml, and each worker is a raylet of its own that the
+The head has no CPUs, as in cluster.yaml, and each worker machine is a separate raylet that the
 autoscaler starts.
 """
 
@@ -161,7 +161,7 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_more_than_there_can_ever_be_is_refused_with_the_numbers(
+def test_more_workers_than_the_cluster_can_have_are_refused(
     cluster: Cluster, untrained_model: str, synthetic_catalog: Path, tmp_path: Path
 ) -> None:
     score = (
@@ -190,7 +190,7 @@ def test_more_than_there_can_ever_be_is_refused_with_the_numbers(
     assert cluster.nodes() == 1  # nothing was started for it
 
 
-def test_preparing_and_scoring_wait_for_machines_that_are_still_to_be_started(
+def test_prepare_and_score_wait_for_machines_to_start(
     cluster: Cluster, untrained_model: str, synthetic_catalog: Path, tmp_path: Path
 ) -> None:
     prepared = cluster.run(
@@ -220,7 +220,7 @@ def test_preparing_and_scoring_wait_for_machines_that_are_still_to_be_started(
     assert cluster.nodes() > 1
 
 
-def test_training_begins_with_the_first_machine_and_grows(
+def test_training_starts_on_one_machine_and_grows(
     cluster: Cluster, dataset: Path, tmp_path: Path
 ) -> None:
     # On the head: machines of one computer would share, and overwrite, the folder a job works in.

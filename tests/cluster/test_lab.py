@@ -1,4 +1,4 @@
-"""The project's own on-premises file, on two hosts of one machine: `ray up`, jobs, `ray down`.
+"""clusters/on-premises.yaml on two hosts of one machine: `ray up`, jobs, `ray down`.
 
     uv run pytest -m cluster
 
@@ -182,10 +182,10 @@ def filled_in(folder: Path, home: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_figures(lab: Lab) -> None:
+def test_startup_time_and_scaling(lab: Lab) -> None:
     """From `ray up` to the first label, and the rate of two hosts over one, both printed.
 
-    uv run pytest -m "cluster and slow" -k figures -s
+    uv run pytest -m "cluster and slow" -k startup_time -s
 
     PIN=1 in the environment gives each host one core.
     """
@@ -222,7 +222,7 @@ def test_figures(lab: Lab) -> None:
     wait_for_two(lab)
 
 
-def test_the_whole_job_on_two_hosts(lab: Lab, tmp_path: Path) -> None:
+def test_all_stages_on_two_hosts(lab: Lab, tmp_path: Path) -> None:
     covergenre = str(Path(sys.prefix, "bin/covergenre"))
     root = lab.root
     catalog = f"{root}/catalog/catalog.csv"
@@ -297,7 +297,7 @@ def units(lab: Lab, place: str) -> int:
     return int(lab.ok(sys.executable, "-c", count))
 
 
-def test_a_host_that_is_cut_off_while_it_scores_costs_no_album(lab: Lab) -> None:
+def test_score_survives_a_disconnected_host(lab: Lab) -> None:
     covergenre = str(Path(sys.prefix, "bin/covergenre"))
     root, catalog = lab.root, f"{lab.root}/catalog/repeated.csv"
     times = 20
@@ -325,7 +325,7 @@ def test_a_host_that_is_cut_off_while_it_scores_costs_no_album(lab: Lab) -> None
 
 
 @pytest.mark.slow
-def test_a_host_that_is_cut_off_while_it_trains_costs_no_step(lab: Lab) -> None:
+def test_train_survives_a_disconnected_host(lab: Lab) -> None:
     covergenre = str(Path(sys.prefix, "bin/covergenre"))
     root = lab.root
     # So small a rate that the last digits, which depend on the number of workers, stay the last.
@@ -390,7 +390,7 @@ def wait_for_hosts(lab: Lab, count: int) -> None:
     lab.ok(sys.executable, "-c", nodes, DASHBOARD, str(count))
 
 
-def test_doctor_looks_at_both_hosts(lab: Lab) -> None:
+def test_doctor_checks_both_hosts(lab: Lab) -> None:
     wait_for_two(lab)
     covergenre = str(Path(sys.prefix, "bin/covergenre"))
     done = lab.run(
@@ -412,7 +412,7 @@ def test_doctor_looks_at_both_hosts(lab: Lab) -> None:
         ("train", ["s3://lab/none", "--out", "s3://lab/x", "--epoch", "2"], "'--epochs'?"),
     ],
 )
-def test_a_job_that_fails_says_why_in_its_last_line(
+def test_failed_job_ends_with_its_reason(
     lab: Lab, stage: str, arguments: list[str], said: str
 ) -> None:
     done = lab.ray_job(stage, *arguments)
@@ -421,7 +421,7 @@ def test_a_job_that_fails_says_why_in_its_last_line(
     assert "covergenre: " in last and said in last, done.stdout + done.stderr
 
 
-def test_a_local_path_is_refused_on_two_hosts(lab: Lab) -> None:
+def test_local_path_is_refused_on_two_hosts(lab: Lab) -> None:
     wait_for_two(lab)
     covergenre = str(Path(sys.prefix, "bin/covergenre"))
     done = lab.run(
@@ -432,7 +432,7 @@ def test_a_local_path_is_refused_on_two_hosts(lab: Lab) -> None:
     assert "is local to one machine, and the cluster has 2" in done.stdout
 
 
-def test_without_the_token_nothing_is_run(lab: Lab) -> None:
+def test_submission_without_the_token_is_refused(lab: Lab) -> None:
     stranger = Lab(
         lab.root, {**lab.environment, "HOME": "/nowhere", "RAY_AUTH_MODE": "disabled"}, lab.hosts
     )

@@ -1,4 +1,4 @@
-"""doctor on one local Ray: what it looks at, and what it says is to be mended."""
+"""doctor on a local Ray: its checks and their findings."""
 
 import subprocess
 import sys
@@ -19,7 +19,9 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_all_is_well(tmp_path: Path, s3: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_healthy_cluster_has_no_failed_checks(
+    tmp_path: Path, s3: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     for place in (str(tmp_path), f"{s3}/{tmp_path.name}"):
         code = doctor.doctor(None, place, 2)
         found = lines(capsys)
@@ -32,7 +34,7 @@ def test_all_is_well(tmp_path: Path, s3: str, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_what_is_wrong_is_said_with_what_to_do(
+def test_failed_checks_come_with_their_fix(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "file"
@@ -48,7 +50,7 @@ def test_what_is_wrong_is_said_with_what_to_do(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_node_that_lacks_packages_is_named_with_them(
+def test_missing_packages_of_a_node_are_listed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Pickled by value, the check takes this along; the worker's own module does not have it.
@@ -61,7 +63,7 @@ def test_a_node_that_lacks_packages_is_named_with_them(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_node_whose_look_fails_is_one_line(
+def test_failing_node_check_is_one_finding(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(uri: str | None) -> dict[str, object]:
@@ -79,7 +81,7 @@ def test_a_node_whose_look_fails_is_one_line(
     assert advice == "ModuleNotFoundError: No module named 'boto3'"
 
 
-def test_the_check_of_a_node_imports_nothing_of_covergenre() -> None:
+def test_node_check_imports_nothing_of_covergenre() -> None:
     program = (
         "import sys, ray.cloudpickle as cp; from covergenre import dependencies;"
         "cp.register_pickle_by_value(dependencies);"
@@ -104,7 +106,7 @@ def test_the_check_of_a_node_imports_nothing_of_covergenre() -> None:
         (ConfigError("no Ray cluster answers there"), "no Ray cluster answers there"),
     ],
 )
-def test_a_ray_that_does_not_start_is_one_line(
+def test_failed_start_of_ray_is_one_line(
     error: Exception,
     said: str,
     capsys: pytest.CaptureFixture[str],
@@ -119,7 +121,7 @@ def test_a_ray_that_does_not_start_is_one_line(
     assert lines(capsys) == [f"MEND  cluster: {said}"]
 
 
-def test_a_cluster_is_looked_at_from_a_job(
+def test_dashboard_address_runs_the_checks_in_a_job(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -130,7 +132,7 @@ def test_a_cluster_is_looked_at_from_a_job(
     assert capsys.readouterr().out == dashboard.log
 
 
-def test_a_folder_without_covergenre_is_not_sent(
+def test_directory_without_covergenre_is_not_submitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

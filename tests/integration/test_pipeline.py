@@ -1,4 +1,4 @@
-"""The main job on a real local Ray: catalog -> dataset -> MODEL -> metrics and labels."""
+"""The four stages on a local Ray: catalog -> dataset -> model -> metrics and labels."""
 
 import csv
 import io
@@ -103,7 +103,7 @@ def test_prepare_again_changes_nothing_and_other_settings_are_refused(
         prepare(config.model_copy(update={"top_genres": 3}))
 
 
-def test_prepare_sets_bad_rows_aside_with_their_reasons(tmp_path: Path) -> None:
+def test_prepare_rejects_bad_rows_with_reasons(tmp_path: Path) -> None:
     def cover(name: str, color: str) -> str:
         Image.new("RGB", (40, 40), color).save(tmp_path / name)
         return name
@@ -315,7 +315,7 @@ def damaged(root: Path, copy: Path, name: str) -> str:
     return str(copy)
 
 
-def test_damaged_files_are_one_line(dataset: Path, trained_model: Path, tmp_path: Path) -> None:
+def test_damaged_file_is_one_line(dataset: Path, trained_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     model = damaged(trained_model, tmp_path / "model", "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors: changed") as error:
@@ -375,7 +375,7 @@ def messy_catalog(synthetic_catalog: Path, folder: Path) -> Path:
     return catalog
 
 
-def test_score_labels_every_row_and_agrees_with_a_run_by_hand(
+def test_score_accounts_for_every_row_and_matches_scores_computed_without_ray(
     synthetic_catalog: Path, trained_model: Path, tmp_path: Path
 ) -> None:
     catalog = messy_catalog(synthetic_catalog, tmp_path)
@@ -425,7 +425,7 @@ def test_score_labels_every_row_and_agrees_with_a_run_by_hand(
     assert "already labelled" in score(config).account()
 
 
-def test_a_job_with_too_many_rejected_rows_fails_until_the_limit_is_raised(
+def test_too_many_rejected_rows_fail_until_the_limit_is_raised(
     synthetic_catalog: Path, trained_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with synthetic_catalog.open() as file:
@@ -461,7 +461,7 @@ def test_a_job_with_too_many_rejected_rows_fails_until_the_limit_is_raised(
     assert not (out / "_SUCCESS").exists()
 
 
-def test_a_catalog_of_which_every_row_is_rejected_is_an_error_unless_allowed(
+def test_rejecting_every_row_is_an_error_unless_allowed(
     trained_model: Path, tmp_path: Path
 ) -> None:
     catalog = tmp_path / "catalog.csv"
@@ -496,7 +496,7 @@ def test_scoring_a_dataset_scores_all_its_splits(
     assert [r["row"] for r in labels] == list(range(len(rows)))
 
 
-def test_scoring_covers_kept_in_parquet(
+def test_covers_stored_in_parquet_are_scored(
     synthetic_catalog: Path, trained_model: Path, tmp_path: Path
 ) -> None:
     import pyarrow as pa
@@ -525,7 +525,7 @@ def test_scoring_covers_kept_in_parquet(
     ]
 
 
-def test_the_whole_job_on_s3(s3: str, tmp_path: Path) -> None:
+def test_all_stages_on_s3(s3: str, tmp_path: Path) -> None:
     """Catalog, covers, settings, dataset, model, metrics and labels: nothing is on a local disk.
 
     The model has batch norm, whose running statistics differ between the two workers: the dev
@@ -582,7 +582,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
     return text
 
 
-def test_mistakes_are_one_line(
+def test_user_error_is_one_line(
     synthetic_catalog: Path, dataset: Path, trained_model: Path, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "out")
@@ -617,7 +617,7 @@ def test_mistakes_are_one_line(
         train(train_config(dataset, tmp_path / "m", workers=4))
 
 
-def test_workers_placed_by_default_are_refused_where_a_step_has_fewer_albums(
+def test_batch_smaller_than_the_number_of_workers_is_refused(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = Workers(count=2, use_gpu=True, cpus=0.5, per_node=2)  # one for each GPU
@@ -626,7 +626,7 @@ def test_workers_placed_by_default_are_refused_where_a_step_has_fewer_albums(
         train(train_config(dataset, tmp_path / "m", batch_size=1))
 
 
-def test_a_split_without_albums_is_named(synthetic_catalog: Path, tmp_path: Path) -> None:
+def test_empty_dev_split_is_an_error(synthetic_catalog: Path, tmp_path: Path) -> None:
     out = tmp_path / "no_dev"
     prepare(
         PrepareConfig(

@@ -1,4 +1,4 @@
-"""Starting Ray: what workers import, what stops a start, what leaves the machine."""
+"""Starting Ray: import paths of workers, failures, and network access."""
 
 import json
 import os
@@ -76,7 +76,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def test_a_job_needs_no_home_trusts_no_current_directory_and_uses_no_network(
+def test_stages_run_without_home_and_network_and_import_nothing_from_the_current_directory(
     proxy: tuple[str, list[str]], short: Path, tmp_path: Path
 ) -> None:
     """The four stages, one after the other on one Ray, beside a catalog with hostile files."""
@@ -119,7 +119,7 @@ def test_a_job_needs_no_home_trusts_no_current_directory_and_uses_no_network(
     assert "Matplotlib" not in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_command_line_as_a_module_imports_nothing_from_the_current_directory(
+def test_python_m_covergenre_imports_nothing_from_the_current_directory(
     tmp_path: Path,
 ) -> None:
     markers = tmp_path / "markers"
@@ -132,14 +132,16 @@ def test_the_command_line_as_a_module_imports_nothing_from_the_current_directory
     assert not list(markers.iterdir())
 
 
-def test_only_this_user_can_enter_the_directory_of_a_running_ray(local_ray: None) -> None:
+def test_directory_of_embedded_ray_is_private(local_ray: None) -> None:
     directory = ray_runtime._embedded_directory
     assert directory is not None
     assert directory.logs.is_dir()
     assert directory.path.stat().st_mode & 0o777 == 0o700
 
 
-def test_workers_import_this_package_and_not_what_lies_beside_it(local_ray: None) -> None:
+def test_workers_do_not_import_from_the_current_directory(
+    local_ray: None,
+) -> None:
     import ray
 
     def look() -> tuple[list[str], str]:
@@ -190,12 +192,12 @@ def embed(short: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[st
 TIME_OUT = Exception("The current node timed out during startup.\nThis could happen")
 
 
-def test_a_start_that_takes_too_long_is_tried_again(embed: Callable[..., list[str]]) -> None:
+def test_start_that_times_out_is_retried(embed: Callable[..., list[str]]) -> None:
     (line,) = embed(TIME_OUT, None)
     assert line == "Ray did not start in its time on this busy machine; trying again"
 
 
-def test_a_machine_that_stays_too_slow_is_one_line(embed: Callable[..., list[str]]) -> None:
+def test_repeated_start_timeouts_are_an_error_of_one_line(embed: Callable[..., list[str]]) -> None:
     with pytest.raises(RayStartError) as caught:
         embed(*[TIME_OUT] * ray_runtime._START_ATTEMPTS)
     assert str(caught.value).startswith(
@@ -218,7 +220,7 @@ def test_a_machine_that_stays_too_slow_is_one_line(embed: Callable[..., list[str
         (RuntimeError(), "RuntimeError"),
     ],
 )
-def test_another_failure_to_start_is_one_line_at_once(
+def test_other_start_failures_are_not_retried(
     embed: Callable[..., list[str]], error: Exception, cause: str
 ) -> None:
     with pytest.raises(RayStartError) as caught:
@@ -227,7 +229,7 @@ def test_another_failure_to_start_is_one_line_at_once(
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_ends_with_that_line(
+def test_command_prints_the_start_failure_and_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -240,7 +242,7 @@ def test_the_command_ends_with_that_line(
     assert capsys.readouterr().err == "covergenre: Ray did not start on this machine: it is full\n"
 
 
-def test_a_cluster_that_refuses_this_process_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_refused_by_the_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("Version mismatch:\n  the cluster has Ray 2.9")
 
@@ -250,7 +252,7 @@ def test_a_cluster_that_refuses_this_process_is_one_line(monkeypatch: pytest.Mon
     assert str(caught.value) == "RAY_ADDRESS head:6379: Version mismatch: the cluster has Ray 2.9"
 
 
-def test_an_address_that_accepts_and_never_answers_is_refused(
+def test_address_that_accepts_and_never_answers_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray_runtime, "_CONNECT_SECONDS", 0.1)
@@ -260,7 +262,7 @@ def test_an_address_that_accepts_and_never_answers_is_refused(
             ray_runtime._check_address(address)
 
 
-def test_the_address_of_a_running_cluster_is_accepted(local_ray: None) -> None:
+def test_address_of_a_running_cluster_is_accepted(local_ray: None) -> None:
     import ray
 
     ray_runtime._check_address(ray.get_runtime_context().gcs_address)

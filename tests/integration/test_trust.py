@@ -1,4 +1,4 @@
-"""What comes from outside is data: it runs nothing, leaves its place nowhere, keeps its secrets."""
+"""Untrusted input: no code is executed, no path is made from it, and secrets are not stored."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ class Touch:
 
 
 @pytest.mark.parametrize("column", ["album_id", "cover", "image", "genres", "unused"])
-def test_code_in_a_parquet_file_does_not_run(
+def test_pickled_code_in_a_parquet_file_is_not_executed(
     column: str, untrained_model: str, tmp_path: Path
 ) -> None:
     """Ray Data's own type for Python objects unpickles what it finds."""
@@ -95,7 +95,7 @@ ODD = [
 ]
 
 
-def test_ids_are_kept_as_they_are_and_make_no_path(untrained_model: str, tmp_path: Path) -> None:
+def test_unusual_ids_are_kept_and_never_become_paths(untrained_model: str, tmp_path: Path) -> None:
     rows = [{"album_id": odd, "cover": "red.png", "genres": "Rock"} for odd in ODD]
     rows += [rows[3], rows[7] | {"cover": "blue.png"}, rows[0] | {"album_id": ""}]
     source = catalog(tmp_path / "in", rows)
@@ -122,7 +122,7 @@ def test_ids_are_kept_as_they_are_and_make_no_path(untrained_model: str, tmp_pat
     assert not any(odd.strip("./") in name for name in names for odd in ODD)
 
 
-def test_no_secret_of_an_address_is_kept_or_told(
+def test_secrets_in_urls_are_neither_stored_nor_logged(
     untrained_model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """But in _state/plan, which is the catalog's own rows."""
@@ -157,7 +157,7 @@ def test_no_secret_of_an_address_is_kept_or_told(
     assert redacted("s3://key:pass4@bucket/c.csv") == settings["catalog"]
 
 
-def test_a_genre_is_shown_and_not_followed() -> None:
+def test_genre_names_are_escaped_in_the_model_card() -> None:
     assert _plain("R&B\n# A <b>[title](http://x)</b>") == (
         r"R\&B \# A \<b\>\[title\](http://x)\</b\>"
     )
