@@ -1,7 +1,7 @@
-"""One frozen, validated settings object a stage. Flags and YAML files are both made of these.
+"""Settings of the stages: one immutable pydantic model per stage.
 
-The same class gives the command's flags (with their help), the keys of its --config file, and
-what is saved with the result. A value is checked once, here, wherever it came from.
+The same class defines the command's flags and their help texts, the keys of its --config file, and
+the settings that are saved with the result. Values are validated here, whatever their source.
 """
 
 import csv
@@ -28,24 +28,24 @@ from covergenre.registry import MODELS, model_spec
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Place = Annotated[
+PathOrUri = Annotated[
     str,
     BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
     Field(min_length=1),
 ]
 
-# Where a stage runs and how wide. They change how fast a result comes, never the result itself,
-# so that a job may be taken up again on another machine.
-_HOW_FIELDS = {
+# Settings that change how fast a result is computed, but not the result: a run may be resumed with
+# other values of these, for example on another machine.
+_EXECUTION_SETTINGS = {
     *("workers", "cpus_per_worker", "device", "download_concurrency", "shared_filesystem"),
     *("checkpoint_every", "resume", "max_rejected", "contact"),
 }
-# Known by what they hold, which is among the inputs of a run, and not by where it lies.
-_PLACES = {"out", "covers", "genre_map", "weights"}
+# Paths. The run record has hashes of their contents instead, so that moving a file changes nothing.
+_PATH_SETTINGS = {"out", "covers", "genre_map", "weights"}
 
 
 class StageConfig(BaseModel):
-    """What every stage's settings share."""
+    """Base of the settings of all stages."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -63,34 +63,34 @@ class StageConfig(BaseModel):
             raise _config_error(error, type(self), {}) from None
 
     shared_filesystem: bool = Field(
-        False, description="all machines of the cluster see the local paths that are given"
+        False, description="local paths are on a file system that all machines of the cluster share"
     )
 
     @field_validator("*", mode="before")
     @classmethod
     def _is_not_blank(cls, value: Any, info: ValidationInfo) -> Any:
-        """Columns and numbers of workers; other settings have limits of their own."""
+        """Checks columns and workers; other settings have constraints that exclude blanks."""
         is_checked = info.field_name == "workers" or str(info.field_name).endswith("_column")
         if is_checked and isinstance(value, str) and not value.strip():
             raise ValueError("is empty")
         return value
 
     def fingerprint(self) -> str:
-        """sha256 over all settings that can change the result.
+        """sha256 of all settings that can change the result.
 
-        What goes in is known by its content, not by where it lies: see places.claim.
+        Paths are not part of it; the run record has hashes of what they contain.
         """
-        values = self.model_dump(mode="json", include=self.deciding())
+        values = self.model_dump(mode="json", include=self.result_settings())
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
-    def deciding(self) -> set[str]:
+    def result_settings(self) -> set[str]:
         """Names of the settings that can change the result."""
         fields = type(self).model_fields
         arguments = {name for name, field in fields.items() if field.json_schema_extra}
-        return set(fields) - _HOW_FIELDS - _PLACES - arguments
+        return set(fields) - _EXECUTION_SETTINGS - _PATH_SETTINGS - arguments
 
     def saved(self) -> dict[str, Any]:
-        """All settings, as they are kept beside a result: without the secret of an address."""
+        """All settings as JSON values, to save with a result; secrets in URLs are redacted."""
         from covergenre.io.urls import redacted
 
         values = self.model_dump(mode="json")
@@ -98,123 +98,135 @@ class StageConfig(BaseModel):
 
 
 def argument(help_text: str) -> Any:
-    """A required setting that the command line takes by position."""
+    """A required setting that is a positional argument on the command line."""
     return Field(description=help_text, json_schema_extra={"argument": True})
 
 
 class CatalogSettings(StageConfig):
-    """How to read a catalog; shared by prepare and score."""
+    """Settings for reading a catalog, shared by prepare and score."""
 
     format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "mumu"] = Field(
-        "auto", description="format of the catalog; auto goes by the file's name"
+        "auto", description="format of the catalog; auto: detected from the file name and header"
     )
-    id_column: str = Field("album_id", description="column of the album's id, text or a number")
-    cover_column: str = Field("cover", description="column of the cover's path or URI")
-    image_column: str = Field("image", description="column of the cover's bytes, in Parquet")
-    genres_column: str = Field("genres", description="column of the genres")
-    title_column: str = Field("title", description="column of the title")
-    artist_column: str = Field("artist", description="column of the artist")
-    split_column: str = Field("split", description="column of the catalog's own split")
-    group_column: str = Field("group", description="column of what must share a split")
+    id_column: str = Field("album_id", description="column with the album id, text or number")
+    cover_column: str = Field("cover", description="column with the path or URL of the cover")
+    image_column: str = Field("image", description="column with the bytes of the cover (Parquet)")
+    genres_column: str = Field("genres", description="column with the genres")
+    title_column: str = Field("title", description="column with the title")
+    artist_column: str = Field("artist", description="column with the artist")
+    split_column: str = Field(
+        "split", description="column with the split (train, dev or test), for --split-from"
+    )
+    group_column: str = Field("group", description="column with the group, for --group-by group")
     genres_separator: str | None = Field(
         None,
         min_length=1,
-        description="what separates genres written as text  [default: |, for mumu a comma]",
+        description="separator of genres written as one text  [default: |, or a comma for mumu]",
     )
     missing_values: tuple[str, ...] = Field(
         MISSING_VALUES,
-        description="texts that stand for a missing value, comma-separated, in any case",
+        description="texts that mean a missing value, comma-separated, ignoring case",
     )
-    covers: Place | None = Field(
-        None, description="folder that relative covers start from  [default: the catalog's]"
+    covers: PathOrUri | None = Field(
+        None, description="directory that relative cover paths start from  [default: the catalog's]"
     )
     download_concurrency: Positive = Field(
-        16, description="covers that a task downloads at a time (from each host, with http)"
+        16, description="covers that each task downloads in parallel; for http(s), per host"
     )
     allow_private_addresses: bool = Field(
-        False, description="let http covers be in a private network or on this machine"
+        False, description="allow http(s) covers on private networks and on this machine"
     )
     contact: str | None = Field(
         None,
-        description="your URL or mail address, sent to the hosts of http covers in User-Agent (some"
-        " refuse programs that do not say whose they are)",
+        description="your URL or email address, sent in the User-Agent header when covers are"
+        " downloaded; some hosts refuse anonymous clients",
     )
 
     @field_validator("contact")
     @classmethod
-    def _contact_fits_a_header(cls, contact: str | None) -> str | None:
+    def _check_contact(cls, contact: str | None) -> str | None:
         if contact is None:
             return None
         if not re.fullmatch(r"[ -~]+", contact) or not contact.strip():
-            raise ValueError("give a URL or mail address in printable ASCII, on one line")
+            raise ValueError("expected a URL or email address, in printable ASCII")
         return contact.strip()
 
     def needed_columns(self) -> set[str]:
-        """Optional columns of a catalog that these settings use, such as "artist"."""
+        """Optional columns that these settings require, such as "artist"."""
         return set()
 
     @field_validator("missing_values", mode="before")
     @classmethod
-    def _words_are_a_list(cls, value: Any) -> Any:
+    def _split_missing_values(cls, value: Any) -> Any:
         return _comma_separated(value) if isinstance(value, str) else value
 
 
 def _comma_separated(text: str) -> tuple[str, ...]:
-    """One line of CSV, so that a name may have a comma: `"R&B, Soul",Jazz`."""
+    """The values of one line of CSV: a quoted name may contain a comma (`"R&B, Soul",Jazz`)."""
     values = (part.strip() for part in next(csv.reader([text], skipinitialspace=True), []))
     return tuple(value for value in values if value)
 
 
 class PrepareConfig(CatalogSettings):
-    """Settings of prepare: a catalog becomes a dataset."""
+    """Settings of prepare."""
 
-    catalog: Place = argument("CSV, TSV, JSON Lines or Parquet: a file, a folder or a glob")
-    out: Place = Field(description="folder of the dataset, new or left by this same command")
-    genre_map: Place | None = Field(
-        None, description="file of raw genre names and their new names, applied before selection"
+    catalog: PathOrUri = argument(
+        "catalog: a file, directory or glob of CSV, TSV, JSON Lines or Parquet"
     )
-    top_genres: Positive = Field(20, description="how many of the most common genres to keep")
+    out: PathOrUri = Field(
+        description="output directory of the dataset: new, or of the same command to resume"
+    )
+    genre_map: PathOrUri | None = Field(
+        None,
+        description="CSV, YAML or JSON file that maps genre names to new names; applied before"
+        " genres are selected",
+    )
+    top_genres: Positive = Field(20, description="keep the N most common genres")
     min_share: float = Field(
-        0.01, ge=0, le=1, description="least share of the labelled albums a kept genre is on"
+        0.01, ge=0, le=1, description="drop genres with a smaller share of the labelled albums"
     )
     genres: tuple[str, ...] = Field(
         (),
-        description="exactly these genres, comma-separated (as CSV: quote a name that has a comma)",
+        description="use exactly these genres, comma-separated (quote names that contain a comma)",
     )
     genre_match: Literal["any", "all"] = Field(
-        "any", description="keep an album if any of its genres is selected, or only if all are"
+        "any", description="keep an album if any, or only if all, of its genres are selected"
     )
     split_from: Literal["auto", "hash", "catalog"] = Field(
-        "auto", description="hash a stable key, or take the catalog's split column if it has one"
+        "auto",
+        description="hash: split by a hash of --group-by; catalog: use the split column; auto:"
+        " use the split column if there is one, else hash",
     )
     group_by: Literal["album_id", "artist", "group"] = Field(
-        "album_id", description="what is hashed, so that all of it falls in one split"
+        "album_id", description="key of the hash split: albums with equal keys get the same split"
     )
     split_fractions: tuple[float, float, float] = Field(
-        (0.8, 0.1, 0.1), description="shares of train, dev and test"
+        (0.8, 0.1, 0.1), description="fractions of train, dev and test"
     )
-    split_seed: int = Field(0, description="another seed is another split")
+    split_seed: int = Field(0, description="seed of the hash split")
     max_side: Positive = Field(
-        300, description="pixels; a larger cover is stored re-encoded at this longer side"
+        300, description="pixels; covers with a longer side are re-encoded at this size"
     )
-    keep_original: bool = Field(False, description="store every cover's bytes as they are")
-    shard_rows: Positive = Field(1024, description="albums in a shard")
+    keep_original: bool = Field(
+        False, description="store all covers unchanged, without re-encoding"
+    )
+    shard_rows: Positive = Field(1024, description="albums per shard")
     workers: Positive | None = Field(
-        None, description="tasks at a time  [default: as many as the cluster has CPUs]"
+        None, description="number of parallel tasks  [default: the CPUs of the cluster]"
     )
 
     @field_validator("genres", "split_fractions", mode="before")
     @classmethod
-    def _text_is_a_list(cls, value: Any) -> Any:
+    def _split_text(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
         if not (values := _comma_separated(value)):
-            raise ValueError("names none; separate them by commas")
+            raise ValueError("expected a comma-separated list")
         return values
 
     @field_validator("genres")
     @classmethod
-    def _genres_are_written_as_in_a_catalog(cls, genres: tuple[str, ...]) -> tuple[str, ...]:
+    def _normalise_genres(cls, genres: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(clean_name(name) for name in genres)
 
     def needed_columns(self) -> set[str]:
@@ -222,93 +234,106 @@ class PrepareConfig(CatalogSettings):
 
     @field_validator("split_fractions")
     @classmethod
-    def _fractions_make_one(cls, shares: tuple[float, float, float]) -> tuple[float, float, float]:
+    def _check_fractions_sum_to_one(
+        cls, shares: tuple[float, float, float]
+    ) -> tuple[float, float, float]:
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
             raise ValueError("must not be negative, and must sum to 1")
         return shares
 
 
 Device = Literal["auto", "cpu", "gpu"]
-_WORKERS = "processes that hold the model  [default: one for each GPU, or one CPU process]"
-_DEVICE = "auto takes GPUs where the cluster has them"
-_CPUS = "CPUs reserved for each worker; under 1, so that decoding has CPUs too"
+_WORKERS = "number of worker processes  [default: one per GPU, or one on CPU]"
+_DEVICE = "auto: GPUs if the cluster has any, else CPUs"
+_CPUS = "CPUs to reserve per worker; below 1 leaves CPUs for decoding covers"
 
 
 class TrainConfig(StageConfig):
-    """Settings of train: a dataset becomes a model. None means: as the model's defaults say."""
+    """Settings of train. None means the default of the chosen model; see `resolved`."""
 
-    dataset: Place = argument("folder that prepare made")
-    out: Place = Field(description="folder of the model, new or left by this same command")
-    model: str = Field("vgg16", description=f"one of: {', '.join(MODELS)}")
-    weights: Place | None = Field(
+    dataset: PathOrUri = argument("dataset directory written by prepare")
+    out: PathOrUri = Field(description="output directory of the model: new, or of the same command")
+    model: str = Field("vgg16", description=f"architecture: {', '.join(MODELS)}")
+    weights: PathOrUri | None = Field(
         None,
-        description="imagenet, none, or a safetensors or torch file of the backbone"
-        "  [default: imagenet, where the model has them]",
+        description="initial weights of the backbone: imagenet, none, or a safetensors or PyTorch"
+        " file  [default: imagenet if the model has them]",
     )
     allow_partial_weights: bool = Field(
-        False, description="take a weights file that lacks some layers; says which"
+        False, description="accept a weights file in which some layers are missing, and list them"
     )
     freeze: str | None = Field(
         None,
-        description="paper, none, all, or N: the first N convolutions"
+        description="layers to freeze: paper, none, all, or N for the first N convolutions"
         "  [default: paper for vgg16, none for others]",
     )
     batch_norm: Literal["auto", "train"] = Field(
-        "auto", description="auto leaves pretrained batch norm in eval mode"
+        "auto",
+        description="auto: keep pretrained batch norm layers in eval mode; train: train them",
     )
-    epochs: Positive | None = Field(None, description="passes over the training split")
+    epochs: Positive | None = Field(
+        None, description="number of epochs  [default: depends on the model]"
+    )
     max_steps: Positive | None = Field(
-        None, description="stop after so many steps in all, in the middle of an epoch if need be"
+        None, description="stop after this many optimizer steps, even in mid-epoch"
     )
-    batch_size: Positive = Field(32, description="albums in a step, over all workers together")
-    learning_rate: float | None = Field(None, gt=0, description="Adam's, at the start")
+    batch_size: Positive = Field(
+        32, description="global batch size: albums per step, summed over all workers"
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="initial learning rate of Adam  [default: depends on the model]"
+    )
     schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="cosine lowers the learning rate to 0 over all steps"
+        "constant", description="learning-rate schedule; cosine decays to 0 over all steps"
     )
-    l2: float | None = Field(None, ge=0, description="L2 penalty on weights, added to the loss")
+    l2: float | None = Field(
+        None, ge=0, description="L2 penalty on the weights  [default: depends on the model]"
+    )
     augment: Literal["none", "color", "light"] | None = Field(
         None,
-        description="color: brightness and saturation (the baseline's); light: flip and crop too",
+        description="data augmentation; color: random brightness and saturation; light: flips and"
+        " crops too  [default: depends on the model]",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the arithmetic, in training and in the finished model"
+        "fp32", description="arithmetic precision of training and of later inference"
     )
     workers: str | None = Field(
         None,
-        description=f"{_WORKERS}; MIN:MAX goes on with fewer where machines leave, and with more"
-        " where they come",
+        description="number of worker processes, or MIN:MAX to adapt it as machines leave and join"
+        " the cluster  [default: one per GPU, or one on CPU]",
     )
     cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
     device: Device = Field("auto", description=_DEVICE)
     checkpoint_every: Positive | None = Field(
-        None, description="steps from one checkpoint to the next, beside that of each epoch's end"
+        None, description="also save a checkpoint every N steps, besides the one after each epoch"
     )
-    resume: bool = Field(False, description="go on with the unfinished run at --out, if any")
-    seed: Seed = Field(0, description="of weights, order and augmentation")
+    resume: bool = Field(False, description="resume the unfinished run in --out, if there is one")
+    seed: Seed = Field(0, description="seed of initial weights, sample order and augmentation")
     shuffle_window: Positive = Field(
-        8, description="shards whose rows are shuffled together; more mixes better, takes memory"
+        8,
+        description="shards that are shuffled together; larger mixes better and needs more memory",
     )
 
     @field_validator("workers")
     @classmethod
-    def _workers_are_a_range(cls, workers: str | None, info: ValidationInfo) -> str | None:
+    def _check_workers(cls, workers: str | None, info: ValidationInfo) -> str | None:
         low, _, high = (workers or "1").partition(":")
         if not re.fullmatch(r"[1-9][0-9]*(:[1-9][0-9]*)?", workers or "1") or (
             high and int(low) > int(high)
         ):
-            raise ValueError("give a number, or MIN:MAX")
-        batch_size = info.data.get("batch_size")  # missing where it is wrong itself
+            raise ValueError("expected a number or MIN:MAX")
+        batch_size = info.data.get("batch_size")  # missing if batch_size is invalid
         if workers is not None and batch_size is not None and int(low) > batch_size:
             raise ValueError(
-                f"each worker needs at least one album of each step, and --batch-size is"
-                f" {batch_size}; ask for fewer workers, or raise --batch-size"
+                f"each worker needs at least one album per step, and --batch-size is"
+                f" {batch_size}; use fewer workers or a larger --batch-size"
             )
         return workers
 
     def worker_range(self) -> tuple[int, int] | None:
-        """(fewest, most) workers; None: one a GPU, or one CPU process.
+        """(min, max) number of workers; None for the default: one per GPU, or one on CPU.
 
-        Never more than --batch-size: each needs an album of each step.
+        The maximum is at most --batch-size, because each worker needs an album in each step.
         """
         if self.workers is None:
             return None
@@ -317,21 +342,21 @@ class TrainConfig(StageConfig):
 
     @field_validator("model")
     @classmethod
-    def _model_is_known(cls, model: str) -> str:
+    def _check_model(cls, model: str) -> str:
         if model not in MODELS:
-            raise ValueError(f"no such model{did_you_mean(model, MODELS)}")
+            raise ValueError(f"unknown model{did_you_mean(model, MODELS)}")
         return model
 
     @field_validator("freeze")
     @classmethod
-    def _freeze_is_a_word_or_a_number(cls, freeze: str | None) -> str | None:
+    def _check_freeze(cls, freeze: str | None) -> str | None:
         words = ("paper", "none", "all")
         if freeze is not None and freeze not in words and not freeze.isdecimal():
-            raise ValueError(f"no number of convolutions{did_you_mean(freeze, words)}")
+            raise ValueError(f"expected paper, none, all or a number{did_you_mean(freeze, words)}")
         return freeze
 
     def resolved(self) -> "TrainConfig":
-        """A copy in which every default of the model is filled in."""
+        """A copy with the defaults of the chosen model filled in."""
         spec = model_spec(self.model)
         given = self.model_dump(exclude_none=True)
         defaults = {
@@ -346,34 +371,40 @@ class TrainConfig(StageConfig):
 
 
 class EvaluateConfig(StageConfig):
-    """Settings of evaluate: a model is measured on a split of a dataset."""
+    """Settings of evaluate."""
 
-    model: Place = argument("folder that train made")
-    dataset: Place = argument("folder that prepare made")
-    out: Place = Field(description="folder of the metrics, new or left by this same command")
-    split: Literal["train", "dev", "test"] = Field("test", description="which split to measure")
-    batch_size: Positive = Field(64, description="covers in a forward pass")
+    model: PathOrUri = argument("model directory written by train")
+    dataset: PathOrUri = argument("dataset directory written by prepare")
+    out: PathOrUri = Field(
+        description="output directory of the metrics: new, or of the same command"
+    )
+    split: Literal["train", "dev", "test"] = Field("test", description="split to evaluate on")
+    batch_size: Positive = Field(64, description="covers per forward pass")
     workers: Positive | None = Field(None, description=_WORKERS)
     cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
     device: Device = Field("auto", description=_DEVICE)
 
 
 class ScoreConfig(CatalogSettings):
-    """Settings of score: a model labels a catalog."""
+    """Settings of score."""
 
-    model: Place = argument("folder that train made")
-    catalog: Place = argument("a catalog as prepare reads it, or a dataset that prepare made")
-    out: Place = Field(description="folder of the labels, new or left by this same command")
+    model: PathOrUri = argument("model directory written by train")
+    catalog: PathOrUri = argument(
+        "a catalog (as for prepare) or a dataset directory written by prepare"
+    )
+    out: PathOrUri = Field(
+        description="output directory of the labels: new, or of the same command to resume"
+    )
     unit_rows: Positive = Field(1024, description="rows of a unit: what is committed at once")
     max_rejected: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="share of the rows (without duplicates) that may be rejected: with more the"
-        " job fails at its end, with exit code 3  [default: it fails if all are, unless each cover"
-        " was read and is not an image]",
+        description="fail with exit code 3 after scoring if a larger share of the rows (without"
+        " duplicates) is rejected  [default: fail if all rows are rejected, unless every cover was"
+        " read and is not an image]",
     )
-    batch_size: Positive = Field(64, description="covers in a forward pass")
+    batch_size: Positive = Field(64, description="covers per forward pass")
     workers: Positive | None = Field(None, description=_WORKERS)
     cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
     device: Device = Field("auto", description=_DEVICE)
@@ -383,14 +414,16 @@ Stage = TypeVar("Stage", bound=StageConfig)
 
 
 def parse(stage: type[Stage], flags: Mapping[str, Any], file: str | None = None) -> Stage:
-    """Settings from a YAML file and from flags; a flag wins. Raises ConfigError in one line."""
+    """Settings from a YAML file and flags; flags take precedence. Raises ConfigError (one line)."""
     if file == "":
-        raise ConfigError("--config: is empty; name a file")
+        raise ConfigError("--config is empty; give the path of a YAML file")
     values, lines = _read_file(file) if file is not None else ({}, {})
     for key in values:
         if key not in stage.model_fields:
             near = did_you_mean(key, stage.model_fields)
-            raise ConfigError(f"{file} line {lines[key]}: no setting {key!r}{near}")
+            raise ConfigError(
+                f"{file} line {lines[key]}: unknown setting {key!r}{near}", code="unknown"
+            )
     sources = {name: f"{file} line {line}: {name}" for name, line in lines.items()}
     settings = stage.__new__(stage)
     try:
@@ -398,7 +431,7 @@ def parse(stage: type[Stage], flags: Mapping[str, Any], file: str | None = None)
         BaseModel.__init__(settings, **(values | dict(flags)))
     except ValidationError as error:
         by_flag = {name: _option_name(stage, name) for name in stage.model_fields}
-        # A flag overrides the file, and so it is the flag that is wrong.
+        # A flag overrides the file, so the error names the flag.
         in_file = {name: where for name, where in sources.items() if name not in flags}
         raise _config_error(error, stage, by_flag | in_file) from error
     return settings
@@ -415,7 +448,7 @@ def _read_file(file: str) -> tuple[dict[str, Any], dict[str, int]]:
 def _config_error(
     error: ValidationError, stage: type[StageConfig], shown: Mapping[str, str]
 ) -> ConfigError:
-    """The first problem in one line. shown: what to call a setting; by default its name."""
+    """One line for the first problem. shown: how to refer to a setting (default: its name)."""
     first = error.errors()[0]
     name = str(first["loc"][0])
     where = shown.get(name, name)
@@ -431,7 +464,7 @@ def _config_error(
     value = first["input"]
     if first["type"] == "literal_error" and isinstance(value, str):
         near = did_you_mean(value, options(stage, name))
-        return ConfigError(f"{where}: {value!r} is no valid value{near}", code="invalid")
+        return ConfigError(f"{where}: {value!r} is not a valid value{near}", code="invalid")
     if isinstance(value, list | tuple):
         value = ",".join(map(str, value))
     return ConfigError(f"{where}: {value!r}: {message}", code="invalid")
@@ -443,7 +476,7 @@ def _option_name(stage: type[StageConfig], name: str) -> str:
 
 
 def _options(annotation: Any) -> list[Any]:
-    """The values of a Literal, inside an optional or not; empty where there is none."""
+    """The values of a Literal, optional or not; empty if `annotation` has none."""
     from typing import get_args, get_origin
 
     if get_origin(annotation) is Literal:
@@ -452,10 +485,10 @@ def _options(annotation: Any) -> list[Any]:
 
 
 def options(stage: type[StageConfig], name: str) -> list[str]:
-    """What values the setting `name` can have; empty where any text or number will do."""
+    """The allowed values of the setting `name`; empty if it is not a choice."""
     return [str(value) for value in _options(stage.model_fields[name].annotation)]
 
 
 def flag(name: str) -> str:
-    """The command line's name of a setting."""
+    """The flag of a setting: `batch_size` -> `--batch-size`."""
     return "--" + name.replace("_", "-")

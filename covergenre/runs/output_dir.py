@@ -111,7 +111,7 @@ def _difference(found: dict[str, Any], record: dict[str, Any], config: StageConf
         return f"a run of {found.get('stage')}"
     if found.get("fingerprint") != record["fingerprint"]:
         was, settings = _mapping(found.get("settings")), record["settings"]
-        names = sorted(n for n in config.deciding() if was.get(n) != settings[n])
+        names = sorted(n for n in config.result_settings() if was.get(n) != settings[n])
         changes = ", ".join(f"{flag(n)} {was.get(n)}, not {settings[n]}" for n in names[:3])
         return f"{run} with other settings" + (f" ({changes})" if changes else "")
     if found.get("inputs") != record["inputs"]:

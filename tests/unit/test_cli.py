@@ -111,9 +111,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, bool]]:
         ("train d --out", "'--out' requires an argument"),
         ("train d --out o --allow-partial-weights=1", "does not take a value"),
         ("train d --out o --epochs many", "--epochs: 'many': "),
-        ("train d --out o --model vgg61", "--model: 'vgg61': no such model; did you mean 'vgg16'?"),
+        ("train d --out o --model vgg61", "--model: 'vgg61': unknown model; did you mean 'vgg16'?"),
         ("train d --out o --freeze papr", "--freeze: 'papr': "),
-        ("train d --out o --augment colour", "--augment: 'colour' is no valid value; did you mean"),
+        (
+            "train d --out o --augment colour",
+            "--augment: 'colour' is not a valid value; did you mean",
+        ),
         ("submit trian x", "no stage 'trian'; did you mean 'train'?"),
         ("submit train d --out o --epoch 3", "no option --epoch; did you mean '--epochs'?"),
         ("submit train d --out o --adress x", "no option --adress; did you mean '--address'?"),
@@ -122,15 +125,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, bool]]:
         ("submit train d --out o --working-dir .", "--working-dir .: has no jobs/train.py"),
         ("prepare c --out o --split-fractions 1,0", "--split-fractions: '1,0': too few values"),
         ("prepare c --out o --split-fractions 0.5,0.4,0.3", "must sum to 1"),
-        ("score m c --out o --format xlsx", "--format: 'xlsx' is no valid value; valid: auto, csv"),
-        ("evaluate m d --out o --split tset", "--split: 'tset' is no valid value; did you mean"),
+        (
+            "score m c --out o --format xlsx",
+            "--format: 'xlsx' is not a valid value; valid: auto, csv",
+        ),
+        ("evaluate m d --out o --split tset", "--split: 'tset' is not a valid value; did you mean"),
         (
             "train d --out o --batch-size 1 --workers 2",
             "--workers: '2': each worker needs at least",
         ),
-        ("train d --out o --batch-size 3 --workers 4:8", "and --batch-size is 3; ask for fewer"),
+        ("train d --out o --batch-size 3 --workers 4:8", "and --batch-size is 3; use fewer"),
         ("train d --out o --config none.yaml", "none.yaml: no such file"),
-        ("train d --out o --config=", "--config: is empty; name a file"),
+        ("train d --out o --config=", "--config is empty"),
         ("train d --out o --epochs 99999999999", "--epochs: '99999999999': "),
         ("score m c --out o --covers=", "--covers: '': "),
         ("doctor --address=", "--address: is empty; give the dashboard's"),
@@ -230,12 +236,12 @@ def test_every_flag_misspelt_finds_the_nearest(stage: str, run: Run, calls: list
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("bach-size: 3", "no setting 'bach_size'; did you mean 'batch_size'?"),
+        ("bach-size: 3", "unknown setting 'bach_size'; did you mean 'batch_size'?"),
         ("batch_size: many", "batch_size: 'many': "),
         ("batch_size: [1", "not valid YAML"),
         ("- batch_size", "expected settings as `name: value` lines"),
-        ("model: vgg61", "model: 'vgg61': no such model; did you mean 'vgg16'?"),
-        ("device: gpus", "device: 'gpus' is no valid value; did you mean 'gpu'?"),
+        ("model: vgg61", "model: 'vgg61': unknown model; did you mean 'vgg16'?"),
+        ("device: gpus", "device: 'gpus' is not a valid value; did you mean 'gpu'?"),
     ],
 )
 def test_a_mistake_in_a_file_names_the_file(
