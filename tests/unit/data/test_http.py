@@ -19,6 +19,7 @@ from covergenre.config import ScoreConfig
 from covergenre.data import covers, http
 from covergenre.data.covers import Cover, Source
 from covergenre.data.image_decoding import CoverError
+from covergenre.errors import ConfigError
 from covergenre.io.urls import redacted
 
 
