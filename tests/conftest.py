@@ -1,4 +1,4 @@
-"""One local Ray for all tests that need one, and one synthetic dataset."""
+"""Fixtures for all tests: an S3 server, one embedded Ray, and a dataset and models made once."""
 
 import contextlib
 import logging
@@ -51,7 +51,7 @@ def captured_log_messages(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
-    """A bucket of a real S3 server: moto's, or with COVERGENRE_TEST_S3 the one AWS_* names."""
+    """A bucket on moto's S3 server, or with COVERGENRE_TEST_S3 on the store that AWS_* names."""
     import boto3
 
     from covergenre.io.s3 import forget
@@ -88,8 +88,8 @@ def s3() -> Iterator[str]:
 def flaky_s3(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, FlakyProxy]]:
     """(a bucket, the proxy in front of its store that fails one request in five)
 
-    This process, and others that it starts, go through the proxy; Ray that runs already does not.
-    Here a stall is ended soon: what waits and how often is what is tested, not how long.
+    This process, and others that it starts, use the proxy; a Ray that runs already does not.
+    Timeouts are short: retries are tested, not their duration.
     """
     from covergenre.io import s3 as store
 
@@ -117,9 +117,9 @@ def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
 
 @pytest.fixture(scope="session")
 def local_ray(s3: str) -> Iterator[None]:
-    """An embedded Ray, started as the commands start it; several tests run on it.
+    """An embedded Ray, shared by all tests of this process, started as the commands start it.
 
-    Its workers have the environment of its start: S3's settings too.
+    Its workers inherit the environment of its start, with the settings of `s3`.
     """
     import ray
 
@@ -141,8 +141,8 @@ def synthetic_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(
     synthetic_catalog: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Those, prepared: 121 albums to train with, in shards far smaller than the splits, so that
-    steps straddle them. To be read, not changed."""
+    """`synthetic_catalog`, prepared: 121 albums in the train split, in shards far smaller than the
+    splits, so that training steps span several. To be read, not changed."""
     from covergenre.config import PrepareConfig
     from covergenre.stages.prepare import prepare
 

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from covergenre.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
 
 BATCH_SIZE = 10
 """Leaves a single row of the dataset's 121 for the last step, so that of two ranks one has none."""
@@ -46,7 +48,7 @@ def scale_dev_logits(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
 
         logits_of = predictor.Predictor.logits_of
 
-        def scaled(self: Any, images_BCHW: torch.Tensor) -> torch.Tensor:
+        def scaled(self: Any, images_BCHW: "torch.Tensor") -> "torch.Tensor":
             return factor * logits_of(self, images_BCHW)
 
         predictor.Predictor.logits_of = scaled  # type: ignore[method-assign]
