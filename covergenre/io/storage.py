@@ -103,8 +103,9 @@ def check_scheme(uri: PathOrUri) -> None:
 def join(base: PathOrUri, *parts: PathOrUri) -> str:
     """`base/part/...`; a part that is an absolute path or a URI replaces everything before it."""
     joined = os.fspath(base)
-    for part in map(os.fspath, parts):
-        joined = part if re.match(ABSOLUTE, part) else f"{joined.rstrip('/')}/{part}"
+    for part in parts:
+        text = os.fspath(part)
+        joined = text if re.match(ABSOLUTE, text) else f"{joined.rstrip('/')}/{text}"
     return joined
 
 

@@ -28,9 +28,7 @@ from covergenre.metrics import (
 from covergenre.models.bundle import Bundle, check_weights, read_bundle
 from covergenre.progress import Progress
 from covergenre.report import plots
-from covergenre.runs import output_dir
-from covergenre.runs.lock import OutputLock
-from covergenre.runs.stage_run import check_reachable
+from covergenre.runs.stage_run import stage_run
 
 _PLAN = "_state/plan"
 _SHEET_COVERS = 24
@@ -72,30 +70,43 @@ class Evaluated:
 def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
     """Measure as `config` says. Raises UserError for a user's mistake."""
     out = storage.absolute(config.out)
-    output_dir.check_not_inside(out, {"MODEL": config.model, "dataset": config.dataset})
+    metrics_file = storage.join(out, "metrics.json")
+    with stage_run(
+        "evaluate",
+        config,
+        out,
+        sources={"model directory": config.model, "dataset": config.dataset},
+        read_inputs=lambda: _read_inputs(config),
+        identify=lambda inputs: _ids(*inputs),
+        is_finished=lambda: storage.exists(metrics_file),
+        verbose=verbose,
+    ) as run:
+        if run.is_finished:
+            remark = ": already measured by this same command"
+            return Evaluated(out, config.split, storage.read_json(metrics_file), remark)
+        bundle, manifest = run.inputs
+        run.start_ray({"--out": out, "model directory": bundle.uri, "dataset": manifest.uri})
+        workers = ray_runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
+        run.record()
+        return _evaluate(out, config, bundle, manifest, workers)
+
+
+def _read_inputs(config: EvaluateConfig) -> tuple[Bundle, Manifest]:
     bundle = read_bundle(config.model)
     check_weights(bundle)
     manifest = read_manifest(config.dataset)
     _check_genres(bundle, manifest)
     manifest.require(config.split)
-    inputs = {"weights_id": bundle.weights_id, "dataset_id": manifest.dataset_id}
-    output_dir.write_run_record(out, output_dir.run_record("evaluate", config, inputs), config)
-    metrics_file = storage.join(out, "metrics.json")
-    if storage.exists(metrics_file):
-        remark = ": already measured by this same command"
-        return Evaluated(out, config.split, storage.read_json(metrics_file), remark)
-
-    with OutputLock(out):
-        return _evaluate(out, config, bundle, manifest, verbose)
+    return bundle, manifest
 
 
 def _evaluate(
-    out: str, config: EvaluateConfig, bundle: Bundle, manifest: Manifest, verbose: bool
+    out: str,
+    config: EvaluateConfig,
+    bundle: Bundle,
+    manifest: Manifest,
+    workers: ray_runtime.Workers,
 ) -> Evaluated:
-    ray_runtime.start_ray(verbose=verbose)
-    reached = {"--out": out, "MODEL": bundle.uri, "DATASET": manifest.uri}
-    check_reachable(reached, config.shared_filesystem)
-    workers = ray_runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
     parts, source = covers.dataset_parts(manifest, [config.split])
     table = pa.concat_tables(parts)
     plan = write_plan(storage.join(out, _PLAN), [table], lambda: source, {})
@@ -128,7 +139,7 @@ def _evaluate(
 
     albums = table["genres"].to_pylist()
     truth = bundle.genres.multi_hot(albums)
-    metrics = _with_ids(multilabel_metrics(truth, scores, bundle.genres.names), bundle, manifest)
+    metrics = _ids(bundle, manifest) | multilabel_metrics(truth, scores, bundle.genres.names)
     _write(out, bundle, table, truth, scores, metrics)
     # Spread over the split: a catalog is often sorted by genre.
     shown = np.unique(np.linspace(0, rows - 1, _SHEET_COVERS, dtype=np.int64))
@@ -154,9 +165,9 @@ def _check_genres(bundle: Bundle, manifest: Manifest) -> None:
         )
 
 
-def _with_ids(metrics: Metrics, bundle: Bundle, manifest: Manifest) -> Metrics:
-    ids = {"weights_id": bundle.weights_id, "dataset_id": manifest.dataset_id}
-    return ids | metrics
+def _ids(bundle: Bundle, manifest: Manifest) -> dict[str, Any]:
+    """What was measured, and on what, by content."""
+    return {"weights_id": bundle.weights_id, "dataset_id": manifest.dataset_id}
 
 
 def _write(
