@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from training_runs import BATCH_SIZE, SETTINGS, losses, train_config
+from training_runs import BATCH_SIZE, EPOCHS, losses, train_config
 
 from covergenre.errors import StorageError, TrainingDivergedError
 from covergenre.io import storage
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 def steps_an_epoch(model: Path) -> int:
-    return len(losses(model)) // SETTINGS["epochs"]
+    return len(losses(model)) // EPOCHS
 
 
 def weights_id(model: Path) -> str:

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 10
 """Leaves a single row of the dataset's 121 for the last step, so that of two ranks one has none."""
+EPOCHS = 2
 SETTINGS: dict[str, Any] = {
     "model": "tiny",
-    "epochs": 2,
+    "epochs": EPOCHS,
     "batch_size": BATCH_SIZE,
     "shuffle_window": 2,
 }
