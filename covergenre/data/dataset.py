@@ -191,7 +191,7 @@ def open_parquet(uri: str, buffered: bool = False) -> pq.ParquetFile:
 
 def row_group_rows(uri: str) -> list[int]:
     """Rows of each row group of the Parquet file `uri`."""
-    with storage.named(uri, "read as Parquet"):
+    with storage.translate_errors(uri, "read as Parquet"):
         metadata = open_parquet(uri).metadata
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 

@@ -42,8 +42,7 @@ from covergenre.models.model_card import model_card
 from covergenre.progress import Progress
 from covergenre.report import plots
 from covergenre.runs import output_dir
-from covergenre.runs.lock import OutputLock
-from covergenre.runs.stage_run import check_reachable
+from covergenre.runs.stage_run import stage_run
 from covergenre.training import checkpoints
 from covergenre.training.loader import READING_CPUS
 
@@ -89,41 +88,60 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
     """Fine-tune as `config` says and write the MODEL. Raises UserError for a user's mistake."""
     config = config.resolved()
     out = storage.absolute(config.out)
-    output_dir.check_not_inside(out, {"dataset": config.dataset})
-    manifest = read_manifest(config.dataset)
-    for split in ("train", "dev"):
-        manifest.require(split)
     state = f"{out}.training"
-    finished = is_bundle(out)
-    if not finished:  # before weights are loaded, which takes its time
-        _check_free(out, state, resume=config.resume)
-    backbone, origin = _backbone(config, len(manifest.genres))
-    inputs = {"dataset_id": manifest.dataset_id, "backbone": _digest(backbone)}
-    run = {"fingerprint": config.fingerprint(), "inputs": inputs}
-    if finished:
-        return _already(out, run)
-    ray_runtime.start_ray(verbose=verbose)
-    check_reachable({"--out": out, "DATASET": manifest.uri}, config.shared_filesystem)
-    workers = _place(config)
-    if config.batch_size < workers.count:
-        raise ConfigError(
-            f"--batch-size {config.batch_size}: each of {plural(workers.count, 'worker')} needs at"
-            " least one album of each step; raise it, or ask for fewer --workers"
-        )
-    output_dir.write_run_record(state, output_dir.run_record("train", config, inputs), config)
     try:
-        with OutputLock(state):
-            if is_bundle(out):  # since we looked
-                trained = _already(out, run)
+        with stage_run(
+            "train",
+            config,
+            out,
+            sources={"dataset": config.dataset},
+            read_inputs=lambda: _read_inputs(config, out, state),
+            identify=lambda inputs: inputs.identity,
+            is_finished=lambda: is_bundle(out),
+            state=state,
+            verbose=verbose,
+        ) as run:
+            inputs = run.inputs
+            made_by = {"fingerprint": config.fingerprint(), "inputs": inputs.identity}
+            if run.is_finished:
+                trained = _already(out, made_by)
             else:
-                logger.info(_opening(config, manifest, workers, origin))
-                trained = _train(config, manifest, workers, backbone, origin, out, run)
+                run.start_ray({"--out": out, "dataset": inputs.manifest.uri})
+                workers = _place(config)
+                _check_batch_size(config, workers)
+                run.record()
+                logger.info(_opening(config, inputs.manifest, workers, inputs.origin))
+                trained = _train(
+                    *(config, inputs.manifest, workers, inputs.backbone, inputs.origin),
+                    *(out, made_by),
+                )
     except TrainingDivergedError:
         if not checkpoints.latest_step(storage.join(state, _CHECKPOINTS)):
             storage.delete_directory(state)  # nothing there is worth keeping
         raise
     storage.delete_directory(state)
     return trained
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    manifest: Manifest
+    backbone: dict[str, Any] | None
+    """Pretrained weights; None: the model starts from random ones."""
+    origin: str
+    """Where the backbone's weights come from."""
+    identity: dict[str, str]
+
+
+def _read_inputs(config: TrainConfig, out: str, state: str) -> _Inputs:
+    if not is_bundle(out):  # before weights are loaded, which takes seconds
+        _check_free(out, state, resume=config.resume)
+    manifest = read_manifest(config.dataset)
+    for split in ("train", "dev"):
+        manifest.require(split)
+    backbone, origin = _backbone(config, len(manifest.genres))
+    identity = {"dataset_id": manifest.dataset_id, "backbone": _digest(backbone)}
+    return _Inputs(manifest, backbone, origin, identity)
 
 
 def _train(
@@ -212,6 +230,14 @@ def _place(config: TrainConfig) -> ray_runtime.Workers:
     return ray_runtime.place_workers(
         config.worker_range(), config.device, config.cpus_per_worker, reading=READING_CPUS
     )
+
+
+def _check_batch_size(config: TrainConfig, workers: ray_runtime.Workers) -> None:
+    if config.batch_size < workers.count:
+        raise ConfigError(
+            f"--batch-size {config.batch_size}: each of {plural(workers.count, 'worker')} needs at"
+            " least one album of each step; raise it, or ask for fewer --workers"
+        )
 
 
 def _backbone(config: TrainConfig, num_genres: int) -> tuple[dict[str, Any] | None, str]:
