@@ -151,7 +151,7 @@ def main() -> None:
         "model": args.model,
         "precision": args.precision,
         "device": where,
-        "gpus": int(autoscaling.most("GPU")),
+        "gpus": int(autoscaling.max_resources("GPU")),
         "covers_trained": args.covers,
         "covers_scored": ledger["scored"],
         "bare_scored_per_second": round(forward, 1),

@@ -116,7 +116,7 @@ def _stage_command(name: str) -> click.Command:
             file = given["config"]
             sys.exit(submit(name, arguments, file, address=address, wait=True, working_dir="."))
         run_stage = getattr(import_module(f"covergenre.stages.{name}"), name)
-        click.echo(run_stage(settings, verbose=verbose).account())
+        click.echo(run_stage(settings, verbose=verbose).summary())
 
     return _Stage(name, callback=run, params=params, help=about, short_help=about)
 

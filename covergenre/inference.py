@@ -14,7 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from covergenre import errors
-from covergenre.cluster.ray_runtime import Workers, data_context, own_errors, use_cores
+from covergenre.cluster.ray_runtime import data_context, unwrap_ray_errors
+from covergenre.cluster.workers import Workers, use_cores
 from covergenre.data import covers, dataset
 from covergenre.data.covers import Cover, Duplicate, Source
 from covergenre.data.decoder_process import decode
@@ -150,38 +151,35 @@ def _run(
     from ray.data import ActorPoolStrategy
     from ray.util.annotations import RayDeprecationWarning
 
-    data_context(lost_blocks_end_it=False)
     # A block a chunk, so that chunks load in parallel; fewer, for a catalog of millions.
     blocks = [
         pa.table(list(part.T), names=["unit", "start", "stop"])
         for part in np.array_split(chunks, min(len(chunks), _MOST_BLOCKS))
     ]
+    with data_context(skip_failed_blocks=True):
+        planned = ray.data.from_arrow(blocks)
     with warnings.catch_warnings():
         # Ray 2.60 has no other way to say how often, and wants this one gone by 2.64.
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        scored = (
-            ray.data.from_arrow(blocks)
-            .map_batches(
-                partial(_load_chunks, plan=plan, spec=bundle.preprocessing, batch_size=batch_size),
-                batch_size=None,
-                batch_format="pyarrow",
-                max_retries=_RETRIES,
-            )
-            .map_batches(
-                _Predict,
-                fn_constructor_args=(bundle.uri, workers),
-                compute=ActorPoolStrategy(size=workers.count),
-                batch_size=None,
-                batch_format="pyarrow",
-                num_cpus=workers.resources["CPU"],
-                num_gpus=workers.resources.get("GPU", 0),
-                max_task_retries=_RETRIES,
-            )
+        scored = planned.map_batches(
+            partial(_load_chunks, plan=plan, spec=bundle.preprocessing, batch_size=batch_size),
+            batch_size=None,
+            batch_format="pyarrow",
+            max_retries=_RETRIES,
+        ).map_batches(
+            _Predict,
+            fn_constructor_args=(bundle.uri, workers),
+            compute=ActorPoolStrategy(size=workers.count),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=workers.resources["CPU"],
+            num_gpus=workers.resources.get("GPU", 0),
+            max_task_retries=_RETRIES,
         )
     came: Iterable[Any] = scored.iter_batches(
         batch_size=None, batch_format="pyarrow", prefetch_batches=0
     )
-    with own_errors():
+    with unwrap_ray_errors():
         for batch in (batch for block in came for batch in block.to_pylist()):
             if batch["error"] is not None:
                 _raise(batch["error"])

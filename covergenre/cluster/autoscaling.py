@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 
-def most(resource: str) -> float:
+def max_resources(resource: str) -> float:
     """How much of `resource` ("CPU", "GPU") the cluster has, or can ever have.
 
     Ray 2.60 tells an autoscaler's limits to nobody (its pull request 63012 would), so they are read
@@ -19,10 +19,10 @@ def most(resource: str) -> float:
     if config is None:
         return now
     seen = [node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]]
-    return max(now, most_of(config, resource, max(seen, default=0.0)))
+    return max(now, max_resources_of(config, resource, max(seen, default=0.0)))
 
 
-def most_of(config: dict[str, Any], resource: str, unknown: float) -> float:
+def max_resources_of(config: dict[str, Any], resource: str, unknown: float) -> float:
     """How much of `resource` a cluster of this Ray cluster file can have, its head included.
 
     unknown: how much a machine has whose kind does not say, as with `provider: local`.

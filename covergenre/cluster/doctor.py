@@ -13,7 +13,8 @@ from typing import Any
 
 from covergenre import __version__, dependencies
 from covergenre.cluster import ray_runtime
-from covergenre.cluster.autoscaling import most
+from covergenre.cluster.autoscaling import max_resources
+from covergenre.cluster.workers import place_workers
 from covergenre.errors import ConfigError, StorageError, essential_line
 from covergenre.formatting import plural
 from covergenre.io import storage
@@ -67,11 +68,11 @@ def _findings(storage_uri: str | None, workers: int | None) -> Iterator[Finding]
     here = look(None)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     token = "with" if is_token_auth_enabled() else "without"
-    size = f"{plural(most('CPU'), 'CPU')}, {plural(most('GPU'), 'GPU')} at most"
+    size = f"{plural(max_resources('CPU'), 'CPU')}, {plural(max_resources('GPU'), 'GPU')} at most"
     yield f"cluster: {plural(len(nodes), 'machine')} now, {size}, {token} a token", ""
     yield from _of_nodes(nodes, here, storage_uri)
     try:
-        placed = ray_runtime.place_workers(workers, "auto", 0.5)
+        placed = place_workers(workers, "auto", 0.5)
     except ConfigError as error:
         yield "workers", str(error)
     else:

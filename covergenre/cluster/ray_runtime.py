@@ -9,16 +9,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NoReturn
 
-from covergenre.cluster import autoscaling, embedded
+from covergenre.cluster import embedded
 from covergenre.cluster.embedded import EmbeddedRayDirectory
+from covergenre.cluster.workers import available_cores
 from covergenre.errors import ConfigError, CovergenreError, RayStartError
-from covergenre.formatting import plural
 from covergenre.io.urls import redacted
 
 logger = logging.getLogger(__name__)
@@ -32,9 +31,6 @@ _CONNECT_SECONDS = 10
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # RFC 9113, 3.4
 _START_ATTEMPTS = 3
 """Of an embedded Ray: its processes have 15 s to start, which no setting of Ray's changes."""
-_MOST_UNASKED = 64
-"""GPUs that are used without being asked for; an autoscaler may have no limit of its own."""
-_LOOK_EVERY_SECONDS = 15.0
 _LOOK_AT_RAY_SECONDS = 1.0
 
 
@@ -66,7 +62,9 @@ def start_ray(*, verbose: bool = False) -> None:
             signal.signal(signal.SIGTERM, _terminated)
             # Registered after Ray's, and so called before: ^C is too late to stop anything then.
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    quieten(verbose)
+    if not verbose:
+        silence_ray_loggers()
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # cannot write its cache to HOME
 
 
 def _set_environment(verbose: bool, *, embedded: bool) -> None:
@@ -122,7 +120,7 @@ def _embed(verbose: bool) -> None:
                     verbose,
                     address="local",
                     # Logical CPUs: even on a small machine a model and its readers must both fit.
-                    num_cpus=max(4, _cores()),
+                    num_cpus=max(4, available_cores()),
                     object_store_memory=_EMBEDDED_OBJECT_STORE_BYTES,
                     include_dashboard=False,
                     _temp_dir=str(directory.ray),
@@ -246,7 +244,7 @@ def end_now(code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def own_errors() -> Iterator[None]:
+def unwrap_ray_errors() -> Iterator[None]:
     """Raise an error of ours as itself where Ray wrapped it in its own: a mistake is one line."""
     from ray.exceptions import RayError
 
@@ -308,13 +306,6 @@ def _no_cluster(address: str) -> ConfigError:
     )
 
 
-def _cores() -> int:
-    """Cores that this process may run on; fewer than the machine's in many a container."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS
-
-
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
     """Drop what is written to file descriptor 2: Ray's C++ part says there that it was told to
@@ -330,168 +321,39 @@ def _silent_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def quieten(verbose: bool = False) -> None:
-    """Keep Ray's own progress and remarks out of this process's terminal, unless asked for."""
-    import ray.data
+def silence_ray_loggers() -> None:
+    """Log errors of Ray only, and none of Ray Data: its errors reach us as exceptions, or are
+    handled."""
+    import ray.data  # noqa: F401 - configures its loggers when it is imported
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = verbose
-    context.enable_operator_progress_bars = verbose
-    context.print_on_execution_start = verbose
-    if not verbose:
-        # matplotlib's: that it cannot write its cache to HOME.
-        for name in ("ray", "ray.train", "ray.tune", "matplotlib"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        # What is an error to Ray Data is an exception to us, or is made good.
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-
-
-def machines() -> int:
-    """Machines of the cluster; at least 2 where an autoscaler may start more."""
-    import ray
-
-    now = sum(bool(node["Alive"]) for node in ray.nodes())
-    has = ray.cluster_resources()
-    grows = any(autoscaling.most(kind) > has.get(kind, 0.0) for kind in ("CPU", "GPU"))
-    return max(now, 2 if grows else 1)
-
-
-@dataclass(frozen=True)
-class Workers:
-    """The processes that hold a model."""
-
-    count: int
-    use_gpu: bool
-    cpus: float
-    """Reserved for each."""
-    per_node: int
-    """How many at most share one machine's cores."""
-
-    @property
-    def wait_for(self) -> tuple[str, float]:
-        """What all of them together need: its name, and how much."""
-        kind = "GPU" if self.use_gpu else "CPU"
-        return kind, self.count * self.resources[kind]
-
-    @property
-    def resources(self) -> dict[str, float]:
-        """Of each, in Ray's names."""
-        return {"CPU": self.cpus, **({"GPU": 1} if self.use_gpu else {})}
-
-
-def place_workers(
-    workers: int | tuple[int, int] | None,
-    device: str,
-    cpus_per_worker: float,
-    *,
-    reading: float = 0.0,
-) -> Workers:
-    """The workers that the settings ask for. Raises ConfigError where they cannot fit.
-
-    workers: how many; (fewest, most): as many of them as there is room for now.
-    reading: CPUs that each worker's own readers hold all the while. Beside workers and readers
-    there is at least one CPU more: decoding has to run on something.
-    """
-    import ray
-
-    low, high = workers if isinstance(workers, tuple) else (workers, workers)
-    nodes = max(1, sum(bool(node["Alive"]) for node in ray.nodes()))
-    have_gpus = int(autoscaling.most("GPU"))
-    use_gpu = device == "gpu" or (device == "auto" and have_gpus > 0)
-    if use_gpu:
-        low = low or min(max(1, have_gpus), _MOST_UNASKED)
-        if low > have_gpus:
-            raise ConfigError(
-                f"--workers {low}: one GPU each, and the cluster has {have_gpus} at most;"
-                " ask for fewer, or --device cpu"
-            )
-        count = max(low, min(high or low, int(ray.cluster_resources().get("GPU", 0))))
-        return Workers(count, True, cpus_per_worker, -(-count // nodes))
-    low = low or 1
-    have = autoscaling.most("CPU")
-    each = cpus_per_worker + reading
-    if low * each > have - 1:
-        raise ConfigError(
-            f"--workers {low}: {plural(each, 'CPU')} each and one to decode covers need"
-            f" {low * each + 1:g}, and the cluster has {have:g} at most; ask for fewer"
-        )
-    room = int((float(ray.cluster_resources().get("CPU", 0)) - 1) / each)
-    count = max(low, min(high or low, room))
-    return Workers(count, False, cpus_per_worker, -(-count // nodes))
-
-
-def check_tasks(workers: int | None) -> None:
-    """Raises ConfigError where so many tasks at a time, of one CPU each, can never be."""
-    if workers and workers > (have := autoscaling.most("CPU")):
-        raise ConfigError(
-            f"--workers {workers}: one CPU each, and the cluster has {have:g} at most; ask for"
-            " fewer"
-        )
+    for name in ("ray", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
-def waiting_said(kind: str, need: float) -> Iterator[None]:
-    """While work goes on, say every so often that the autoscaler has yet to start machines, as long
-    as the cluster has less than `need` of `kind`, "CPU" or "GPU"."""
-    import ray
+def data_context(*, ordered: bool = False, skip_failed_blocks: bool = False) -> Iterator[None]:
+    """Settings of the Ray Data pipelines that are created inside; this process's own stay as they
+    are.
 
-    def all_there() -> bool:
-        have = ray.cluster_resources().get(kind, 0.0)
-        if have < need:
-            needed = plural(need, f"{kind} is", f"{kind}s are")
-            logger.info(f"waiting for machines: {needed} needed, {have:g} there")
-        return bool(have >= need)
-
-    # Said at once: a job that waits shall not look like one that hangs.
-    with contextlib.nullcontext() if all_there() else watching(all_there):
-        yield
-
-
-@contextlib.contextmanager
-def watching(look: Callable[[], bool]) -> Iterator[None]:
-    """While work goes on, call `look` every so often on a thread, until it gives True."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(_LOOK_EVERY_SECONDS) and not look():
-            pass
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def use_cores(workers: Workers) -> None:
-    """Let torch in this worker use its part of the machine's cores.
-
-    Ray would hold it to the CPUs reserved, which are few so that decoding is never shut out.
+    skip_failed_blocks: blocks whose tasks fail are left out without an error; the caller compares
+    what came with what it asked for.
     """
-    import torch
-
-    torch.set_num_threads(max(1, _cores() // workers.per_node))
-
-
-def data_context(*, ordered: bool = False, lost_blocks_end_it: bool = True) -> None:
-    """Settings of every Ray Data pipeline of ours, in the process that runs it.
-
-    lost_blocks_end_it: False where the caller looks for what did not come, after the end.
-    """
-    import ray.data
-    from ray.data import ExecutionResources
+    from ray.data import DataContext, ExecutionResources
 
     from covergenre.cluster.ray_internals import Pause
 
-    context = ray.data.DataContext.get_current()
-    # A row is a whole batch: blocks this small keep one batch, or few, in each.
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    # A row is a whole batch: blocks of this size contain one batch, or few.
     context.target_max_block_size = 2**20
     context.execution_options.preserve_order = ordered
-    context.max_errored_blocks = 0 if lost_blocks_end_it else -1
+    context.max_errored_blocks = -1 if skip_failed_blocks else 0
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=PIPELINE_BYTES
     )
     if Pause not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes.append(Pause)
+    with DataContext.current(context):
+        yield

@@ -74,7 +74,7 @@ def run_demo(out: str, *, verbose: bool) -> None:
         ),
         verbose=verbose,
     )
-    logger.info(prepared.account())
+    logger.info(prepared.summary())
     trained = train(
         TrainConfig(
             dataset=place("dataset"),
@@ -87,19 +87,19 @@ def run_demo(out: str, *, verbose: bool) -> None:
         ),
         verbose=verbose,
     )
-    logger.info(trained.account())
+    logger.info(trained.summary())
     evaluated = evaluate(
         EvaluateConfig(model=place("model"), dataset=place("dataset"), out=place("metrics")),
         verbose=verbose,
     )
-    logger.info(evaluated.account())
+    logger.info(evaluated.summary())
     labelled = score(
         ScoreConfig(
             model=place("model"), catalog=place("new-albums/catalog.csv"), out=place("labels")
         ),
         verbose=verbose,
     )
-    logger.info(labelled.account())
+    logger.info(labelled.summary())
     minutes = (time.monotonic() - began) / 60
     albums, genres = prepared.manifest.counts["albums"], len(prepared.manifest.genres)
     auc, over = evaluated.metrics["roc_auc_macro"], macro_over(evaluated.metrics)

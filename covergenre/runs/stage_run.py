@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from covergenre.cluster import ray_runtime
+from covergenre.cluster.workers import node_count
 from covergenre.config import StageConfig
 from covergenre.errors import ConfigError
 from covergenre.io import storage
@@ -124,7 +125,7 @@ def check_reachable(paths: Mapping[str, str | None], shared_filesystem: bool) ->
     for what, path in paths.items():
         if path is None or storage.scheme(path) not in ("", "file") or shared_filesystem:
             continue
-        if (count := ray_runtime.machines()) > 1:
+        if (count := node_count()) > 1:
             raise ConfigError(
                 f"{what} {path}: is local to one machine, and the cluster has {count} or more; use"
                 " s3:// or, if all machines see this path, --shared-filesystem",

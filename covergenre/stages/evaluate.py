@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from covergenre import inference, schema
-from covergenre.cluster import ray_runtime
+from covergenre.cluster.workers import Workers, log_pending_resources, place_workers
 from covergenre.config import EvaluateConfig
 from covergenre.data import covers, dataset
 from covergenre.data.dataset import Manifest, read_manifest
@@ -44,7 +44,7 @@ class Evaluated:
     metrics: dict[str, Any]
     remark: str = ""
 
-    def account(self) -> str:
+    def summary(self) -> str:
         """What the user is told at the end."""
         m = self.metrics
 
@@ -86,7 +86,7 @@ def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
             return Evaluated(out, config.split, storage.read_json(metrics_file), remark)
         bundle, manifest = run.inputs
         run.start_ray({"--out": out, "model directory": bundle.uri, "dataset": manifest.uri})
-        workers = ray_runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
+        workers = place_workers(config.workers, config.device, config.cpus_per_worker)
         run.record()
         return _evaluate(out, config, bundle, manifest, workers)
 
@@ -105,7 +105,7 @@ def _evaluate(
     config: EvaluateConfig,
     bundle: Bundle,
     manifest: Manifest,
-    workers: ray_runtime.Workers,
+    workers: Workers,
 ) -> Evaluated:
     parts, source = covers.dataset_parts(manifest, [config.split])
     table = pa.concat_tables(parts)
@@ -114,7 +114,7 @@ def _evaluate(
     scores = np.empty((rows, len(bundle.genres)), np.float32)
     times_scored = np.zeros(rows, np.int64)
     with (
-        ray_runtime.waiting_said(*workers.wait_for),
+        log_pending_resources(*workers.required_resource),
         Progress("evaluate", rows, "covers") as progress,
     ):
         for part in inference.score_plan(

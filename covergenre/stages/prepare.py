@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from covergenre import __version__, schema
 from covergenre.cluster import ray_runtime
+from covergenre.cluster.workers import check_task_limit, log_pending_resources
 from covergenre.config import PrepareConfig
 from covergenre.data import covers, dataset, decoder_process
 from covergenre.data.catalog import Catalog, read_catalog
@@ -66,7 +67,7 @@ class Prepared:
     manifest: Manifest
     remark: str = ""
 
-    def account(self) -> str:
+    def summary(self) -> str:
         """What the user is told at the end."""
         m, counts = self.manifest, self.manifest.counts
         splits = ", ".join(f"{m.rows(split):,} {split}" for split in schema.SPLITS)
@@ -140,7 +141,7 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
         if dataset.is_dataset(out):  # since we looked
             return Prepared(dataset.read_manifest(out))
         ray_runtime.start_ray(verbose=verbose)
-        ray_runtime.check_tasks(config.workers)
+        check_task_limit(config.workers)
         _check_shared(out, source, plan, config)
         jobs, aside = _cut(reasons, assigned, config.shard_rows)
         table = _with_splits(plan, assigned)
@@ -250,12 +251,12 @@ def _pack(
     jobs = [job for job in jobs if _part(job) not in done]
     if not jobs:
         return
-    ray_runtime.data_context()
     max_side = None if config.keep_original else config.max_side
     work = partial(_pack_shards, out=out, source=source, kept=kept, max_side=max_side)
-    packed = ray.data.from_items(
-        [{"job": json.dumps(job)} for job in jobs], override_num_blocks=len(jobs)
-    ).map_batches(
+    rows = [{"job": json.dumps(job)} for job in jobs]
+    with ray_runtime.data_context():
+        planned = ray.data.from_items(rows, override_num_blocks=len(jobs))
+    packed = planned.map_batches(
         work,
         batch_size=None,
         batch_format="pyarrow",
@@ -263,8 +264,8 @@ def _pack(
     )
     blocks: Iterable[Any] = packed.iter_batches(batch_size=None, batch_format="pyarrow")
     total = sum(len(job["rows"]) for job in jobs)
-    waiting_said, shown = ray_runtime.waiting_said("CPU", 1), Progress("prepare", total, "rows")
-    with waiting_said, ray_runtime.own_errors(), shown as progress:
+    pending, shown = log_pending_resources("CPU", 1), Progress("prepare", total, "rows")
+    with pending, ray_runtime.unwrap_ray_errors(), shown as progress:
         for block in blocks:
             for line in block["done"].to_pylist():
                 result = json.loads(line)

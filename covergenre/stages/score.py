@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from covergenre import inference, schema
 from covergenre.cluster import ray_runtime
+from covergenre.cluster.workers import log_pending_resources, place_workers
 from covergenre.config import ScoreConfig
 from covergenre.data import covers, dataset
 from covergenre.data.catalog import catalog_stamps, scan_catalog
@@ -61,7 +62,7 @@ class Labelled:
     ledger: dict[str, Any]
     remark: str = ""
 
-    def account(self) -> str:
+    def summary(self) -> str:
         """What the user is told at the end."""
         led = self.ledger
         lines = [
@@ -221,10 +222,10 @@ def _score(
         ray_runtime.start_ray(verbose=verbose)
         reached = {"--out": out, "MODEL": bundle.uri, "the cover": plan.local_cover}
         check_reachable(reached, config.shared_filesystem)
-        workers = ray_runtime.place_workers(config.workers, config.device, config.cpus_per_worker)
+        workers = place_workers(config.workers, config.device, config.cpus_per_worker)
         rows = int((units[:, 2] - units[:, 1]).sum())
         with (
-            ray_runtime.waiting_said(*workers.wait_for),
+            log_pending_resources(*workers.required_resource),
             Progress("score", rows, "covers") as progress,
         ):
             batches = inference.score_plan(

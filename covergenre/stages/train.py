@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from covergenre.cluster import ray_runtime
+from covergenre.cluster.workers import Workers, log_pending_resources, place_workers, polling
 from covergenre.config import TrainConfig
 from covergenre.data.dataset import Manifest, read_manifest
 from covergenre.data.image_decoding import Preprocessing
@@ -70,7 +71,7 @@ class Trained:
     epochs: int
     remark: str = ""
 
-    def account(self) -> str:
+    def summary(self) -> str:
         """What the user is told at the end."""
         best = self.best
         lines = [
@@ -147,7 +148,7 @@ def _read_inputs(config: TrainConfig, out: str, state: str) -> _Inputs:
 def _train(
     config: TrainConfig,
     manifest: Manifest,
-    workers: ray_runtime.Workers,
+    workers: Workers,
     backbone: dict[str, Any] | None,
     origin: str,
     out: str,
@@ -226,13 +227,13 @@ def _check_free(out: str, state: str, *, resume: bool) -> None:
         )
 
 
-def _place(config: TrainConfig) -> ray_runtime.Workers:
-    return ray_runtime.place_workers(
+def _place(config: TrainConfig) -> Workers:
+    return place_workers(
         config.worker_range(), config.device, config.cpus_per_worker, reading=READING_CPUS
     )
 
 
-def _check_batch_size(config: TrainConfig, workers: ray_runtime.Workers) -> None:
+def _check_batch_size(config: TrainConfig, workers: Workers) -> None:
     if config.batch_size < workers.count:
         raise ConfigError(
             f"--batch-size {config.batch_size}: each of {plural(workers.count, 'worker')} needs at"
@@ -271,9 +272,7 @@ def _digest(backbone: dict[str, Any] | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def _opening(
-    config: TrainConfig, manifest: Manifest, workers: ray_runtime.Workers, origin: str
-) -> str:
+def _opening(config: TrainConfig, manifest: Manifest, workers: Workers, origin: str) -> str:
     kind = "GPU" if workers.use_gpu else "CPU"
     return (
         f"train {config.model} ({origin} weights, freeze {config.freeze}) on"
@@ -287,7 +286,7 @@ def _fit(
     config: TrainConfig,
     manifest: Manifest,
     preprocessing: Preprocessing,
-    workers: ray_runtime.Workers,
+    workers: Workers,
     backbone: dict[str, Any] | None,
     state: str,
     temporary: Path,
@@ -418,8 +417,8 @@ def _run_group(config: TrainConfig, job: "Job", state: str) -> None:
         ),
     )
     resizing = _resizes(config, job) if elastic else contextlib.nullcontext()
-    waiting_said = ray_runtime.waiting_said(*job.workers.wait_for)
-    with resizing, waiting_said, ray_runtime.own_errors():
+    pending = log_pending_resources(*job.workers.required_resource)
+    with resizing, pending, ray_runtime.unwrap_ray_errors():
         try:
             trainer.fit()
         except KeyboardInterrupt:
@@ -434,7 +433,7 @@ def _is_elastic(config: TrainConfig) -> bool:
 
 
 @contextlib.contextmanager
-def _machines_asked_for(config: TrainConfig, workers: ray_runtime.Workers) -> Iterator[None]:
+def _machines_asked_for(config: TrainConfig, workers: Workers) -> Iterator[None]:
     """Have an autoscaler start, and start again, what the most workers need."""
     if not _is_elastic(config):
         yield
@@ -476,13 +475,13 @@ def _resizes(config: TrainConfig, job: "Job") -> Iterator[None]:
         return False
 
     try:
-        with ray_runtime.watching(look):
+        with polling(look):
             yield
     finally:
         job.monitor.regrouped.remote()
 
 
-def _place_again(config: TrainConfig) -> ray_runtime.Workers:
+def _place_again(config: TrainConfig) -> Workers:
     """Workers for the next group; waits where the machines that are left are too few."""
     told = False
     while True:

@@ -92,27 +92,24 @@ class BatchStream:
         import ray.data
         from ray.data import TaskPoolStrategy
 
-        data_context(ordered=True)
         items = [
             {"epoch": epoch, "first": first, "steps": steps, "window": window}
             for (epoch, steps), first in zip(epochs, chain([first_step], repeat(0)), strict=False)
             for window in [*_window_numbers(data, epoch, first, steps), _DEV]
         ]
         self._data = data
-        decoded = (
-            ray.data.from_items(items, override_num_blocks=len(items))
-            .map_batches(
-                partial(_read, data=data),
-                batch_size=None,
-                batch_format="pyarrow",
-                compute=TaskPoolStrategy(size=_READS_AT_A_TIME),
-                num_cpus=_CPUS_A_READ,
-            )
-            .map_batches(
-                partial(_decode, spec=data.preprocessing),
-                batch_size=None,
-                batch_format="pyarrow",
-            )
+        with data_context(ordered=True):
+            windows = ray.data.from_items(items, override_num_blocks=len(items))
+        decoded = windows.map_batches(
+            partial(_read, data=data),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=TaskPoolStrategy(size=_READS_AT_A_TIME),
+            num_cpus=_CPUS_A_READ,
+        ).map_batches(
+            partial(_decode, spec=data.preprocessing),
+            batch_size=None,
+            batch_format="pyarrow",
         )
         blocks: Iterable[Any] = decoded.iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=4

@@ -15,7 +15,8 @@ from torch import distributed, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from covergenre.cluster.ray_runtime import Workers, quieten, use_cores
+from covergenre.cluster.ray_runtime import silence_ray_loggers
+from covergenre.cluster.workers import Workers, use_cores
 from covergenre.config import TrainConfig
 from covergenre.data.dataset import Manifest
 from covergenre.data.image_decoding import Preprocessing
@@ -95,7 +96,7 @@ def training_loop(settings: dict[str, Any]) -> None:
     import ray.train.torch
 
     job: Job = settings["job"]
-    quieten()
+    silence_ray_loggers()
     use_cores(job.workers)
     context = ray.train.get_context()
     job.monitor.enlist.remote(ray.get_runtime_context().current_actor)

@@ -58,8 +58,8 @@ def test_model_that_scores_all_covers_alike_says_so_in_its_summary_and_its_card(
         manifest.genres
     )
     assert record["dev_better_than_chance"] is False
-    assert "no better than chance on the dev split: macro ROC AUC" in trained.account()
-    assert "best of 1 epoch, by micro PR AUC" in trained.account()
+    assert "no better than chance on the dev split: macro ROC AUC" in trained.summary()
+    assert "best of 1 epoch, by micro PR AUC" in trained.summary()
     card = (out / "README.md").read_text()
     assert "**No better than chance on the dev split: macro ROC AUC" in card
     over = macro_over(dev_metrics(record), most=len(manifest.genres))

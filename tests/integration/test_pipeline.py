@@ -18,7 +18,7 @@ from training_runs import BATCH_SIZE, losses, read_jsonl, train_config
 
 from covergenre import inference, schema
 from covergenre.cli import main
-from covergenre.cluster.ray_runtime import Workers
+from covergenre.cluster.workers import Workers
 from covergenre.config import EvaluateConfig, PrepareConfig, ScoreConfig
 from covergenre.data.dataset import read_manifest, read_table
 from covergenre.data.image_decoding import decode, sha256
@@ -97,7 +97,7 @@ def test_prepare_again_changes_nothing_and_other_settings_are_refused(
     config = PrepareConfig(
         catalog=str(synthetic_catalog), out=str(dataset), shard_rows=20, min_share=0.0
     )
-    assert "already prepared" in prepare(config).account()
+    assert "already prepared" in prepare(config).summary()
     assert (dataset / "manifest.json").read_bytes() == before
     with pytest.raises(StorageError, match="other settings"):
         prepare(config.model_copy(update={"top_genres": 3}))
@@ -239,7 +239,7 @@ def test_training_again_is_done_and_other_settings_are_refused(
     dataset: Path, trained_model: Path
 ) -> None:
     again = train(train_config(dataset, trained_model, workers=2))
-    assert "already trained" in again.account()
+    assert "already trained" in again.summary()
     with pytest.raises(StorageError, match="other settings"):
         train(train_config(dataset, trained_model, batch_size=8))
 
@@ -422,7 +422,7 @@ def test_score_accounts_for_every_row_and_matches_scores_computed_without_ray(
     again = score(config)
     assert lost.read_bytes() == before
     assert again.ledger["scored"] == len(labels)
-    assert "already labelled" in score(config).account()
+    assert "already labelled" in score(config).summary()
 
 
 def test_too_many_rejected_rows_fail_until_the_limit_is_raised(
@@ -453,9 +453,9 @@ def test_too_many_rejected_rows_fail_until_the_limit_is_raised(
     with pytest.raises(RejectedError):
         run(0.5)
     assert json.loads((out / "ledger.json").read_text()) == ledger
-    assert "rejected (60.0%)" in run(0.6).account()
+    assert "rejected (60.0%)" in run(0.6).summary()
     assert (out / "_SUCCESS").exists()
-    assert "already labelled" in run(None).account()
+    assert "already labelled" in run(None).summary()
     with pytest.raises(RejectedError):
         run(0.5)
     assert not (out / "_SUCCESS").exists()
@@ -471,7 +471,7 @@ def test_rejecting_every_row_is_an_error_unless_allowed(
         score(config)
     done = score(config.model_copy(update={"max_rejected": 1.0}))
     assert done.ledger["scored"] == 0 and (tmp_path / "out" / "_SUCCESS").exists()
-    assert "warning: nothing was labelled" in done.account()
+    assert "warning: nothing was labelled" in done.summary()
     (tmp_path / "page.jpg").write_text("<html>")
     catalog.write_text("album_id,cover\na,page.jpg\n")
     done = score(config.model_copy(update={"out": str(tmp_path / "no images")}))

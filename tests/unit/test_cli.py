@@ -64,7 +64,7 @@ def mistake(run: Run, *args: str) -> str:
 class Done:
     """What a stage gives back."""
 
-    def account(self) -> str:
+    def summary(self) -> str:
         return "first line\nsecond line"
 
 

@@ -42,6 +42,7 @@ LIGHT = {
     "covergenre.config",
     "covergenre.errors",
     "covergenre.genre_text",
+    "covergenre.progress",
     "covergenre.registry",
 }
 

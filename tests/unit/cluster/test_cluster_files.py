@@ -16,7 +16,7 @@ import boto3
 import pytest
 import yaml
 
-from covergenre.cluster.autoscaling import most_of
+from covergenre.cluster.autoscaling import max_resources_of
 
 ROOT = Path(__file__).parents[3]
 AWS, OWN = ROOT / "cluster.yaml", ROOT / "clusters/on-premises.yaml"
@@ -65,13 +65,13 @@ def test_ray_takes_the_file(file: Path) -> None:
     ],
 )
 def test_what_the_cluster_can_ever_have(file: Path, resource: str, most: int) -> None:
-    assert most_of(prepared(file), resource, unknown=6) == most
+    assert max_resources_of(prepared(file), resource, unknown=6) == most
 
 
 def test_all_kinds_together_are_limited_too() -> None:
     config = prepared(AWS) | {"max_workers": 10}
-    assert most_of(config, "GPU", unknown=0) == 8
-    assert most_of(config, "CPU", unknown=0) == 10 * 16
+    assert max_resources_of(config, "GPU", unknown=0) == 8
+    assert max_resources_of(config, "CPU", unknown=0) == 10 * 16
 
 
 def only_pinned(config: dict[str, Any]) -> None:

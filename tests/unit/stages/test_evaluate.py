@@ -18,7 +18,7 @@ def test_summary_names_the_genres_left_out_and_a_model_without_skill(
     scores: np.ndarray, no_skill: bool
 ) -> None:
     metrics = nan_to_none(multilabel_metrics(TRUTH, scores, ["Folk", "Jazz", "Polka"]))
-    said = Evaluated("out", "test", metrics).account()
+    said = Evaluated("out", "test", metrics).summary()
     assert "40 albums of the test split" in said
     assert "macro over 2 of 3 genres, without Polka (no album or every album has it)" in said
     assert ("no better than chance on the test split" in said) == no_skill
@@ -26,7 +26,7 @@ def test_summary_names_the_genres_left_out_and_a_model_without_skill(
 
 def test_summary_of_a_single_album_is_singular() -> None:
     metrics = nan_to_none(multilabel_metrics(TRUTH[:1], TRUTH[:1], ["Folk", "Jazz", "Polka"]))
-    said = Evaluated("out", "test", metrics).account()
+    said = Evaluated("out", "test", metrics).summary()
     assert "  1 album of the test split\n" in said
     assert "macro over 0 of 3 genres, without Folk, Jazz and Polka" in said
     assert "the test split cannot tell this model from chance" in said

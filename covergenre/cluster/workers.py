@@ -1,0 +1,154 @@
+"""The processes that hold a model: how many the cluster can schedule, and with which resources."""
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from covergenre.cluster import autoscaling
+from covergenre.errors import ConfigError
+from covergenre.formatting import plural
+
+logger = logging.getLogger(__name__)
+
+_MAX_DEFAULT_GPUS = 64
+"""GPUs that are used unless --workers asks for more; an autoscaler may have no limit of its own."""
+_POLL_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Number and resources of the processes that hold a model."""
+
+    count: int
+    use_gpu: bool
+    cpus: float
+    """CPUs that Ray reserves for each."""
+    per_node: int
+    """The most that share one machine's cores."""
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Resources of each worker, by Ray's names."""
+        return {"CPU": self.cpus, **({"GPU": 1} if self.use_gpu else {})}
+
+    @property
+    def required_resource(self) -> tuple[str, float]:
+        """("GPU" or "CPU", how much of it all workers need together)."""
+        kind = "GPU" if self.use_gpu else "CPU"
+        return kind, self.count * self.resources[kind]
+
+
+def place_workers(
+    workers: int | tuple[int, int] | None,
+    device: str,
+    cpus_per_worker: float,
+    *,
+    reading: float = 0.0,
+) -> Workers:
+    """The workers that the settings ask for. Raises ConfigError where the cluster is too small.
+
+    workers: the number; (minimum, maximum): as many as can be scheduled now, but no fewer than the
+    minimum; None: one for each GPU, else one. reading: CPUs that the reading tasks of each worker
+    occupy permanently. One CPU more than workers and readers need is kept free to decode covers.
+    """
+    import ray
+
+    low, high = workers if isinstance(workers, tuple) else (workers, workers)
+    nodes = max(1, sum(bool(node["Alive"]) for node in ray.nodes()))
+    max_gpus = int(autoscaling.max_resources("GPU"))
+    use_gpu = device == "gpu" or (device == "auto" and max_gpus > 0)
+    if use_gpu:
+        low = low or min(max(1, max_gpus), _MAX_DEFAULT_GPUS)
+        if low > max_gpus:
+            raise ConfigError(
+                f"--workers {low}: each needs a GPU, and the cluster has at most {max_gpus};"
+                " ask for fewer, or use --device cpu"
+            )
+        count = max(low, min(high or low, int(ray.cluster_resources().get("GPU", 0))))
+        return Workers(count, True, cpus_per_worker, -(-count // nodes))
+    low = low or 1
+    max_cpus = autoscaling.max_resources("CPU")
+    each = cpus_per_worker + reading
+    if low * each > max_cpus - 1:
+        raise ConfigError(
+            f"--workers {low}: {plural(each, 'CPU')} each and one to decode covers need"
+            f" {low * each + 1:g}, and the cluster has at most {max_cpus:g}; ask for fewer"
+        )
+    fitting = int((float(ray.cluster_resources().get("CPU", 0)) - 1) / each)
+    count = max(low, min(high or low, fitting))
+    return Workers(count, False, cpus_per_worker, -(-count // nodes))
+
+
+def check_task_limit(workers: int | None) -> None:
+    """Raises ConfigError where the cluster can never run so many tasks of one CPU at a time."""
+    if workers and workers > (max_cpus := autoscaling.max_resources("CPU")):
+        raise ConfigError(
+            f"--workers {workers}: each needs a CPU, and the cluster has at most {max_cpus:g}; ask"
+            " for fewer"
+        )
+
+
+def node_count() -> int:
+    """Machines of the cluster; at least 2 where an autoscaler may start more."""
+    import ray
+
+    now = sum(bool(node["Alive"]) for node in ray.nodes())
+    has = ray.cluster_resources()
+    grows = any(autoscaling.max_resources(kind) > has.get(kind, 0.0) for kind in ("CPU", "GPU"))
+    return max(now, 2 if grows else 1)
+
+
+@contextlib.contextmanager
+def log_pending_resources(kind: str, need: float) -> Iterator[None]:
+    """While the body runs and the cluster has less than `need` of `kind` ("CPU" or "GPU"), log
+    every 15 seconds that the autoscaler has not started all machines yet."""
+    import ray
+
+    def available() -> bool:
+        have = ray.cluster_resources().get(kind, 0.0)
+        if have < need:
+            needed = plural(need, f"{kind} is", f"{kind}s are")
+            logger.info(f"waiting for machines: {needed} needed, {have:g} available")
+        return bool(have >= need)
+
+    # First checked here, so that a job which waits says so at once.
+    with contextlib.nullcontext() if available() else polling(available):
+        yield
+
+
+@contextlib.contextmanager
+def polling(check: Callable[[], bool]) -> Iterator[None]:
+    """While the body runs, call `check` every 15 seconds on a thread, until it returns True."""
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.wait(_POLL_SECONDS) and not check():
+            pass
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def use_cores(workers: Workers) -> None:
+    """Let torch in this worker use its share of the machine's cores.
+
+    Ray would limit it to the reserved CPUs, which are few so that decoding always gets some.
+    """
+    import torch
+
+    torch.set_num_threads(max(1, available_cores() // workers.per_node))
+
+
+def available_cores() -> int:
+    """Cores that this process may run on; in a container often fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
