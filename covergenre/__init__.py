@@ -15,38 +15,62 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from covergenre.api.batch_predictor import BatchPredictor
     from covergenre.api.labels import read_labels
     from covergenre.api.model import Model, load_model
     from covergenre.api.scores import Scores
+    from covergenre.api.stages import (
+        Evaluation,
+        PreparedDataset,
+        ScoringRun,
+        TrainingRun,
+        evaluate,
+        prepare,
+        score,
+        train,
+    )
     from covergenre.api.torch_dataset import CoverDataset, load_dataset
     from covergenre.progress import ProgressEvent
 
 __all__ = [
+    "BatchPredictor",
     "CoverDataset",
+    "Evaluation",
     "Model",
+    "PreparedDataset",
     "ProgressEvent",
     "Scores",
+    "ScoringRun",
+    "TrainingRun",
     "__version__",
+    "evaluate",
     "load_dataset",
     "load_model",
+    "prepare",
     "read_labels",
+    "score",
+    "train",
 ]
 
 _MODULES = {
-    "CoverDataset": "api.torch_dataset",
-    "Model": "api.model",
-    "ProgressEvent": "progress",
-    "Scores": "api.scores",
-    "load_dataset": "api.torch_dataset",
-    "load_model": "api.model",
-    "read_labels": "api.labels",
+    "api.batch_predictor": ["BatchPredictor"],
+    "api.labels": ["read_labels"],
+    "api.model": ["Model", "load_model"],
+    "api.scores": ["Scores"],
+    "api.stages": [
+        *("Evaluation", "PreparedDataset", "ScoringRun", "TrainingRun"),
+        *("evaluate", "prepare", "score", "train"),
+    ],
+    "api.torch_dataset": ["CoverDataset", "load_dataset"],
+    "progress": ["ProgressEvent"],
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'covergenre' has no attribute {name!r}")
-    value = getattr(import_module(f"covergenre.{_MODULES[name]}"), name)
+    value = getattr(import_module(f"covergenre.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

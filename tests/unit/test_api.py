@@ -1,16 +1,19 @@
 """The Python API without Ray: models, scores, datasets and labels."""
 
 import hashlib
+import inspect
 import io
 import os
 import pickle
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -20,6 +23,13 @@ from PIL import Image
 import covergenre as cg
 from covergenre import schema
 from covergenre.api.images import Transform
+from covergenre.config import (
+    EvaluateConfig,
+    PrepareConfig,
+    ScoreConfig,
+    StageConfig,
+    TrainConfig,
+)
 from covergenre.data import dataset as shards
 from covergenre.data import image_decoding
 from covergenre.data.dataset import Manifest
@@ -516,3 +526,92 @@ def test_directory_without_labels_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError) as raised:
         cg.read_labels(tmp_path)
     assert raised.value.code == "not_labels"
+
+
+def batches(covers: list[Path]) -> dict[str, Any]:
+    """The same three rows, the second with a bad cover, in the formats of Ray Data."""
+    rows = [covers[0].read_bytes(), b"bad", covers[1].read_bytes()]
+    table = pa.table({"image": pa.array(rows, pa.binary()), "id": [1, 2, 3]})
+    objects = np.array(rows, object)
+    return {
+        "pyarrow": table,
+        "pandas": table.to_pandas(),
+        "numpy": {"image": objects, "id": np.arange(1, 4)},
+    }
+
+
+@pytest.mark.parametrize("batch_format", ["pyarrow", "pandas", "numpy"])
+def test_batch_predictor_adds_columns_to_every_batch_format(
+    model: cg.Model, covers: list[Path], untrained_model: str, batch_format: str
+) -> None:
+    predict = cg.BatchPredictor(untrained_model, "cpu")
+    batch = batches(covers)[batch_format]
+    out = predict(batch)
+    assert type(out) is type(batch)
+    frame = out.to_pandas() if batch_format == "pyarrow" else out
+    assert list(frame["id"]) == [1, 2, 3]
+    expected = model.predict(covers[:2])
+    for row, index in ((0, 0), (2, 1)):
+        genre, score = expected.top(1)[index][0]
+        assert frame["top_genre"][row] == genre
+        np.testing.assert_allclose(frame["top_score"][row], score, atol=1e-6)
+        np.testing.assert_allclose(frame["scores"][row], expected[index], atol=1e-6)
+        assert list(frame["genres"][row]) == expected.labels()[index]
+    assert frame["reason"][1] == "not_an_image"
+    assert [bool(pd.isna(value)) for value in frame["reason"]] == [True, False, True]
+    assert all(pd.isna(frame[name][1]) for name in ("top_genre", "top_score", "genres"))
+
+
+def test_batch_predictor_takes_pixels_and_an_empty_batch(
+    covers: list[Path], untrained_model: str
+) -> None:
+    predict = cg.BatchPredictor(untrained_model, "cpu", prefix="predicted_")
+    pixels = np.stack([np.asarray(image_decoding.decode_rgb(c.read_bytes())) for c in covers[:2]])
+    out = predict({"image": pixels, "genres": np.array([1, 2])})
+    assert out["predicted_scores"].shape == (2, len(predict.genres))
+    assert out["genres"].tolist() == [1, 2]
+    empty = predict(pa.table({"image": pa.array([], pa.binary())}))
+    assert empty.num_rows == 0 and "predicted_scores" in empty.column_names
+
+
+@pytest.mark.parametrize(
+    ("columns", "code"), [({"img": [b""]}, "no_column"), ({"reason": ["x"]}, "column_exists")]
+)
+def test_batch_predictor_refuses_batches_of_other_columns(
+    untrained_model: str, columns: dict[str, Any], code: str
+) -> None:
+    table = pa.table(columns if code == "no_column" else {"image": [b""], **columns})
+    with pytest.raises(ConfigError) as raised:
+        cg.BatchPredictor(untrained_model, "cpu")(table)
+    assert raised.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("function", "settings"),
+    [
+        (cg.prepare, PrepareConfig),
+        (cg.train, TrainConfig),
+        (cg.evaluate, EvaluateConfig),
+        (cg.score, ScoreConfig),
+    ],
+)
+def test_stage_functions_show_every_setting(
+    function: Callable[..., Any], settings: type[StageConfig]
+) -> None:
+    parameters = inspect.signature(function).parameters
+    assert set(parameters) == {*settings.model_fields, "progress", "callbacks", "verbose"}
+    for name, field in settings.model_fields.items():
+        if not field.is_required():
+            assert parameters[name].default == field.default
+            assert f"{name} (" in str(function.__doc__)
+
+
+def test_wrong_settings_of_a_stage_are_a_config_error(tmp_path: Path) -> None:
+    for settings, code in (({"epocs": 3}, "unknown"), ({"epochs": "x"}, "invalid")):
+        with pytest.raises(ConfigError) as raised:
+            cg.train(tmp_path, out=tmp_path / "m", **settings)
+        assert raised.value.code == code
+    with pytest.raises(DatasetError):
+        cg.train(tmp_path / "none", out=tmp_path / "m")
+    with pytest.raises(ModelError):
+        cg.evaluate(tmp_path / "none", tmp_path / "d", out=tmp_path / "e")
