@@ -63,7 +63,7 @@ class PreparedDataset(_Result):
         self.dataset_id = done.manifest.dataset_id
         self.genres = done.manifest.genres.names
         self.counts = done.manifest.counts
-        self._summary = done.account()
+        self._summary = done.summary()
 
     def load(
         self, split: "Split", *, transform: Callable[[Any], Any] | None = None
@@ -87,7 +87,7 @@ class TrainingRun(_Result):
         self.uri = done.uri
         self.weights_id = done.weights_id
         self.best = done.best
-        self._summary = done.account()
+        self._summary = done.summary()
 
     @property
     def history(self) -> "pd.DataFrame":
@@ -115,7 +115,7 @@ class Evaluation(_Result, Mapping[str, Any]):
         self.uri = done.uri
         self.split = done.split
         self._metrics = done.metrics
-        self._summary = done.account()
+        self._summary = done.summary()
 
     @property
     def by_genre(self) -> "pd.DataFrame":
@@ -146,7 +146,7 @@ class ScoringRun(_Result):
     def __init__(self, done: "score_stage.Labelled") -> None:
         self.uri = done.uri
         self.ledger = done.ledger
-        self._summary = done.account()
+        self._summary = done.summary()
 
     def labels(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The labels; see `read_labels`."""

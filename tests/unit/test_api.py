@@ -5,6 +5,7 @@ import inspect
 import io
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -615,3 +616,9 @@ def test_wrong_settings_of_a_stage_are_a_config_error(tmp_path: Path) -> None:
         cg.train(tmp_path / "none", out=tmp_path / "m")
     with pytest.raises(ModelError):
         cg.evaluate(tmp_path / "none", tmp_path / "d", out=tmp_path / "e")
+
+
+def test_api_page_is_generated_from_the_docstrings() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = runpy.run_path(str(docs / "make_api.py"))["make"]()
+    assert (docs / "api.md").read_text() == page, "run: python docs/make_api.py"
