@@ -16,6 +16,9 @@ from training_runs import scale_dev_logits, train_config
 from covergenre.demo.sample import write_sample, write_untrained_model
 
 if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadScopeScheduling
+
     from covergenre.stages.train import Trained
 
 # As covergenre does before it imports ray; here a test may import ray first.
@@ -36,11 +39,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if chosen else os.cpu_count() or 1
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` all tests that use Ray go to one worker: they share one Ray."""
-    for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] in RAY_FOLDERS:
-            item.add_marker(pytest.mark.xdist_group("ray"))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadScopeScheduling":
+    """All tests that may use Ray go to one process, where they share one Ray; of the others, each
+    file to any. (`--dist loadgroup` of pytest-xdist 3.8 does nothing with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if file.split("/")[1] in RAY_FOLDERS else file
+
+    return OneRay(config, log)
 
 
 @pytest.fixture(autouse=True)
