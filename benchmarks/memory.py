@@ -77,9 +77,9 @@ def _begun(folder: Path, model: str, covers: list[Path], rows: int) -> dict[str,
     catalog, out = _catalog(folder / "catalog.csv", covers, rows), folder / "out"
     found: dict[str, Any] = {"rows": rows, "catalog_mib": catalog.stat().st_size >> 20}
     for name in ("begun", "gone_on"):
-        before = len(_units(out))
-        run = _Run(model, catalog, out, "--unit-rows", "64")  # the first tells of the beginning
-        while len(_units(out)) == before:
+        before = len(_parts(out))
+        run = _Run(model, catalog, out, "--part-rows", "64")  # the first tells of the beginning
+        while len(_parts(out)) == before:
             if run.process.poll() is not None:
                 raise SystemExit(f"score ended with {run.process.returncode}")
             time.sleep(_SAMPLE_SECONDS)
@@ -92,8 +92,8 @@ def _begun(folder: Path, model: str, covers: list[Path], rows: int) -> dict[str,
     return found
 
 
-def _units(out: Path) -> list[Path]:
-    return list((out / "labels").glob("part-*"))
+def _parts(out: Path) -> list[Path]:
+    return list(out.glob("part-*.parquet"))
 
 
 class _Run:

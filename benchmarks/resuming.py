@@ -1,9 +1,8 @@
-"""What it costs score to find out where a run stands: listing its finished units, and reading what
-each has in its footer.
+"""Cost of resuming a run of score: listing its committed output parts, and reading their footers.
 
     uv run python -m benchmarks.resuming PLACE             # a folder, or s3://bucket/prefix
 
-Puts 5,000 finished units of 1,024 albums there, and deletes them again. A hundred million albums
+Writes 5,000 parts of 1,024 albums there, and deletes them again. A hundred million albums
 are 97,657 units; both costs grow with their number.
 """
 
@@ -31,30 +30,30 @@ def main() -> None:
     """Measure, and print one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("place", help="a folder or prefix to write to")
-    parser.add_argument("--units", type=int, default=5000)
+    parser.add_argument("--parts", type=int, default=5000)
     args = parser.parse_args()
     place = storage.join(storage.absolute(args.place), f"resuming-{uuid.uuid4().hex}")
-    data = _unit()
-    names = [f"part-{unit:08d}.parquet" for unit in range(args.units)]
+    data = _part()
+    names = [f"part-{part:08d}.parquet" for part in range(args.parts)]
     try:
         with ThreadPoolExecutor(32) as pool:
-            list(pool.map(lambda n: storage.put(storage.join(place, "labels", n), data), names))
+            list(pool.map(lambda n: storage.put(storage.join(place, n), data), names))
         tracemalloc.start()
-        score.finished_units(place)
+        score.finished_parts(place)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         began = time.perf_counter()  # again: what is traced is slow
-        units = score.finished_units(place)
+        parts = score.finished_parts(place)
         listed = time.perf_counter()
         total: Counter[str] = Counter()
-        score.count_rows(place, units, total)
+        score.count_rows(place, parts, total)
         counted = time.perf_counter()
     finally:
         storage.delete_directory(place)
-    if total["scored"] != args.units * _ROWS:
+    if total["scored"] != args.parts * _ROWS:
         raise SystemExit("the footers do not add up")
     result = {
-        "units": args.units,
+        "parts": args.parts,
         "listing_seconds": round(listed - began, 2),
         "listing_peak_mib": round(peak / 2**20, 1),
         "footers_seconds": round(counted - listed, 2),
@@ -62,19 +61,24 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _unit() -> pa.Buffer:
+def _part() -> pa.Buffer:
     names = [f"genre {n}" for n in range(20)]
     scores = np.random.default_rng(0).random((len(names), _ROWS), np.float32)
     ids = [f"album-{row:09d}" for row in range(_ROWS)]
-    columns = [
-        pa.array(ids),
-        pa.array(range(_ROWS), pa.int64()),
-        pa.array([f"{row:064x}" for row in range(_ROWS)]),
-        pa.array([names[:2]] * _ROWS),
-        pa.StructArray.from_arrays(list(map(pa.array, scores)), names=names),
-        *[pa.array(["0" * 16] * _ROWS)] * 2,
-    ]
-    table = pa.table(columns, schema=schema.labels(names))
+    columns = {
+        "album_id": ids,
+        "title": [f"Title {row}" for row in range(_ROWS)],
+        "artist": [f"Artist {row % 100}" for row in range(_ROWS)],
+        "top_genre": names[:1] * _ROWS,
+        "top_score": scores[0],
+        "genres": [names[:2]] * _ROWS,
+        "scores": [list(zip(names, row, strict=True)) for row in scores.T],
+        "row": range(_ROWS),
+        "cover_sha256": [f"{row:064x}" for row in range(_ROWS)],
+        "weights_id": ["0" * 16] * _ROWS,
+        "decision_id": ["0" * 16] * _ROWS,
+    }
+    table = pa.table(columns, schema=schema.LABELS)
     return dataset.to_parquet(table, {"covergenre": json.dumps({"scored": _ROWS})})
 
 

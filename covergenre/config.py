@@ -395,7 +395,10 @@ class ScoreConfig(CatalogSettings):
     out: PathOrUri = Field(
         description="output directory of the labels: new, or of the same command to resume"
     )
-    unit_rows: Positive = Field(1024, description="rows of a unit: what is committed at once")
+    part_rows: Positive = Field(1024, description="rows of an output part, the unit of commit")
+    carry: tuple[str, ...] = Field(
+        (), description="columns of the catalog to copy to the labels, comma-separated"
+    )
     max_rejected: float | None = Field(
         None,
         ge=0,
@@ -408,6 +411,26 @@ class ScoreConfig(CatalogSettings):
     workers: Positive | None = Field(None, description=_WORKERS)
     cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
     device: Device = Field("auto", description=_DEVICE)
+
+    @field_validator("carry", mode="before")
+    @classmethod
+    def _carry_is_a_list(cls, value: Any) -> Any:
+        return _comma_separated(value) if isinstance(value, str) else value
+
+    @field_validator("carry")
+    @classmethod
+    def _carried_names_are_free(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Without regard to case: DuckDB, Spark and Delta compare names of columns so."""
+        from covergenre.schema import LABELS
+
+        used = {name.casefold(): name for name in LABELS.names}
+        for name in names:
+            if (taken := used.get(name.casefold())) is not None:
+                raise ValueError(
+                    f"{name!r} would be a second column {taken!r} in the labels; leave it out"
+                )
+            used[name.casefold()] = name
+        return names
 
 
 Stage = TypeVar("Stage", bound=StageConfig)

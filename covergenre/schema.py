@@ -1,6 +1,6 @@
 """Names and Arrow schemas of every table that covergenre reads or writes. Nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
@@ -64,13 +64,13 @@ DATASET = pa.schema(
     ]
 )
 
-# A row set aside: prepare's and score's rejected/*.parquet.
+# A rejected row: the keys of _rejected/part-*.jsonl.
 REJECTED = pa.schema(
     [
-        pa.field("album_id", pa.string()),
         pa.field("row", pa.int64(), nullable=False),
-        pa.field("cover", pa.string()),
-        pa.field("reason", pa.string(), nullable=False),
+        pa.field("album_id", pa.string()),  # of score: a number where the catalog's are
+        pa.field("cover", pa.string()),  # path or URL, without secrets
+        pa.field("reason", pa.string(), nullable=False),  # a key of REASONS
         pa.field("detail", pa.string()),
     ]
 )
@@ -103,28 +103,39 @@ CATALOG = pa.schema(
 )
 
 
-def labels(genres: list[str]) -> pa.Schema:
-    """Schema of LABELS/labels/*.parquet for these genres, in this order."""
+ID = "id"
+"""A column beside CATALOG's: the id in the catalog's own type where that is a number;
+nulls of type text where it is text, which album_id has. Rows are compared by album_id."""
+CARRIED = "carry:"
+"""Columns that a result is to have as they are in the catalog: this, and their name."""
+
+
+def labels(album_id: pa.DataType, carried: Sequence[pa.Field] = ()) -> pa.Schema:
+    """Schema of score's part-*.parquet, the same for all models.
+
+    album_id: the type of the catalog's ids. carried: the columns of --carry.
+    """
     return pa.schema(
         [
-            pa.field("album_id", pa.string(), nullable=False),
-            pa.field("row", pa.int64(), nullable=False),
-            pa.field("cover_sha256", pa.string(), nullable=False),
-            pa.field("genres", pa.list_(pa.string()), nullable=False),
-            pa.field("scores", pa.struct([pa.field(g, pa.float32()) for g in genres])),
-            pa.field("weights_id", pa.string(), nullable=False),
-            pa.field("decision_id", pa.string(), nullable=False),
+            pa.field("album_id", album_id),
+            pa.field("title", pa.string()),
+            pa.field("artist", pa.string()),
+            *carried,
+            pa.field("top_genre", pa.string()),
+            pa.field("top_score", pa.float32()),
+            pa.field("genres", pa.list_(pa.string())),  # whose score reaches their threshold
+            pa.field("scores", pa.map_(pa.string(), pa.float32())),  # genre -> score
+            pa.field("row", pa.int64()),  # index in the catalog, from 0
+            pa.field("cover_sha256", pa.string()),  # of the source bytes
+            pa.field("weights_id", pa.string()),
+            pa.field("decision_id", pa.string()),
         ]
     )
 
 
-def predictions(genres: list[str]) -> pa.Schema:
-    """Schema of evaluate's predictions.parquet: truth beside score, one row an album."""
-    return pa.schema(
-        [
-            pa.field("album_id", pa.string(), nullable=False),
-            pa.field("row", pa.int64(), nullable=False),
-            pa.field("genres", pa.list_(pa.string()), nullable=False),
-            pa.field("scores", pa.struct([pa.field(g, pa.float32()) for g in genres])),
-        ]
-    )
+LABELS = labels(pa.string())
+
+
+def predictions() -> pa.Schema:
+    """Schema of evaluate's part-*.parquet: LABELS, and the genres that the albums have."""
+    return LABELS.append(pa.field("true_genres", pa.list_(pa.string())))

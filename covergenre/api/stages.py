@@ -104,7 +104,7 @@ class TrainingRun(_Result):
 
 
 class Evaluation(_Result, Mapping[str, Any]):
-    """What `evaluate` returns: a mapping of metrics by name, as in metrics.json.
+    """What `evaluate` returns: a mapping of metrics by name, as in _metrics.json.
 
     Attributes:
         uri: directory of the metrics, with plots and predictions.

@@ -34,16 +34,10 @@ from covergenre.errors import CatalogError, ConfigError, did_you_mean
 from covergenre.genre_text import GenreTextError, clean_names, split_names
 from covergenre.io import storage
 from covergenre.io.hashing import hash_rows
-from covergenre.schema import CATALOG
+from covergenre.schema import CARRIED, CATALOG, ID
 
 # Columns that a catalog may lack; the option `<name>_column` says what the source calls them.
 _OPTIONAL = ("genres", "title", "artist", "split", "group")
-
-ID = "id"
-"""A column beside schema.CATALOG's: the id in the catalog's own type where that is a number;
-nulls of type text where it is text, which album_id has. Rows are compared by album_id."""
-CARRIED = "carry:"
-"""Columns that a result is to have as they are in the catalog: this, and their name."""
 
 _SEPARATOR = "|"
 _HASHED_ROWS = 65_536

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from covergenre import schema
 from covergenre.data import dataset, http
 from covergenre.data.image_decoding import MAX_BYTES, CoverError, sha256
-from covergenre.errors import StorageError
+from covergenre.errors import DatasetError, StorageError, did_you_mean
 from covergenre.io import storage
 from covergenre.io.urls import redacted
 
@@ -30,6 +30,8 @@ FIRST = pa.schema(
         pa.field("first_source_row", pa.int64()),
     ]
 )
+LOADED_COLUMNS = ("row", "album_id", "cover", "source", "source_row", *FIRST.names)
+"""Columns that `load` reads."""
 # A catalog whose rows have that, all in memory.
 PLAN = pa.schema([*schema.CATALOG, *list(FIRST)[1:]])
 
@@ -82,26 +84,40 @@ def plan(catalog: pa.Table) -> pa.Table:
 
 
 def dataset_parts(
-    manifest: dataset.Manifest, splits: Sequence[str]
+    manifest: dataset.Manifest, splits: Sequence[str], carry: Sequence[str] = ()
 ) -> tuple[Iterator[pa.Table], Source]:
-    """A prepared dataset's `splits` as parts of PLAN, in the order of its shards."""
+    """A prepared dataset's `splits` as parts of PLAN, in the order of its shards.
+
+    carry: columns of schema.DATASET to add, named CARRIED and their name.
+    """
+    for name in carry:
+        if name not in schema.DATASET.names or name == "image":
+            names = [column for column in schema.DATASET.names if column != "image"]
+            raise DatasetError(
+                f"--carry {name}: no such column in the dataset{did_you_mean(name, names)}",
+                code="no_column",
+            )
     uris = [uri for split in splits for uri in manifest.shard_uris(split)]
-    return _shard_parts(uris), Source(tuple(uris), prepared=True)
+    return _shard_parts(uris, carry), Source(tuple(uris), prepared=True)
 
 
-def _shard_parts(uris: list[str]) -> Iterator[pa.Table]:
+def _shard_parts(uris: list[str], carry: Sequence[str]) -> Iterator[pa.Table]:
     columns = ["album_id", "genres", "title", "artist", "split", "group"]
     rows = 0
     for source, uri in enumerate(uris):
-        part = dataset.read_table(uri, columns)
-        count = part.num_rows
+        table = dataset.read_table(uri, list(dict.fromkeys([*columns, *carry])))
+        count = table.num_rows
+        part = table.select(columns)
         part = part.append_column("row", pa.array(range(rows, rows + count), pa.int64()))
         part = part.append_column("source_row", pa.array(range(count), pa.int64()))
         part = part.append_column("source", pa.array([source] * count, pa.int32()))
         for field in (PLAN.field("cover"), *FIRST):
             part = part.append_column(field, pa.nulls(count, field.type))
         rows += count
-        yield part.select(PLAN.names).cast(PLAN)
+        part = part.select(PLAN.names).cast(PLAN)
+        for name in carry:
+            part = part.append_column(f"{schema.CARRIED}{name}", table[name])
+        yield part
 
 
 def local_cover(rows: pa.Table) -> str | None:

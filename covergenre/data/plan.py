@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from covergenre import schema
 from covergenre.data import dataset
-from covergenre.data.catalog import CARRIED, ID
 from covergenre.data.covers import FIRST, Source, local_cover, web_schemes
 from covergenre.errors import CatalogError, StorageError
 from covergenre.io import arrow_file, storage
@@ -90,8 +89,8 @@ class Plan:
             for part in range(start // PART_ROWS, -(-stop // PART_ROWS))
         ]
         rows = pa.concat_tables(parts).combine_chunks()
-        if ID in rows.column_names and pa.types.is_string(self.schema.field(ID).type):
-            rows = rows.set_column(rows.column_names.index(ID), ID, rows["album_id"])
+        if schema.ID in rows.column_names and pa.types.is_string(self.schema.field(schema.ID).type):
+            rows = rows.set_column(rows.column_names.index(schema.ID), schema.ID, rows["album_id"])
         return rows
 
     def _repeats(self, start: int, stop: int) -> pa.Table:
@@ -257,12 +256,14 @@ def _common_type(name: str, old: pa.DataType, new: pa.DataType) -> pa.DataType:
         return new
     if all(pa.types.is_integer(t) and t != pa.uint64() for t in (old, new)):
         return pa.int64()
-    if name != ID and all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in (old, new)):
+    if name != schema.ID and all(
+        pa.types.is_integer(t) or pa.types.is_floating(t) for t in (old, new)
+    ):
         return pa.float64()
     if any(pa.types.is_nested(t) or pa.types.is_binary(t) for t in (old, new)):
         raise CatalogError(
-            f"column {name.removeprefix(CARRIED)!r} has the type {old} in some rows and {new} in"
-            " others; give all files one type",
+            f"column {name.removeprefix(schema.CARRIED)!r} has the type {old} in some rows and"
+            f" {new} in others; give all files one type",
             code="mixed_types",
         )
     return pa.string()

@@ -112,12 +112,12 @@ def run_demo(out: str, *, verbose: bool) -> None:
         ),
         ("model", f"MODEL: the best of {plural(trained.epochs, 'epoch')} of the model `tiny`"),
         ("metrics", f"metrics: macro ROC AUC {auc:.3f} over {over}, on albums it has not seen"),
-        ("labels/labels", f"labels: {plural(labelled.ledger['scored'], 'new album')} labelled"),
+        ("labels", f"labels: {plural(labelled.ledger['scored'], 'new album')} labelled"),
     )
     pictures = (
-        ("metrics/covers.png", "covers, their genres, and what the model says"),
-        ("metrics/curves.png", "precision-recall and ROC curves"),
-        ("metrics/genres.png", "how well it tells each genre"),
+        ("metrics/_report/covers.png", "covers, their genres, and what the model says"),
+        ("metrics/_report/curves.png", "precision-recall and ROC curves"),
+        ("metrics/_report/genres.png", "how well it tells each genre"),
         ("model/loss.png", "the loss by epoch"),
         ("dataset/label_distribution.png", "how common each genre is"),
     )

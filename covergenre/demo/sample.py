@@ -7,6 +7,7 @@ look like another genre altogether, so the genres can be learnt, but not to the 
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -143,7 +144,7 @@ def write_sample(out: Path, albums: int, seed: int = 0, side: int = 240) -> Path
     return catalog
 
 
-def write_untrained_model(out: str) -> str:
+def write_untrained_model(out: str, genres: Sequence[str] = GENRES) -> str:
     """Write a model directory of the smallest network with random weights; return its URI.
 
     For trying `score` where the scores themselves do not matter: nothing has to be trained first.
@@ -155,13 +156,13 @@ def write_untrained_model(out: str) -> str:
 
     bundle = write_bundle(
         out,
-        weights=save(build_model("tiny", len(GENRES), seed=0).state_dict()),
+        weights=save(build_model("tiny", len(genres), seed=0).state_dict()),
         model="tiny",
-        genres=Genres(GENRES),
+        genres=Genres(tuple(genres)),
         preprocessing=Preprocessing(),
         precision="fp32",
         config={},
-        thresholds=dict.fromkeys(GENRES, 0.5),
+        thresholds=dict.fromkeys(genres, 0.5),
         others={},
     )
     return bundle.uri

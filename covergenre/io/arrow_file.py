@@ -45,7 +45,7 @@ def read_rows(uri: str, start: int, stop: int, batch_rows: int) -> pa.Table:
 
 
 @lru_cache(maxsize=16)
-def _open(uri: str, stamp: tuple[int, int]) -> pa.ipc.RecordBatchFileReader:
+def _open(uri: str, stat: storage.FileStat) -> pa.ipc.RecordBatchFileReader:
     # A worker reads many ranges of one file: its footer is read once, until the file changes.
     file = storage.open_input(uri)
     _check_no_extension(uri, file)

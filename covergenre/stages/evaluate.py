@@ -1,4 +1,10 @@
-"""evaluate: a MODEL is measured on a split of a dataset, every album once."""
+"""evaluate: measures a model on a split of a dataset, each album once.
+
+OUT/part-*.parquet   schema.predictions: scores beside the true genres
+OUT/_metrics.json    written last
+OUT/_report/         genres.png, curves.png, covers.png
+OUT/_state/          plan, run record, lock
+"""
 
 import csv
 import io
@@ -8,18 +14,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from covergenre import inference, schema
 from covergenre.cluster.workers import Workers, log_pending_resources, place_workers
 from covergenre.config import EvaluateConfig
 from covergenre.data import covers, dataset
 from covergenre.data.dataset import Manifest, read_manifest
-from covergenre.data.plan import write_plan
+from covergenre.data.plan import ROWS, write_plan
 from covergenre.errors import DatasetError, LedgerError
 from covergenre.formatting import plural
+from covergenre.inference import outcomes
 from covergenre.io import storage
 from covergenre.metrics import (
-    Metrics,
     chance_warning,
     macro_over,
     multilabel_metrics,
@@ -31,13 +38,15 @@ from covergenre.report import plots
 from covergenre.runs.stage_run import stage_run
 
 _PLAN = "_state/plan"
+_METRICS = "_metrics.json"
+_PLOTS = tuple(f"_report/{name}.png" for name in ("genres", "curves", "covers"))
 _SHEET_COVERS = 24
-_PICTURES = ("genres.png", "curves.png", "covers.png")
+_PART_ROWS = 65_536
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Metrics, and where they were written."""
+    """The output directory and the metrics."""
 
     uri: str
     split: str
@@ -52,7 +61,7 @@ class Evaluated:
             return "n/a" if m[name] is None else f"{m[name]:.4f}"
 
         lines = [
-            f"metrics {storage.join(self.uri, 'metrics.json')}{self.remark}",
+            f"metrics {storage.join(self.uri, _METRICS)}{self.remark}",
             f"  {plural(m['albums'], 'album')} of the {self.split} split",
             f"  ROC AUC {shown('roc_auc_macro')} macro, {shown('roc_auc_micro')} micro;"
             f" PR AUC {shown('pr_auc_macro')} macro, {shown('pr_auc_micro')} micro;"
@@ -63,14 +72,14 @@ class Evaluated:
             lines.append(f"  macro over {over}{why}")
         if warning := chance_warning(m, self.split):
             lines.append(f"  {warning}")
-        pictures = ", ".join(storage.join(self.uri, name) for name in _PICTURES)
-        return "\n".join([*lines, f"  see {pictures}"])
+        plots = ", ".join(storage.join(self.uri, name) for name in _PLOTS)
+        return "\n".join([*lines, f"  see {plots}"])
 
 
 def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
-    """Measure as `config` says. Raises UserError for a user's mistake."""
+    """Measure a model. Raises UserError for a mistake of the user's."""
     out = storage.absolute(config.out)
-    metrics_file = storage.join(out, "metrics.json")
+    metrics_file = storage.join(out, _METRICS)
     with stage_run(
         "evaluate",
         config,
@@ -82,7 +91,7 @@ def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
         verbose=verbose,
     ) as run:
         if run.is_finished:
-            remark = ": already measured by this same command"
+            remark = ": already measured by the same command"
             return Evaluated(out, config.split, storage.read_json(metrics_file), remark)
         bundle, manifest = run.inputs
         run.start_ray({"--out": out, "model directory": bundle.uri, "dataset": manifest.uri})
@@ -109,48 +118,70 @@ def _evaluate(
 ) -> Evaluated:
     parts, source = covers.dataset_parts(manifest, [config.split])
     table = pa.concat_tables(parts)
-    plan = write_plan(storage.join(out, _PLAN), [table], lambda: source, {})
-    rows = plan.rows
-    scores = np.empty((rows, len(bundle.genres)), np.float32)
-    times_scored = np.zeros(rows, np.int64)
+    columns = table.select([*ROWS.names, "title", "artist"])
+    plan = write_plan(storage.join(out, _PLAN), [columns], lambda: source, {})
+    pieces = []
     with (
         log_pending_resources(*workers.required_resource),
-        Progress("evaluate", rows, "covers") as progress,
+        Progress("evaluate", plan.rows, "covers") as progress,
     ):
-        for part in inference.score_plan(
+        for piece in inference.score_plan(
             plan,
-            np.array([[0, 0, rows]]),
+            np.array([[0, 0, plan.rows]]),
             bundle,
             batch_size=config.batch_size,
             workers=workers,
         ):
-            bad = part.outcomes["reason"].drop_null()
+            bad = piece.outcomes["reason"].drop_null()
             if len(bad):
-                raise DatasetError(f"{manifest.uri}: a cover is {bad[0]}; prepare it again")
-            at = part.outcomes["row"].to_numpy()
-            scores[at] = part.scores
-            np.add.at(times_scored, at, 1)
-            progress.advance(len(at))
-    if (times_scored != 1).any():
-        wrong = int((times_scored != 1).sum())
+                raise DatasetError(
+                    f"{manifest.uri}: has a damaged cover ({bad[0]}); prepare it again",
+                    code="bad_cover",
+                )
+            pieces.append(piece)
+            progress.advance(piece.outcomes.num_rows)
+    rows, scores = outcomes.concatenate(pieces)
+    if rows["row"].to_pylist() != list(range(plan.rows)):
         raise LedgerError(
-            f"{wrong:,} of {plural(rows, 'album')} not scored exactly once: a defect of covergenre"
+            f"{out}: not every one of {plural(plan.rows, 'album')} was scored exactly once: a"
+            " defect of covergenre"
         )
-
-    albums = table["genres"].to_pylist()
-    truth = bundle.genres.multi_hot(albums)
+    true_genres = table["genres"]
+    truth = bundle.genres.multi_hot(true_genres.to_pylist())
     metrics = _ids(bundle, manifest) | multilabel_metrics(truth, scores, bundle.genres.names)
-    _write(out, bundle, table, truth, scores, metrics)
-    # Spread over the split: a catalog is often sorted by genre.
-    shown = np.unique(np.linspace(0, rows - 1, _SHEET_COVERS, dtype=np.int64))
+    _write_predictions(out, bundle, rows, scores, true_genres)
+    # Spread over the split: catalogs are often sorted by genre.
+    shown = np.unique(np.linspace(0, plan.rows - 1, _SHEET_COVERS, dtype=np.int64)).tolist()
     sheet = plots.contact_sheet(
-        inference.pixels_of(table.take(shown), source, bundle.preprocessing),
-        [albums[row] for row in shown],
+        inference.decoded(plan, shown, bundle.preprocessing),
+        [true_genres[row].as_py() for row in shown],
         [dict(zip(bundle.genres.names, scores[row].tolist(), strict=True)) for row in shown],
     )
-    storage.put(storage.join(out, "covers.png"), sheet)
-    storage.put_json(storage.join(out, "metrics.json"), nan_to_none(metrics))
+    bars = plots.genre_bars(metrics["genres"])
+    curves = plots.curves(truth > 0.5, scores, bundle.genres.names)
+    for name, plot in zip(_PLOTS, (bars, curves, sheet), strict=True):
+        storage.put(storage.join(out, name), plot)
+    storage.put_json(storage.join(out, _METRICS), nan_to_none(metrics))
     return Evaluated(out, config.split, nan_to_none(metrics))
+
+
+def _write_predictions(
+    out: str,
+    bundle: Bundle,
+    rows: pa.Table,
+    scores: NDArray[np.float32],
+    true_genres: pa.ChunkedArray,
+) -> None:
+    for part, start in enumerate(range(0, rows.num_rows, _PART_ROWS)):
+        stop = start + _PART_ROWS
+        labels = outcomes.labels(rows.slice(start, _PART_ROWS), scores[start:stop], bundle)
+        fields = schema.predictions()
+        table = labels.append_column(
+            fields.field("true_genres"), true_genres.slice(start, _PART_ROWS)
+        )
+        storage.put(
+            storage.join(out, f"part-{part:08d}.parquet"), dataset.to_parquet(table.cast(fields))
+        )
 
 
 def _check_genres(bundle: Bundle, manifest: Manifest) -> None:
@@ -168,22 +199,3 @@ def _check_genres(bundle: Bundle, manifest: Manifest) -> None:
 def _ids(bundle: Bundle, manifest: Manifest) -> dict[str, Any]:
     """What was measured, and on what, by content."""
     return {"weights_id": bundle.weights_id, "dataset_id": manifest.dataset_id}
-
-
-def _write(
-    out: str, bundle: Bundle, albums: pa.Table, truth: Any, scores: Any, metrics: Metrics
-) -> None:
-    names = bundle.genres.names
-    columns = [pa.array(scores[:, j]) for j in range(len(names))]
-    table = pa.table(
-        [
-            albums["album_id"],
-            albums["row"],
-            albums["genres"],
-            pa.StructArray.from_arrays(columns, names=list(names)),
-        ],
-        schema=schema.predictions(list(names)),
-    )
-    storage.put(storage.join(out, "predictions.parquet"), dataset.to_parquet(table))
-    storage.put(storage.join(out, "genres.png"), plots.genre_bars(metrics["genres"]))
-    storage.put(storage.join(out, "curves.png"), plots.curves(truth > 0.5, scores, names))

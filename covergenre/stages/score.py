@@ -1,14 +1,18 @@
-"""score: a MODEL labels a catalog, and proves that no row was lost.
+"""score: a model labels a catalog; the ledger accounts for every row.
 
-First every row of the catalog gets a number: the plan. A unit is a run of consecutive rows. Its
+The plan numbers all rows of the catalog. An output part is a fixed number of consecutive rows. Its
 rejected and duplicate rows are written first and its labels last, each in one atomic put under a
-fixed name, so labels/part-<unit>.parquet is the unit's commit. A run that is taken up again lists
-those names and does the other units; the ledger is a sum over their footers.
+fixed name: OUT/part-<number>.parquet commits the part. A resumed run lists those names and scores
+the other parts; the ledger is a sum over their footers.
 
-    LABELS/labels/part-*.parquet      schema.labels
-    LABELS/rejected/part-*.parquet    schema.REJECTED
-    LABELS/ledger.json  LABELS/_SUCCESS
-    LABELS/_state/                    the plan, duplicates, whose run this is, who is at work
+    OUT/part-*.parquet           schema.labels; the only .parquet files
+    OUT/_rejected/part-*.jsonl   schema.REJECTED, of parts that have rejected rows
+    OUT/_ledger.json
+    OUT/_SUCCESS                 written last
+    OUT/_state/                  plan, duplicates, run record, lock
+
+Everything but the labels begins with an underscore and has another extension, so that readers of
+the directory (DuckDB, polars, pandas, Spark, pyarrow, Delta) get the labels alone.
 """
 
 import dataclasses
@@ -23,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from covergenre import inference, schema
@@ -33,12 +36,13 @@ from covergenre.config import ScoreConfig
 from covergenre.data import covers, dataset
 from covergenre.data.catalog import catalog_stamps, scan_catalog
 from covergenre.data.covers import Source
-from covergenre.data.genres import over_threshold
 from covergenre.data.http_proxies import check_proxies
 from covergenre.data.plan import ROWS, Plan, identify, read_plan, write_plan
+from covergenre.data.rejected import to_json_lines
 from covergenre.errors import LedgerError, RejectedError
-from covergenre.inference import Scored
-from covergenre.io import parquet, storage
+from covergenre.inference import ScoredRows, outcomes
+from covergenre.inference.missing_rows import Ranges
+from covergenre.io import arrow_file, parquet, storage
 from covergenre.models.bundle import Bundle, check_weights, read_bundle
 from covergenre.progress import Progress
 from covergenre.runs import output_dir
@@ -48,15 +52,19 @@ from covergenre.runs.stage_run import check_reachable
 logger = logging.getLogger(__name__)
 
 _PLAN = "_state/plan"
-_LEDGER = "ledger.json"
+_DUPLICATES = "_state/duplicates"
+_REJECTED = "_rejected"
+_LEDGER = "_ledger.json"
 _SUCCESS = "_SUCCESS"
-_FOOTER = b"covergenre"
-_FOOTERS_AT_A_TIME = 32
+_COLUMNS = (*ROWS.names, "title", "artist", schema.ID)
+_COUNTS_KEY = b"covergenre"
+"""Key in a part's Parquet footer: its counts, as JSON."""
+_FOOTER_THREADS = 32
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A finished run: its ledger, and where it lies."""
+    """A finished run: the output directory and its ledger."""
 
     uri: str
     ledger: dict[str, Any]
@@ -66,14 +74,14 @@ class Labelled:
         """What the user is told at the end."""
         led = self.ledger
         lines = [
-            f"labels {storage.join(self.uri, 'labels')}{self.remark}",
+            f"labels {storage.join(self.uri, 'part-*.parquet')}{self.remark}",
             f"  {led['rows']:,} rows = {led['scored']:,} scored + {led['rejected']:,} rejected"
             f" + {led['duplicates']:,} duplicates",
         ]
         if led["rejected"]:
             share = led["rejected"] / (led["rows"] - led["duplicates"])
             lines.append(
-                f"  rejected ({share:.1%}), with reasons, in {self.uri}/rejected:"
+                f"  rejected ({share:.1%}), listed in {storage.join(self.uri, _REJECTED)}:"
                 f" {schema.counted_reasons(led['reasons'])}"
             )
         if led["rejected"] and not led["scored"]:
@@ -101,7 +109,7 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
     accounted = ledger["scored"] + ledger["rejected"] + ledger["duplicates"]
     if accounted != plan.rows:
         raise LedgerError(
-            f"{out}: {plan.rows:,} rows went in and {accounted:,} came out; see ledger.json"
+            f"{out}: {plan.rows:,} rows went in and {accounted:,} came out; see _ledger.json"
         )
     _check_rejected(out, ledger, config.max_rejected)
     storage.put(storage.join(out, _SUCCESS), b"")
@@ -123,7 +131,7 @@ def _check_rejected(out: str, ledger: dict[str, Any], limit: float | None) -> No
     over = "all of them" if limit is None else f"over --max-rejected {limit:g}"
     raise RejectedError(
         f"{out}: {rejected:,} of {tried:,} rows were rejected ({rejected / tried:.1%}), {over}:"
-        f" {schema.counted_reasons(ledger['reasons'])}; see {storage.join(out, 'rejected')}; to"
+        f" {schema.counted_reasons(ledger['reasons'])}; see {storage.join(out, _REJECTED)}; to"
         " accept it, run the same command with a higher --max-rejected: nothing is scored again"
     )
 
@@ -146,18 +154,24 @@ def _open(config: ScoreConfig) -> _Rows:
         manifest = dataset.read_manifest(place)
 
         def shards_of() -> tuple[Iterator[pa.Table], Callable[[], Source]]:
-            parts, source = covers.dataset_parts(manifest, schema.SPLITS)
-            return parts, lambda: source
+            parts, source = covers.dataset_parts(manifest, schema.SPLITS, config.carry)
+            return map(_plan_columns, parts), lambda: source
 
         identity = manifest.dataset_id
         return _Rows({"dataset_id": identity}, shards_of, identity)
 
     def scan() -> tuple[Iterator[pa.Table], Callable[[], Source]]:
-        scan = scan_catalog(place, config, ROWS.names)
+        scan = scan_catalog(place, config, _COLUMNS, config.carry)
         return scan.parts, lambda: Source(tuple(scan.files), scan.image_column)
 
     stamps = catalog_stamps(place, config)
     return _Rows({"settings": config.fingerprint(), "files": stamps}, scan)
+
+
+def _plan_columns(part: pa.Table) -> pa.Table:
+    return part.select(
+        [name for name in part.column_names if name in _COLUMNS or name.startswith(schema.CARRIED)]
+    )
 
 
 def _identity(rows: _Rows, plan: Plan | None) -> str:
@@ -208,32 +222,33 @@ def _score(
 ) -> dict[str, Any]:
     """Do the units that are not done yet, on Ray; the ledger of all."""
     ledger_file = storage.join(out, _LEDGER)
-    every = np.arange(-(-plan.rows // config.unit_rows))
-    done = finished_units(out)
+    every = np.arange(-(-plan.rows // config.part_rows))
+    done = finished_parts(out)
     pending = np.setdiff1d(every, done, assume_unique=True)
-    starts = pending * config.unit_rows
-    units = np.stack([pending, starts, np.minimum(starts + config.unit_rows, plan.rows)], axis=1)
+    starts = pending * config.part_rows
+    stops = np.minimum(starts + config.part_rows, plan.rows)
+    ranges = np.stack([pending, starts, stops], axis=1)
     total: Counter[str] = Counter()
     speed: dict[str, float | None] = {"covers_per_second": None, "workers": None}
     if len(done):
-        logger.info(f"score: {len(done):,} of {len(every):,} units were done before")
+        logger.info(f"score: {len(done):,} of {len(every):,} output parts are there already")
         count_rows(out, done, total)
     if len(pending):
         ray_runtime.start_ray(verbose=verbose)
         reached = {"--out": out, "MODEL": bundle.uri, "the cover": plan.local_cover}
         check_reachable(reached, config.shared_filesystem)
         workers = place_workers(config.workers, config.device, config.cpus_per_worker)
-        rows = int((units[:, 2] - units[:, 1]).sum())
+        rows = int((stops - starts).sum())
         with (
             log_pending_resources(*workers.required_resource),
             Progress("score", rows, "covers") as progress,
         ):
-            batches = inference.score_plan(
-                plan, units, bundle, batch_size=config.batch_size, workers=workers
+            scored = inference.score_plan(
+                plan, ranges, bundle, batch_size=config.batch_size, workers=workers
             )
-            for unit, parts in _whole_units(batches, units, progress):
+            for part, pieces in _complete_parts(scored, ranges, progress):
                 lock.check()
-                total.update(_commit(out, unit, parts, bundle))
+                total.update(_commit(out, part, pieces, bundle))
             speed = {"covers_per_second": round(progress.rate, 1), "workers": workers.count}
     elif storage.exists(ledger_file):
         known = storage.read_json(ledger_file)
@@ -245,105 +260,95 @@ def _score(
         "rejected": total["rejected"],
         "duplicates": total["duplicates"],
         "reasons": dict(sorted(reasons.items())),
-        "units": len(every),
-        "units_written": len(finished_units(out)),
+        "parts": len(every),
+        "parts_written": len(finished_parts(out)),
         "weights_id": bundle.weights_id,
         "decision_id": bundle.decision_id,
         "genres": list(bundle.genres.names),
         **speed,
     }
     storage.put_json(ledger_file, ledger)
-    if ledger["units_written"] != len(every):
-        raise LedgerError(f"{out}: {len(every):,} units, {ledger['units_written']:,} are there")
+    if ledger["parts_written"] != len(every):
+        written = ledger["parts_written"]
+        raise LedgerError(f"{out}: has {written:,} of {len(every):,} output parts")
     return ledger
 
 
-def finished_units(out: str) -> NDArray[np.int64]:
-    """Numbers of the units whose last object is there."""
-    names = storage.list_sizes(storage.join(out, "labels"))
+def finished_parts(out: str) -> NDArray[np.int64]:
+    """Numbers of the output parts that are committed."""
+    names = storage.list_sizes(out)
     found = (re.fullmatch(r"part-([0-9]{8,})\.parquet", name) for name in names)
     return np.array(sorted(int(match[1]) for match in found if match), np.int64)
 
 
-def count_rows(out: str, units: NDArray[np.int64], total: Counter[str]) -> None:
-    """Add what those units hold; nothing is counted that was not written."""
+def count_rows(out: str, parts: NDArray[np.int64], total: Counter[str]) -> None:
+    """Add to `total` the counts in the footers of committed parts."""
 
-    def counts(unit: int) -> dict[str, int]:
-        uri = storage.join(out, "labels", _part(unit))
+    def counts(part: int) -> dict[str, int]:
+        uri = storage.join(out, f"{_name(part)}.parquet")
         with storage.open_input(uri) as file, storage.translate_errors(uri, "read as Parquet"):
-            found: dict[str, int] = json.loads(parquet.opened(file).metadata.metadata[_FOOTER])
+            metadata = parquet.opened(file).metadata.metadata
+            found: dict[str, int] = json.loads(metadata[_COUNTS_KEY])
         return found
 
-    with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
-        for found in pool.map(counts, units.tolist()):
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        for found in pool.map(counts, parts.tolist()):
             total.update(found)
 
 
-def _part(unit: int) -> str:
-    return f"part-{unit:08d}.parquet"
+def _name(part: int) -> str:
+    """Names of parts sort in order of row."""
+    return f"part-{part:08d}"
 
 
-def _whole_units(
-    batches: Iterable[Scored], units: NDArray[np.int64], progress: Progress
-) -> Iterator[tuple[int, list[Scored]]]:
-    """Gather batches, which come in any order, until all rows of a unit are there."""
-    sizes = {unit: stop - start for unit, start, stop in units.tolist()}
-    parts: dict[int, list[Scored]] = {}
-    have: Counter[int] = Counter()
-    for batch in batches:
-        parts.setdefault(batch.unit, []).append(batch)
-        have[batch.unit] += batch.outcomes.num_rows
-        progress.advance(batch.outcomes.num_rows)
-        if have[batch.unit] == sizes[batch.unit]:
-            unit = parts.pop(batch.unit)
-            yield batch.unit, sorted(unit, key=lambda part: part.outcomes["row"][0].as_py())
-    if parts:
-        raise LedgerError(f"{len(parts)} units came back incomplete; run the same command again")
+def _complete_parts(
+    scored: Iterable[ScoredRows], ranges: Ranges, progress: Progress
+) -> Iterator[tuple[int, list[ScoredRows]]]:
+    """Group results, which come in any order, by output part; yields each part when complete."""
+    missing = {part: stop - start for part, start, stop in ranges.tolist()}
+    pieces: dict[int, list[ScoredRows]] = {}
+    for piece in scored:
+        rows = piece.outcomes.num_rows
+        pieces.setdefault(piece.part, []).append(piece)
+        missing[piece.part] -= rows
+        progress.advance(rows)
+        if missing[piece.part] == 0:
+            yield piece.part, pieces.pop(piece.part)
+    if pieces:
+        raise LedgerError(f"{len(pieces)} output parts are incomplete; run the same command again")
 
 
-def _commit(out: str, unit: int, parts: list[Scored], bundle: Bundle) -> dict[str, int]:
-    """Write a unit: what is not labelled first, the labels last. Gives its counts."""
-    outcomes = pa.concat_tables([part.outcomes for part in parts])
-    scores = np.concatenate([part.scores for part in parts])
-    rejected = outcomes.filter(pc.is_valid(outcomes["reason"]))
-    duplicates = outcomes.filter(pc.is_valid(outcomes["first_row"]))
-    scored = outcomes.filter(pc.is_valid(outcomes["cover_sha256"]))
-    for folder, table, fields in (
-        ("rejected", rejected, schema.REJECTED),
-        ("_state/duplicates", duplicates, schema.DUPLICATES),
-    ):
-        # Empty or not: a unit that is done again must leave nothing of the time before.
-        data = dataset.to_parquet(table.select(fields.names).cast(fields))
-        storage.put(storage.join(out, folder, _part(unit)), data)
-    counts = {
-        "scored": scored.num_rows,
-        "rejected": rejected.num_rows,
-        "duplicates": duplicates.num_rows,
-    }
-    reasons = Counter(rejected["reason"].to_pylist())
-    counts |= {f"reason:{reason}": count for reason, count in sorted(reasons.items())}
-    data = dataset.to_parquet(
-        _labels(scored, scores, bundle), {_FOOTER.decode(): json.dumps(counts)}
+def _commit(out: str, part: int, pieces: list[ScoredRows], bundle: Bundle) -> dict[str, int]:
+    """Write an output part: rejected and duplicate rows first, labels last. Returns its counts."""
+    rows, scores = outcomes.concatenate(pieces)
+    labels = outcomes.labels(rows, scores, bundle)
+    rejected, duplicates = outcomes.rejected(rows), outcomes.duplicates(rows)
+    name = _name(part)
+    _put_or_delete(
+        storage.join(out, _REJECTED, f"{name}.jsonl"), rejected and to_json_lines(rejected)
     )
-    storage.put(storage.join(out, "labels", _part(unit)), data)
+    _put_or_delete(
+        storage.join(out, _DUPLICATES, f"{name}.arrow"),
+        duplicates.num_rows and arrow_file.to_arrow_file(duplicates, duplicates.num_rows),
+    )
+    reasons = Counter(record["reason"] for record in rejected)
+    counts = {
+        "scored": labels.num_rows,
+        "rejected": len(rejected),
+        "duplicates": duplicates.num_rows,
+        **{f"reason:{reason}": count for reason, count in sorted(reasons.items())},
+    }
+    data = dataset.to_parquet(labels, {_COUNTS_KEY.decode(): json.dumps(counts)})
+    storage.put(storage.join(out, f"{name}.parquet"), data)
     return counts
 
 
-def _labels(scored: pa.Table, scores: Any, bundle: Bundle) -> pa.Table:
-    names = list(bundle.genres.names)
-    columns = [pa.array(np.ascontiguousarray(scores[:, j])) for j in range(len(names))]
-    n = scored.num_rows
-    return pa.table(
-        [
-            scored["album_id"],
-            scored["row"],
-            scored["cover_sha256"],
-            pa.array(
-                over_threshold(scores, bundle.genres, bundle.thresholds), pa.list_(pa.string())
-            ),
-            pa.StructArray.from_arrays(columns, names=names),
-            pa.array([bundle.weights_id] * n, pa.string()),
-            pa.array([bundle.decision_id] * n, pa.string()),
-        ],
-        schema=schema.labels(names),
-    )
+def _put_or_delete(uri: str, data: Any) -> None:
+    """Write `data`; without any, delete what an earlier attempt may have left.
+
+    Not an empty file, which readers of JSON refuse.
+    """
+    if data:
+        storage.put(uri, data)
+    else:
+        storage.delete_file(uri)

@@ -19,7 +19,7 @@ def job(place: str, catalog: str) -> list[list[str]]:
     return [
         ["prepare", catalog, "--out", dataset, "--shard-rows", "20", "--min-share", "0"],
         ["train", dataset, "--out", model, *train],
-        ["score", model, catalog, "--out", labels, "--unit-rows", "16"],
+        ["score", model, catalog, "--out", labels, "--part-rows", "16"],
     ]
 
 
@@ -33,8 +33,9 @@ def result(place: str) -> dict[str, bytes]:
         "config",
         "history",
         "README",
-        "ledger",
+        "_ledger",
         "metrics",
+        "_metrics",
     }
     return {
         name: storage.read_bytes(f"{place}/{name}")
@@ -67,14 +68,14 @@ def test_all_stages_through_a_flaky_store_give_the_same_results(
         assert all(proxy.faults()[fault] for fault in set(FAULTS)), proxy.counts
     for arguments in job(calm, catalog):
         main(arguments)
-    ledger = storage.read_json(f"{place}/labels/ledger.json")
+    ledger = storage.read_json(f"{place}/labels/_ledger.json")
     counts = [ledger[name] for name in ("rows", "scored", "rejected", "duplicates")]
     assert counts == [151, 149, 1, 1]
     found, expected = result(place), result(calm)
     assert found.keys() == expected.keys()
     for name, data in expected.items():
         assert found[name] == data, name
-    for name in ("dataset/manifest.json", "model/bundle.json", "labels/ledger.json"):
-        ids = ("dataset_id", "weights_id", "counts", "reasons", "units_written")
+    for name in ("dataset/manifest.json", "model/bundle.json", "labels/_ledger.json"):
+        ids = ("dataset_id", "weights_id", "counts", "reasons", "parts_written")
         one, other = (storage.read_json(f"{where}/{name}") for where in (place, calm))
         assert [one.get(key) for key in ids] == [other.get(key) for key in ids]

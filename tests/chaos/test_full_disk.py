@@ -80,7 +80,7 @@ def files(place: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(place)): file.read_bytes()
         for file in sorted(place.rglob("*"))
-        if file.is_file() and not {"run.json", "plan.json", "ledger.json"} & {file.name}
+        if file.is_file() and not {"run.json", "plan.json", "_ledger.json"} & {file.name}
     }
 
 
@@ -135,17 +135,17 @@ def test_train(dataset: Path, trained_model: Path, disk: Path, run: Command) -> 
 def test_score(
     synthetic_catalog: Path, trained_model: Path, disk: Path, tmp_path: Path, run: Command
 ) -> None:
-    command = ("score", trained_model, synthetic_catalog, "--unit-rows", "16", "--out")
+    command = ("score", trained_model, synthetic_catalog, "--part-rows", "16", "--out")
     run(*command, tmp_path / "whole")
     leave(disk, sum(map(len, files(tmp_path / "whole").values())) * 2 // 3)
     run(*command, disk / "labels", fails=True)
     assert_nothing_torn(disk / "labels")
     assert not (disk / "labels" / "_SUCCESS").exists()
-    made = {file: file.stat().st_ino for file in (disk / "labels" / "labels").iterdir()}
+    made = {file: file.stat().st_ino for file in (disk / "labels").glob("*.parquet")}
     assert 0 < len(made) < 10
     make_space(disk)
     said = run(*command, disk / "labels")
-    assert f"{len(made)} of 10 units were done before" in said
+    assert f"{len(made)} of 10 output parts" in said
     assert made.items() <= {file: file.stat().st_ino for file in made}.items()
     assert files(disk / "labels") == files(tmp_path / "whole")
 

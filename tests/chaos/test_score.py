@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
+from outputs import read_duplicates, read_labels, read_rejected
 
 from covergenre.demo.sample import write_sample
 
@@ -30,7 +30,7 @@ SEED = int(os.environ.get("COVERGENRE_CHAOS_SEED", "0"))
 KILLS = int(os.environ.get("COVERGENRE_CHAOS_KILLS", "20"))
 ALBUMS = 400
 ROWS = ALBUMS + 2
-UNIT_ROWS = 16
+PART_ROWS = 16
 TIMEOUT_SECONDS = 900.0
 """Fails a test that hangs; nothing else depends on it."""
 
@@ -53,7 +53,7 @@ class Run:
     def __init__(self, model: str, catalog: Path, out: Path, *flags: str) -> None:
         self.out = out
         command = [sys.executable, "-m", "covergenre", "score", model, str(catalog)]
-        command += ["--out", str(out), "--unit-rows", str(UNIT_ROWS), "--batch-size", "8", *flags]
+        command += ["--out", str(out), "--part-rows", str(PART_ROWS), "--batch-size", "8", *flags]
         self._log = out.with_name(f"{out.name}.log")
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
@@ -104,11 +104,10 @@ class Run:
 def contents(out: Path) -> dict[str, str]:
     """Every file of the result by its hash; the ledger without its rate."""
     found = {}
-    for folder in ("labels", "rejected", "_state/duplicates"):
-        for file in sorted((out / folder).iterdir()):
-            name = str(file.relative_to(out))
-            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    ledger = json.loads((out / "ledger.json").read_text())
+    for file in sorted(file for file in out.rglob("part-*") if "plan" not in file.parts):
+        name = str(file.relative_to(out))
+        found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    ledger = json.loads((out / "_ledger.json").read_text())
     found["ledger"] = json.dumps({**ledger, "covers_per_second": None})
     return found
 
@@ -130,14 +129,14 @@ def reference(
     run = Run(untrained_model, catalog, tmp_path_factory.mktemp("reference") / "labels")
     assert run.end() == 0, run.output()
     seconds = time.monotonic() - began
-    ledger = json.loads((run.out / "ledger.json").read_text())
+    ledger = json.loads((run.out / "_ledger.json").read_text())
     assert ledger["rows"] == ROWS
     assert (ledger["rejected"], ledger["duplicates"]) == (2, 2)
     assert ledger["scored"] == ALBUMS - 2
     rows = [
-        row
-        for folder in ("labels", "rejected", "_state/duplicates")
-        for row in pq.read_table(run.out / folder, columns=["row"])["row"].to_pylist()
+        row["row"]
+        for read in (read_labels, read_rejected, read_duplicates)
+        for row in read(run.out)
     ]
     assert sorted(rows) == list(range(ROWS))
     print(f"reference: {seconds:.0f} s", flush=True)
@@ -146,7 +145,7 @@ def reference(
 
 def committed(out: Path) -> dict[str, int]:
     """Finished output parts: file -> inode, which another write would change."""
-    return {file.name: file.stat().st_ino for file in (out / "labels").glob("part-*")}
+    return {file.name: file.stat().st_ino for file in out.glob("part-*.parquet")}
 
 
 Failure = Callable[[Run], None]
@@ -201,7 +200,7 @@ def run_with_failures(
         code = run.end()
         now = committed(out)
         assert done.items() <= now.items(), "a finished output part was written again"
-        print(f"{what}exit {code}, {len(now)} of {-(-ROWS // UNIT_ROWS)} units", flush=True)
+        print(f"{what}exit {code}, {len(now)} of {-(-ROWS // PART_ROWS)} parts", flush=True)
         done = now
     assert contents(out) == reference.contents
 
@@ -306,8 +305,8 @@ def test_row_that_kills_its_worker_is_rejected(
     )
     assert run.end() == 0, run.output()
     assert "Traceback" not in run.output(), run.output()
-    ledger = json.loads((run.out / "ledger.json").read_text())
+    ledger = json.loads((run.out / "_ledger.json").read_text())
     assert ledger["reasons"] == {"missing_file": 1, "conflicting_cover": 1, "worker_died": 1}
     assert ledger["scored"] == 98
-    rejected = pq.read_table(run.out / "rejected").to_pylist()
+    rejected = read_rejected(run.out)
     assert [row["row"] for row in rejected if row["reason"] == "worker_died"] == [49]

@@ -34,8 +34,8 @@ PORT = 18265
 DASHBOARD = f"http://127.0.0.1:{PORT}"
 STORE = "10.99.0.1"
 ALBUMS = 128
-"""A multiple of UNIT_ROWS: repeated, the same covers come together again."""
-UNIT_ROWS = 32
+"""A multiple of PART_ROWS: repeated, the same covers come together again."""
+PART_ROWS = 32
 NEEDED = ("ip", "sshd", "rsync", "radosgw", "ceph-mon", "ceph-osd", "uuidgen", "curl")
 
 
@@ -197,18 +197,18 @@ def test_startup_time_and_scaling(lab: Lab) -> None:
 
     def score(out: str, workers: int) -> subprocess.Popen[bytes]:
         command = [covergenre, "submit", "score", f"{root}/untrained", catalog, "--out", out]
-        command += ["--workers", str(workers), "--unit-rows", "64"]
+        command += ["--workers", str(workers), "--part-rows", "64"]
         return subprocess.Popen(
             command, cwd=ROOT, env=lab.environment, stdout=subprocess.DEVNULL, stderr=None
         )
 
     def rate(out: str) -> float:
-        read = f"from covergenre.io import storage; print(storage.read_json('{out}/ledger.json'))"
+        read = f"from covergenre.io import storage; print(storage.read_json('{out}/_ledger.json'))"
         found: float = ast.literal_eval(lab.ok(sys.executable, "-c", read))["covers_per_second"]
         return found
 
     first = score(f"{root}/first", 1)
-    while units(lab, f"{root}/first") == 0:
+    while parts(lab, f"{root}/first") == 0:
         assert first.poll() is None
     print(f"from `ray up` to the first label: {time.monotonic() - lab.began:.0f} s")
     assert first.wait() == 0
@@ -245,7 +245,7 @@ def test_all_stages_on_two_hosts(lab: Lab, tmp_path: Path) -> None:
     assert "ROC AUC" in measured
     scored = lab.ok(
         *(covergenre, "submit", "score", f"{root}/model", catalog, "--out", f"{root}/labels"),
-        *("--workers", "2", "--unit-rows", str(UNIT_ROWS)),
+        *("--workers", "2", "--part-rows", str(PART_ROWS)),
     )
     assert f"{ALBUMS} rows = {ALBUMS} scored + 0 rejected + 0 duplicates" in scored
 
@@ -254,9 +254,9 @@ def test_all_stages_on_two_hosts(lab: Lab, tmp_path: Path) -> None:
     here = Lab(root, alone, lab.hosts)
     here.ok(
         *(covergenre, "score", f"{root}/model", catalog, "--out", f"{root}/alone"),
-        *("--unit-rows", str(UNIT_ROWS)),
+        *("--part-rows", str(PART_ROWS)),
     )
-    here.ok(sys.executable, "-c", COMPARE, f"{root}/labels/labels", f"{root}/alone/labels", "1")
+    here.ok(sys.executable, "-c", COMPARE, f"{root}/labels", f"{root}/alone", "1")
 
 
 COMPARE = """
@@ -264,7 +264,10 @@ import sys
 from covergenre.data import dataset
 from covergenre.io import storage
 there, here, times = sys.argv[1:]
-names, once = (list(storage.list_sizes(place)) for place in (there, here))
+names, once = (
+    [name for name in storage.list_sizes(place) if name.startswith("part-")]
+    for place in (there, here)
+)
 assert len(names) == len(once) * int(times) > 0, (names, once)
 for n, name in enumerate(names):
     a, b = (dataset.read_table(f) for f in (f"{there}/{name}", f"{here}/{once[n % len(once)]}"))
@@ -292,8 +295,8 @@ def cut_off(lab: Lab) -> Iterator[None]:
         script("hosts.sh", "mend", WORKER.rpartition(".")[2], **lab.hosts)
 
 
-def units(lab: Lab, place: str) -> int:
-    count = f"from covergenre.io import storage; print(len(storage.list_sizes('{place}/labels')))"
+def parts(lab: Lab, place: str) -> int:
+    count = f"from covergenre.stages import score; print(len(score.finished_parts('{place}')))"
     return int(lab.ok(sys.executable, "-c", count))
 
 
@@ -301,25 +304,25 @@ def test_score_survives_a_disconnected_host(lab: Lab) -> None:
     covergenre = str(Path(sys.prefix, "bin/covergenre"))
     root, catalog = lab.root, f"{lab.root}/catalog/repeated.csv"
     times = 20
-    rows, total = f"{times * ALBUMS:,}", times * ALBUMS // UNIT_ROWS
+    rows, total = f"{times * ALBUMS:,}", times * ALBUMS // PART_ROWS
     lab.ok(sys.executable, "-c", REPEATED, f"{root}/catalog/catalog.csv", catalog, str(times))
     wait_for_two(lab)
     command = [covergenre, "submit", "score", f"{root}/model", catalog, "--out", f"{root}/cut"]
-    command += ["--workers", "2", "--unit-rows", str(UNIT_ROWS)]
+    command += ["--workers", "2", "--part-rows", str(PART_ROWS)]
     process = subprocess.Popen(
         command, cwd=ROOT, env=lab.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    while process.poll() is None and units(lab, f"{root}/cut") < 3:
+    while process.poll() is None and parts(lab, f"{root}/cut") < 3:
         pass
-    at = units(lab, f"{root}/cut")
+    at = parts(lab, f"{root}/cut")
     with cut_off(lab):
         said, _ = process.communicate(timeout=600)
-    print(f"cut off after {at} of {total} units")
+    print(f"cut off after {at} of {total} output parts")
     assert process.returncode == 0, said.decode()
     assert at < total
     assert f"{rows} rows = {rows} scored + 0 rejected + 0 duplicates" in said.decode()
     # What the whole job made of the same covers, undisturbed.
-    compared = (f"{root}/cut/labels", f"{root}/labels/labels", str(times))
+    compared = (f"{root}/cut", f"{root}/labels", str(times))
     lab.ok(sys.executable, "-c", COMPARE, *compared)
     wait_for_two(lab)  # Ray's autoscaler takes a host that is back in again
 

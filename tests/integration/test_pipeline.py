@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
+from outputs import read_duplicates, read_labels, read_rejected
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from training_runs import BATCH_SIZE, losses, read_jsonl, train_config
@@ -285,13 +286,13 @@ def test_evaluate_counts_every_album_once(
         for uri in manifest.shard_uris("train")
         for row in read_table(uri).to_pylist()
     )
-    predictions = read_folder(out)
+    predictions = read_labels(out)
     assert Counter(row["album_id"] for row in predictions) == expected
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = json.loads((out / "_metrics.json").read_text())
     assert metrics["albums"] == len(predictions) == manifest.rows("train")
 
     names = manifest.genres.names
-    truth = manifest.genres.multi_hot([row["genres"] for row in predictions])
+    truth = manifest.genres.multi_hot([row["true_genres"] for row in predictions])
     scores = np.array([[row["scores"][g] for g in names] for row in predictions])
     assert metrics["roc_auc_micro"] == pytest.approx(roc_auc_score(truth, scores, average="micro"))
     assert metrics["pr_auc_micro"] == pytest.approx(
@@ -381,12 +382,12 @@ def test_score_accounts_for_every_row_and_matches_scores_computed_without_ray(
     catalog = messy_catalog(synthetic_catalog, tmp_path)
     out = tmp_path / "labels"
     config = ScoreConfig(
-        model=str(trained_model), catalog=str(catalog), out=str(out), unit_rows=50, batch_size=8
+        model=str(trained_model), catalog=str(catalog), out=str(out), part_rows=50, batch_size=8
     )
     done = score(config.model_copy(update={"workers": 2}))
     with catalog.open() as file:
         source = list(csv.DictReader(file))
-    labels, rejected = read_folder(out / "labels"), read_folder(out / "rejected")
+    labels, rejected = read_labels(out), read_rejected(out)
     n = len(source)
     assert done.ledger["rows"] == n
     assert {r["row"]: r["reason"] for r in rejected} == {
@@ -395,7 +396,7 @@ def test_score_accounts_for_every_row_and_matches_scores_computed_without_ray(
         n - 3: "conflicting_cover",
         n - 2: "null_id",
     }
-    duplicates = read_folder(out / "_state/duplicates")
+    duplicates = read_duplicates(out)
     assert {(d["row"], d["first_row"]) for d in duplicates} == {(n - 4, 3), (n - 1, 7)}
     assert (out / "_SUCCESS").exists()
     assert (done.ledger["scored"], done.ledger["rejected"], done.ledger["duplicates"]) == (
@@ -414,8 +415,8 @@ def test_score_accounts_for_every_row_and_matches_scores_computed_without_ray(
         assert row["genres"] == [g for g in bundle.genres.names if row["scores"][g] >= 0.5]
         assert row["weights_id"] == bundle.weights_id
 
-    # Taken up again: a lost unit comes back byte for byte, whatever the number of workers.
-    lost = out / "labels" / "part-00000001.parquet"
+    # Resumed: a lost part is written again byte for byte, whatever the number of workers.
+    lost = out / "part-00000001.parquet"
     before = lost.read_bytes()
     lost.unlink()
     (out / "_SUCCESS").unlink()
@@ -445,14 +446,14 @@ def test_too_many_rejected_rows_fail_until_the_limit_is_raised(
     line = str(caught.value)
     assert "3 of 5 rows were rejected (60.0%), over --max-rejected 0.5: " in line
     assert "\n" not in line and caught.value.exit_code == 3
-    ledger = json.loads((out / "ledger.json").read_text())
+    ledger = json.loads((out / "_ledger.json").read_text())
     assert (ledger["rows"], ledger["scored"], ledger["duplicates"]) == (6, 2, 1)
     assert not (out / "_SUCCESS").exists()
 
     monkeypatch.setattr(inference, "score_plan", None)  # nothing is scored again
     with pytest.raises(RejectedError):
         run(0.5)
-    assert json.loads((out / "ledger.json").read_text()) == ledger
+    assert json.loads((out / "_ledger.json").read_text()) == ledger
     assert "rejected (60.0%)" in run(0.6).summary()
     assert (out / "_SUCCESS").exists()
     assert "already labelled" in run(None).summary()
@@ -490,7 +491,7 @@ def test_scoring_a_dataset_scores_all_its_splits(
         for uri in manifest.shard_uris(split)
         for row in read_table(uri).to_pylist()
     ]
-    labels = read_folder(out / "labels")
+    labels = read_labels(out)
     assert [r["album_id"] for r in labels] == [r["album_id"] for r in rows]
     assert [r["cover_sha256"] for r in labels] == [r["cover_sha256"] for r in rows]
     assert [r["row"] for r in labels] == list(range(len(rows)))
@@ -516,11 +517,11 @@ def test_covers_stored_in_parquet_are_scored(
             model=str(trained_model),
             catalog=str(tmp_path / "*.parquet"),
             out=str(out),
-            unit_rows=25,
+            part_rows=25,
         )
     )
     assert done.ledger["reasons"] == {"empty_file": 1}
-    assert [r["album_id"] for r in read_folder(out / "labels")] == [
+    assert [r["album_id"] for r in read_labels(out)] == [
         r["album_id"] for i, r in enumerate(source) if i != 10
     ]
 
@@ -551,11 +552,11 @@ def test_all_stages_on_s3(s3: str, tmp_path: Path) -> None:
         *("--split", "dev"),
     )
     trained = json.loads(storage.read_bytes(f"{root}/model/history.jsonl"))
-    measured = storage.read_json(f"{root}/metrics/metrics.json")
+    measured = storage.read_json(f"{root}/metrics/_metrics.json")
     for name in ("roc_auc_micro", "roc_auc_macro", "pr_auc_micro", "pr_auc_macro", "recall"):
         assert trained[f"dev_{name}"] == pytest.approx(measured[name], abs=1e-6)
     run("score", f"{root}/model", f"{root}/catalog/catalog.csv", "--out", f"{root}/labels")
-    ledger = storage.read_json(f"{root}/labels/ledger.json")
+    ledger = storage.read_json(f"{root}/labels/_ledger.json")
     assert (ledger["rows"], ledger["scored"]) == (60, 60)
     held = storage.list_sizes(root)
     assert {name.split("/")[0] for name in held} == {
@@ -567,8 +568,8 @@ def test_all_stages_on_s3(s3: str, tmp_path: Path) -> None:
         *("score", f"{root}/model", str(tmp_path / "catalog/catalog.csv")),
         *("--out", str(tmp_path / "labels")),
     )
-    (there,) = (name for name in held if name.startswith("labels/labels/"))
-    (here,) = (tmp_path / "labels/labels").iterdir()
+    (there,) = (name for name in held if name.startswith("labels/part-"))
+    (here,) = (tmp_path / "labels").glob("*.parquet")
     assert storage.read_bytes(f"{root}/{there}") == here.read_bytes()
 
 

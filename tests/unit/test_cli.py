@@ -304,6 +304,7 @@ def test_every_setting_can_be_given_as_a_flag(stage: str, run: Run, calls: list[
         "split_fractions": "0.5,0.3,0.2",
         "genres": "Rock, Jazz,,Soul",
         "missing_values": "nan, -",
+        "carry": "year, label",
         "freeze": "2",
         "model": "tiny",
         "min_share": "0.25",
@@ -323,6 +324,7 @@ def test_every_setting_can_be_given_as_a_flag(stage: str, run: Run, calls: list[
         "split_fractions": (0.5, 0.3, 0.2),
         "genres": ("Rock", "Jazz", "Soul"),
         "missing_values": ("nan", "-"),
+        "carry": ("year", "label"),
     }
     for name, field in STAGES[stage].model_fields.items():
         if field.json_schema_extra or name == "out":

@@ -131,7 +131,7 @@ def test_text_from_the_command_line_becomes_what_it_says() -> None:
         (PrepareConfig, "split_fractions", ("nan", "0.5", "0.5"), "finite"),
         (PrepareConfig, "split_fractions", ("0.5", "x", "0.5"), "valid number"),
         (EvaluateConfig, "split", "tset", "did you mean 'test'?"),
-        (ScoreConfig, "unit_rows", "0", "greater than or equal to 1"),
+        (ScoreConfig, "part_rows", "0", "greater than or equal to 1"),
     ],
 )
 def test_a_mistake_names_the_flag_or_the_file(

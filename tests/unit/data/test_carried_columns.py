@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from covergenre.config import CatalogSettings
-from covergenre.data.catalog import CARRIED, ID, scan_catalog
+from covergenre.data.catalog import scan_catalog
 from covergenre.data.covers import Source
 from covergenre.data.plan import ROWS, identify, write_plan
 from covergenre.errors import CatalogError, ConfigError
+from covergenre.schema import CARRIED, ID
 
 COLUMNS = (*ROWS.names, "title", ID)
 
