@@ -19,7 +19,9 @@ from covergenre.models.predictor import normalise, to_unit
 if TYPE_CHECKING:
     import torch
 
-Cover: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
+Cover: TypeAlias = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.uint8]
+)
 """A cover: a path or URL (local, s3://, http(s)://, data:), encoded bytes, a PIL image, or pixels
 as uint8 [height, width], [height, width, 3] (RGB) or [height, width, 4] (RGBA)."""
 
@@ -105,7 +107,8 @@ def _result(future: Future[NDArray[np.uint8]]) -> NDArray[np.uint8] | CoverError
 
 def as_list(covers: Any) -> tuple[int | None, Iterable[Any]]:
     """(how many covers, if known; the covers), of one cover or of several."""
-    is_one = isinstance(covers, str | os.PathLike | bytes | Image.Image) or (
+    encoded = bytes | bytearray | memoryview
+    is_one = isinstance(covers, str | os.PathLike | encoded | Image.Image) or (
         isinstance(covers, np.ndarray) and covers.dtype != object and covers.ndim in (2, 3)
     )
     if is_one:

@@ -1,6 +1,6 @@
 """Scores: what Model.predict returns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -87,6 +87,9 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        return iter(self.values)
 
     @overload
     def __getitem__(self, key: int | str) -> NDArray[np.float32]: ...

@@ -72,7 +72,7 @@ def test_arguments_and_out_are_all_that_is_needed(stage: type[StageConfig]) -> N
 @pytest.mark.parametrize("stage", STAGES)
 def test_paths_may_be_path_objects(stage: type[StageConfig]) -> None:
     given = {name: Path(value) for name, value in NEEDED[stage].items()}
-    assert stage(**given) == stage(**NEEDED[stage])  # type: ignore[arg-type]
+    assert stage(**given) == stage(**NEEDED[stage])
 
 
 def test_text_from_the_command_line_becomes_what_it_says() -> None:
