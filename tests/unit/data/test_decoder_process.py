@@ -192,7 +192,6 @@ def test_a_cover_that_decodes_for_ever(endless: bytes) -> None:
         ):
             refused = reason(action)
             assert refused.reason == "decode_timeout"
-            assert refused.detail == "not decoded in 0.5 s of CPU time"
         assert child not in children()
         assert decoder.validate_and_reencode(GOOD, 300) == GOOD
 
