@@ -150,7 +150,7 @@ def synthetic_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(
     synthetic_catalog: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """`synthetic_catalog`, prepared: 121 albums in the train split, in shards far smaller than the
+    """`synthetic_catalog`, prepared: 118 albums in the train split, in shards far smaller than the
     splits, so that training steps span several. To be read, not changed."""
     from covergenre.config import PrepareConfig
     from covergenre.stages.prepare import prepare

@@ -4,7 +4,6 @@ import contextlib
 import os
 
 import psutil
-import ray
 from images import encoded, many_scans
 from PIL import Image
 
@@ -35,6 +34,8 @@ def small_memory() -> int:
 
 
 def test_ray_worker_outlives_covers_that_end_its_decoder(local_ray: None) -> None:
+    import ray
+
     good = encoded(Image.new("RGB", (64, 64)), "JPEG")
     large = encoded(Image.linear_gradient("L").resize((3000, 3000)).convert("RGB"))
     covers = [(MEMORY_BYTES, data) for data in (good, many_scans(200_000), b"?", good)]
