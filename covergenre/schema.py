@@ -1,4 +1,4 @@
-"""Names and Arrow schemas of every table that covergenre reads or writes. Nothing else."""
+"""Columns of all tables, and the reasons for rejecting a row."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,29 +6,29 @@ import pyarrow as pa
 
 SPLITS = ("train", "dev", "test")
 
-# Why a row is set aside. The text beside it in `detail` says more about the one row.
+# Why a row is rejected. `detail` of the row says more.
 REASONS = {
     "null_id": "the row has no album_id",
-    "no_cover": "the row names no cover",
-    "missing_file": "the cover is not there",
-    "unreadable_file": "the cover is there but cannot be read",
-    "unsupported_scheme": "the cover is at a kind of URL that cannot be read (gs://, ftp:// ...)",
-    "access_denied": "whoever keeps the cover does not give it out (401, 403)",
-    "fetch_failed": "the cover did not come, however often it was asked for",
-    "address_refused": "the address is in a private network (see --allow-private-addresses)",
+    "no_cover": "the row has no cover",
+    "missing_file": "the cover does not exist",
+    "unreadable_file": "the cover exists but cannot be read",
+    "unsupported_scheme": "the cover's URL has a scheme that is not supported (gs://, ftp:// ...)",
+    "access_denied": "the server or store denies access to the cover (401, 403)",
+    "fetch_failed": "the cover could not be downloaded, after several attempts",
+    "address_refused": "the URL is in a private network (see --allow-private-addresses)",
     "empty_file": "the cover has no bytes",
-    "file_too_large": "the cover has more than 25 MB",
-    "not_an_image": "the bytes are no image format that can be decoded",
-    "truncated_image": "the image ends too early or is damaged",
-    "too_many_pixels": "the image has more pixels than is safe to decode",
-    "too_much_memory": "the image takes more memory than is safe to decode",
-    "decode_timeout": "the image takes longer to decode than a cover may",
-    "decoder_crashed": "the image crashes the decoder",
-    "worker_died": "each worker that was given this row died, alone with it too",
-    "conflicting_cover": "an earlier row has this album_id with another cover",
+    "file_too_large": "the cover is larger than 25 MB",
+    "not_an_image": "the bytes are not in an image format that can be decoded",
+    "truncated_image": "the image is truncated or damaged",
+    "too_many_pixels": "the image has too many pixels to decode safely",
+    "too_much_memory": "decoding the image takes too much memory",
+    "decode_timeout": "decoding the image takes too long",
+    "decoder_crashed": "decoding the image crashes the decoder",
+    "worker_died": "every worker that was given the row crashed, even with the row alone",
+    "conflicting_cover": "an earlier row has the same album_id and another cover",
     "unlabelled": "the album has no genre (prepare only)",
-    "no_selected_genre": "none of the album's genres was selected (prepare only)",
-    "genre_not_selected": "one of the album's genres was not selected, and --genre-match is all",
+    "no_selected_genre": "none of the album's genres is selected (prepare only)",
+    "genre_not_selected": "not all of the album's genres are selected, with --genre-match all",
 }
 
 
@@ -39,25 +39,25 @@ def counted_reasons(reasons: Mapping[str, int]) -> str:
 
 
 def reason_warnings(reasons: Mapping[str, int]) -> list[str]:
-    """A line for each reason of many rows that one change of the catalog would remove."""
+    """Warnings about reasons that a change of the catalog can remove for many rows at once."""
     count = reasons.get("unsupported_scheme", 0)
     if not count:
         return []
     return [
-        f"  warning: {count:,} covers have a URL whose scheme cannot be read (unsupported_scheme);"
-        " copy them to a folder or to s3://, or give their http(s):// URLs"
+        f"  warning: {count:,} covers have a URL whose scheme is not supported"
+        " (unsupported_scheme); copy them to a directory or to s3://, or use http(s):// URLs"
     ]
 
 
-# One row an album: what prepare writes under DATASET/<split>/.
+# A dataset's <split>/part-*.parquet: one row per album.
 DATASET = pa.schema(
     [
         pa.field("album_id", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),  # place in the catalog, from 0
+        pa.field("row", pa.int64(), nullable=False),  # index in the catalog, from 0
         pa.field("image", pa.large_binary(), nullable=False),  # encoded, never pixels
         pa.field("cover_sha256", pa.string(), nullable=False),  # of the source bytes
         pa.field("genres", pa.list_(pa.string()), nullable=False),
-        pa.field("group", pa.string()),  # what --group-by kept together; null: the album alone
+        pa.field("group", pa.string()),  # value of --group-by; null: the album is its own group
         pa.field("split", pa.string(), nullable=False),
         pa.field("title", pa.string()),
         pa.field("artist", pa.string()),
@@ -75,7 +75,7 @@ REJECTED = pa.schema(
     ]
 )
 
-# A later row of an album that was already counted, with the same cover.
+# A duplicate: a later row with the album_id and the cover of an earlier one.
 DUPLICATES = pa.schema(
     [
         pa.field("album_id", pa.string(), nullable=False),
@@ -84,8 +84,7 @@ DUPLICATES = pa.schema(
     ]
 )
 
-# A catalog after reading: every source format becomes this. Where `source` has no bytes, `cover`
-# counts.
+# A catalog of any format, after reading. `cover` is used if the row has no image bytes.
 CATALOG = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
