@@ -64,7 +64,7 @@ class ImageError(UserError):
     index: int | None
     """Position of the cover in what was given; None where it was given alone."""
 
-    def __init__(self, message: str, *, code: str, index: int | None = None) -> None:
+    def __init__(self, message: str, *, code: str = "", index: int | None = None) -> None:
         super().__init__(message, code=code)
         self.index = index
 

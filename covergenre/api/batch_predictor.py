@@ -21,10 +21,9 @@ class BatchPredictor:
             num_gpus=1,
         )
 
-    Every actor holds one model on its device, and decodes encoded covers in one child process. It
-    takes a GPU only with `num_gpus`: an actor without it sees none. For CPU inference `num_cpus` is
-    the number of threads of torch. Batches may be of any batch_format: "numpy", "pyarrow" or
-    "pandas".
+    Every actor holds one model on its device, and decodes encoded covers in one child process. Give
+    `num_gpus` where actors are to use GPUs, else `device="cpu"`; `num_cpus` is then also the number
+    of threads that torch uses. Batches may be of any batch_format: "numpy", "pyarrow" or "pandas".
 
     Columns that are added:
         top_genre, top_score: the genre with the highest score.

@@ -45,7 +45,9 @@ from covergenre.errors import (
     StorageError,
 )
 from covergenre.io import storage
+from covergenre.models.networks import build_model
 from covergenre.models.predictor import normalise, to_unit
+from covergenre.registry import MODELS
 
 GENRES = ("Ambient", "Jazz", "Rock")
 
@@ -303,6 +305,15 @@ def test_transform_is_the_preprocessing_of_the_pipeline(
     with torch.inference_mode():
         logits = model.module(tensor[None])
     np.testing.assert_allclose(logits.sigmoid().numpy(), model.predict(large_jpeg), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_has_features_for_its_last_layer(name: str) -> None:
+    with torch.device("meta"):  # shapes only
+        network = build_model(name, 3).eval()
+        features = network.embed(torch.empty(2, 3, 224, 224))
+    last = [layer for layer in network.head.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    assert features.shape == (2, network.num_features) == (2, last.in_features)
 
 
 def test_module_is_in_eval_mode(model: cg.Model) -> None:
