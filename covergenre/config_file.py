@@ -1,4 +1,4 @@
-"""The YAML of a --config file: names and values as they are written, with the line of each."""
+"""Parses the YAML file of --config: setting names, values as text, and line numbers."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ _MERGE = f"{_TAG}merge"
 
 
 class _TextLoader(yaml.SafeLoader):
-    """Reads a plain value as text; only null and the merge key (<<) keep their meaning.
+    """Loads plain scalars as text; only null and the merge key (<<) are interpreted.
 
-    YAML 1.1 reads 2:8 as 128, 010 as 8, no as false and 2020-01-01 as a date. The settings convert
-    text themselves, and a value in a file has to mean what it means as a flag.
+    YAML 1.1 reads 2:8 as 128, 010 as 8, no as false and 2020-01-01 as a date. The settings classes
+    convert text themselves, so that a value in a file means the same as in a flag.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012  as in the base class
@@ -28,7 +28,7 @@ class _TextLoader(yaml.SafeLoader):
             f"{_TAG}{kind}": getattr(yaml.SafeLoader, f"construct_yaml_{kind}")
             for kind in ("seq", "map")
         },
-        # Written out (`!!int 3`), a type is left to the settings as well.
+        # Explicit types (`!!int 3`) are left to the settings classes as well.
         **{
             f"{_TAG}{kind}": yaml.SafeLoader.construct_yaml_str
             for kind in ("str", "bool", "int", "float", "timestamp")
@@ -36,8 +36,10 @@ class _TextLoader(yaml.SafeLoader):
     }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Composes a mapping. Raises for a key that is set twice: here each mapping is seen once,
-        before merge keys are expanded."""
+        """Compose a mapping, and raise if a key is set twice.
+
+        Checked here because merge keys are not expanded yet, and each mapping is seen once.
+        """
         node = super().compose_mapping_node(anchor)
         assert isinstance(node, yaml.MappingNode)
         _check_unique(node, str)
@@ -45,12 +47,12 @@ class _TextLoader(yaml.SafeLoader):
 
 
 def read_settings(text: bytes, file: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """(name -> text, None or a list of these; name -> its line). Names have _ for -.
+    """(name -> text, None or a list of these; name -> line number). Names have _ for -.
 
     Raises ConfigError with the file and the line.
     """
     try:
-        loader = _TextLoader(text)  # reads, and so may fail, too
+        loader = _TextLoader(text)  # reads the file, so it may raise, too
         try:
             root = loader.get_single_node()
             if root is None:
@@ -58,18 +60,18 @@ def read_settings(text: bytes, file: str) -> tuple[dict[str, Any], dict[str, int
             if not isinstance(root, yaml.MappingNode):
                 if root.tag == _NULL:
                     return {}, {}
-                raise _mistake("expected settings as `name: value` lines", root)
+                raise _invalid("expected settings as `name: value` lines", root)
             _check_unique(root, _setting_name)
             values = loader.construct_document(root)
         finally:
             loader.dispose()
         lines: dict[str, int] = {}
-        for key, value in root.value:  # with what was merged, which comes first
+        for key, value in root.value:  # merged keys come first
             items = value.value if isinstance(value, yaml.SequenceNode) else [value]
             if not all(isinstance(item, yaml.ScalarNode) for item in items):
-                raise _mistake(f"{key.value}: expected a value or a list of values", key)
+                raise _invalid(f"{key.value}: expected a value or a list of values", key)
             lines[_setting_name(key.value)] = key.start_mark.line + 1
-    except _Mistake as error:
+    except _InvalidSettings as error:
         raise ConfigError(f"{file}{_line(error)}: {error.problem}") from error
     except yaml.MarkedYAMLError as error:
         problem = error.problem or "cannot be parsed"
@@ -83,12 +85,12 @@ def read_settings(text: bytes, file: str) -> tuple[dict[str, Any], dict[str, int
     return {_setting_name(str(key)): value for key, value in values.items()}, lines
 
 
-class _Mistake(yaml.MarkedYAMLError):
-    """Valid YAML that is no settings file."""
+class _InvalidSettings(yaml.MarkedYAMLError):
+    """Valid YAML that is not a valid config file."""
 
 
-def _mistake(problem: str, node: yaml.Node) -> _Mistake:
-    return _Mistake(problem=problem, problem_mark=node.start_mark)
+def _invalid(problem: str, node: yaml.Node) -> _InvalidSettings:
+    return _InvalidSettings(problem=problem, problem_mark=node.start_mark)
 
 
 def _line(error: yaml.MarkedYAMLError) -> str:
@@ -104,10 +106,10 @@ def _check_unique(node: yaml.MappingNode, name_of: Any) -> None:
     first: dict[str, yaml.Node] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            continue  # constructing it is refused
+            continue  # raises when it is constructed
         name = name_of(key.value)
         earlier = first.setdefault(name, key)
         if earlier is not key:
             as_ = f" as {earlier.value}" if earlier.value != key.value else ""
             line = earlier.start_mark.line + 1
-            raise _mistake(f"{key.value} is set twice, first in line {line}{as_}", key)
+            raise _invalid(f"{key.value} is set twice, first in line {line}{as_}", key)

@@ -1,18 +1,18 @@
-"""Every error that covergenre raises on purpose.
+"""All exceptions that covergenre raises deliberately.
 
 CovergenreError
-├── UserError            exit code 2: one line says what, where, and the way out
+├── UserError            exit code 2: one line with the object, the problem and the fix
 │   ├── ConfigError      a setting, flag or config file
-│   ├── CatalogError     the catalog as a whole (a bad row is set aside, never raised)
-│   ├── DatasetError     a prepared dataset
-│   ├── ModelError       a MODEL folder, a model name, or weights
+│   ├── CatalogError     the catalog as a whole (a bad row is rejected, not raised)
+│   ├── DatasetError     a dataset directory
+│   ├── ModelError       a model directory, model name or weights file
 │   ├── ImageError       a cover given to Model.predict
-│   ├── StorageError     a place that cannot be read or written
-│   ├── TrainingDivergedError   the loss is not finite, or far above a baseline's
-│   └── DeviceMemoryError       a step does not fit the memory of the GPU
-├── RejectedError        exit code 3: the job finished, but rejected more rows than is allowed
-├── RayStartError        exit code 1: Ray does not start on this machine
-└── LedgerError          exit code 1: the counts of a finished job do not add up
+│   ├── StorageError     a path or URL that cannot be read or written
+│   ├── TrainingDivergedError   the loss is not finite, or far too high
+│   └── DeviceMemoryError       a training step needs more GPU memory than there is
+├── RejectedError        exit code 3: the run finished, but more rows were rejected than allowed
+├── RayStartError        exit code 1: Ray cannot be started on this machine
+└── LedgerError          exit code 1: the row counts of a finished run do not add up
 """
 
 import re
@@ -24,11 +24,11 @@ _LONGEST_LINE = 400
 
 
 class CovergenreError(Exception):
-    """Base of all errors below; its text is one line, fit for a user."""
+    """Base class of all errors below. The message is a single line."""
 
     exit_code = 1
     code = ""
-    """Tells problems of one class apart, in snake_case; empty where the class says it all."""
+    """Identifies the problem among those of the same class, in snake_case; may be empty."""
 
     def __init__(self, message: str, *, code: str = "") -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class CovergenreError(Exception):
 
 
 class UserError(CovergenreError):
-    """Something the user can mend."""
+    """An error that the user can fix."""
 
     exit_code = 2
 
@@ -47,22 +47,22 @@ class ConfigError(UserError):
 
 
 class CatalogError(UserError):
-    """A catalog cannot be read as one, or nothing in it can be used."""
+    """A catalog cannot be parsed, or has no usable rows."""
 
 
 class DatasetError(UserError):
-    """A folder is not a prepared dataset, or lacks what was asked of it."""
+    """A directory is not a dataset, or lacks the requested split or genres."""
 
 
 class ModelError(UserError):
-    """A MODEL folder, model name or weights file cannot be used."""
+    """A model directory, model name or weights file cannot be used."""
 
 
 class ImageError(UserError):
     """A cover cannot be read or decoded. `code`: the reason, as in schema.REASONS."""
 
     index: int | None
-    """Position of the cover in what was given; None where it was given alone."""
+    """Position of the cover in the given list; None if it was given alone."""
 
     def __init__(self, message: str, *, code: str = "", index: int | None = None) -> None:
         super().__init__(message, code=code)
@@ -70,7 +70,7 @@ class ImageError(UserError):
 
 
 class StorageError(UserError):
-    """A place cannot be read or written, or holds something else."""
+    """A path or URL cannot be read or written, or has unexpected content."""
 
 
 class TrainingDivergedError(UserError):
@@ -78,25 +78,25 @@ class TrainingDivergedError(UserError):
 
 
 class DeviceMemoryError(UserError):
-    """A step, or the part of it that a worker computes at a time, does not fit the GPU's memory."""
+    """A training step, even when split into micro-batches, does not fit into GPU memory."""
 
 
 class RejectedError(CovergenreError):
-    """A finished job rejected more rows than --max-rejected allows."""
+    """A finished run rejected more rows than --max-rejected allows."""
 
     exit_code = 3
 
 
 class RayStartError(CovergenreError):
-    """Ray does not start: a limit of this machine, or one that is too busy."""
+    """Ray cannot be started: a limit of this machine, or the machine is too slow."""
 
 
 class LedgerError(CovergenreError):
-    """Rows went in that did not come out: a defect, never the user's mistake."""
+    """Rows were lost: a bug in covergenre, not a user error."""
 
 
 def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest valid name, else the list of valid names."""
+    """`; did you mean 'x'?` if a valid name is similar, else the list of valid names."""
     names = sorted(valid)
     near = get_close_matches(wrong, names, n=1, cutoff=0.6)
     if near:
@@ -105,9 +105,9 @@ def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
 
 
 def essential_line(text: str) -> str:
-    """One line of a long message, as Ray's are: what failed (its first line) and why (its last).
+    """The first and last line of a multi-line message, such as Ray's, joined to one line.
 
-    A traceback, which stands between them, is left out.
+    The first says what failed and the last why; a traceback between them is left out.
     """
     lines = [_TERMINAL_CODES.sub("", line).strip() for line in text.splitlines()]
     lines = [line for line in lines if any(map(str.isalnum, line))]

@@ -1,4 +1,4 @@
-"""Wording that many messages share: counts with their noun, articles, and shortened lists."""
+"""Formatting helpers for messages: plurals, articles and shortened lists."""
 
 from collections.abc import Sequence
 
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 def plural(count: float, singular: str, several: str = "") -> str:
     """`1 machine`, `2 machines`, `1,024 machines`, `0.5 CPUs`.
 
-    several: where adding an s would be wrong, as in plural(n, "row has", "rows have").
+    several: the plural form, if it is not `singular` + "s": plural(n, "row has", "rows have").
     """
     number = f"{count:g}" if isinstance(count, float) else f"{count:,}"
     return f"{number} {singular if count == 1 else several or singular + 's'}"
 
 
 def with_article(noun: str) -> str:
-    """`a train run`, `an evaluate run`: the article goes by the first letter."""
+    """`a train run`, `an evaluate run`: chosen by the first letter."""
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def shortened(names: Sequence[str], most: int = 3) -> str:
-    """`A, B and C`; where there are more than `most`, `A, B, C and 3 more`."""
+    """`A, B and C`; with more than `most` names, `A, B, C and 3 more`."""
     shown = list(names[:most])
     if len(names) > most:
         shown.append(f"{len(names) - most:,} more")

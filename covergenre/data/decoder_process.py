@@ -30,28 +30,28 @@ from covergenre.data.image_decoding import CoverError, Preprocessing
 from covergenre.errors import CovergenreError
 
 DECODE_SECONDS = 30.0
-"""CPU time after which a cover is set aside; the largest that are opened take 1 to 4.
-Not time by the clock: on a machine that is busy, a good cover takes many times as long."""
+"""CPU time after which a cover is rejected; the largest allowed covers take 1 to 4 s.
+Not wall-clock time, because decoding takes many times as long on a busy machine."""
 
 MEMORY_BYTES = 3 * 2**30
-"""Address space of the child, of which 0.1 GiB are Python's (Linux only)."""
+"""Address space of the child, including 0.1 GiB for Python (Linux only)."""
 
-_CLOCK = 4
-"""Times as long by the clock, and a child that stands still is given up."""
+_WALL_CLOCK_FACTOR = 4
+"""A child that needs this many times the CPU limit in wall-clock time is considered hung."""
 _ATTEMPTS = 2
-"""Before a cover is blamed: the child may have been killed, or the machine have stood still."""
+"""Attempts before a cover is rejected: the child may have been killed or suspended."""
 _START_SECONDS = 120.0
 _END_SECONDS = 10.0
-"""For a child that failed to start to end by itself, with its exit code."""
+"""Time for a child that failed to start to exit by itself, with its exit code."""
 _ALARM_SECONDS = 5.0
-"""After the parent's patience: the child ends itself where no parent is left to do it."""
+"""After the parent's timeout, the child exits by itself, in case the parent is gone."""
 
-# What a child is started with. Nothing else: the environment may hold credentials, and a decoder
-# that a hostile cover took over should find none.
+# Environment variables that the child gets. No others: they may contain credentials, which a
+# decoder that was taken over by a hostile cover must not see.
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-# Python's isolated mode leaves the standard library and installed packages on the import path. No
-# directory of the parent's is added, be it the current one: only these packages, each by its path.
+# Python's isolated mode keeps only the standard library and installed packages on the import path.
+# No directory of the parent's path is added, only these packages, each by its path.
 _IMPORT_AND_SERVE = """
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -64,24 +64,24 @@ for name, directory in {packages}.items():
 from covergenre.data import decoder_process
 decoder_process.serve({memory})
 """
-_SIZES = struct.Struct("!II")  # of a message's JSON, and of the bytes that go with it
+_SIZES = struct.Struct("!II")  # sizes of the JSON and of the binary data of a message
 
 
 def decode(data: bytes, spec: Preprocessing) -> NDArray[np.uint8]:
     """Pixels of an encoded cover, uint8 [side, side, 3]. Raises CoverError."""
-    return _own_decoder().decode(data, spec)
+    return _process_decoder().decode(data, spec)
 
 
 def validate_and_reencode(data: bytes, max_side: int | None) -> bytes:
-    """Prove that a cover decodes, and give the bytes to store; see image_decoding."""
-    return _own_decoder().validate_and_reencode(data, max_side)
+    """Check that a cover decodes, and return the bytes to store; see image_decoding."""
+    return _process_decoder().validate_and_reencode(data, max_side)
 
 
 class Decoder:
-    """A child process that decodes, started when first needed. Threads may share it."""
+    """A child process that decodes covers, started on first use. Thread-safe."""
 
     def __init__(self, *, seconds: float = DECODE_SECONDS, memory: int = MEMORY_BYTES) -> None:
-        """seconds: CPU time for each cover. memory: address space of the child, in bytes."""
+        """seconds: CPU time per cover. memory: address space of the child, in bytes."""
         self._seconds = seconds
         self._memory = memory
         self._lock = threading.Lock()
@@ -89,42 +89,41 @@ class Decoder:
 
     def decode(self, data: bytes, spec: Preprocessing) -> NDArray[np.uint8]:
         """Pixels of an encoded cover, uint8 [side, side, 3]. Raises CoverError."""
-        _, pixels = self._ask({"spec": spec.to_json()}, data)
+        _, pixels = self._request({"spec": spec.to_json()}, data)
         return np.frombuffer(pixels, np.uint8).reshape(spec.side, spec.side, 3)
 
     def validate_and_reencode(self, data: bytes, max_side: int | None) -> bytes:
-        """Prove that a cover decodes, and give the bytes to store; see image_decoding."""
-        answer, reencoded = self._ask({"max_side": max_side}, data)
-        return data if answer["kept"] else bytes(reencoded)
+        """Check that a cover decodes, and return the bytes to store; see image_decoding."""
+        answer, reencoded = self._request({"max_side": max_side}, data)
+        return data if answer["unchanged"] else bytes(reencoded)
 
     def close(self) -> None:
-        """End the child; the next cover would start another."""
+        """Stop the child. The next cover starts a new one."""
         with self._lock:
             if self._child is not None:
-                self._child.end()
+                self._child.kill()
             self._child = None
 
-    def _ask(self, question: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytearray]:
+    def _request(self, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytearray]:
         image_decoding.check_size(data)
         failure = CoverError("decoder_crashed")
         with self._lock:
             for _ in range(_ATTEMPTS):
                 child, self._child = self._child or _Child(self._memory), None
                 try:
-                    answer, body = child.ask(question, data, self._seconds)
-                    # Kept only now: a child whose answer was not waited for would give it to
-                    # the next cover.
+                    answer, body = child.request(request, data, self._seconds)
+                    # Only now: a child with a pending answer would return it for the next cover.
                     self._child = child
                     break
                 except (TimeoutError, EOFError, ConnectionError) as error:
-                    code = child.end()
+                    code = child.kill()
                     late = isinstance(error, TimeoutError) or code == -signal.SIGALRM
-                    failure = _stood_still(self._seconds) if late else _died(code, self._seconds)
-                    if code == -signal.SIGPROF:  # spent: the next child would spend as much
+                    failure = _hung(self._seconds) if late else _crashed(code, self._seconds)
+                    if code == -signal.SIGPROF:  # CPU time exceeded: it would be again
                         raise failure from None
                 finally:
                     if self._child is None:
-                        child.end()
+                        child.kill()
             else:
                 raise failure
         if "reason" in answer:
@@ -135,8 +134,8 @@ class Decoder:
 _decoders: dict[int, Decoder] = {}
 
 
-def _own_decoder() -> Decoder:
-    """Of this process: after a fork, the parent's child is not the child's to ask."""
+def _process_decoder() -> Decoder:
+    """The decoder of this process: a forked process must not use its parent's."""
     decoder = _decoders.get(os.getpid())
     if decoder is None:
         decoder = _decoders.setdefault(os.getpid(), Decoder())
@@ -144,24 +143,24 @@ def _own_decoder() -> Decoder:
     return decoder
 
 
-def _stood_still(seconds: float) -> CoverError:
-    return CoverError("decode_timeout", f"the decoder stood still for {_CLOCK * seconds:g} s")
+def _hung(seconds: float) -> CoverError:
+    return CoverError("decode_timeout", f"the decoder hung for {_WALL_CLOCK_FACTOR * seconds:g} s")
 
 
-def _died(code: int, seconds: float) -> CoverError:
-    """Why, of the exit code of a child that ended of itself or by a signal."""
+def _crashed(code: int, seconds: float) -> CoverError:
+    """The error for a child that exited with `code`."""
     if code == -signal.SIGPROF:
         return CoverError("decode_timeout", f"not decoded in {seconds:g} s of CPU time")
-    return CoverError("decoder_crashed", f"the decoder ended: {_how_it_ended(code)}")
+    return CoverError("decoder_crashed", f"the decoder crashed: {_exit_reason(code)}")
 
 
-def _how_it_ended(code: int) -> str:
-    """`code` is negative for a signal, as subprocess has it."""
+def _exit_reason(code: int) -> str:
+    """`code` is negative for a signal, as in subprocess."""
     return str(signal.strsignal(-code)) if code < 0 else f"exit code {code}"
 
 
 def _package_directories() -> dict[str, str]:
-    """Name of each package that the child imports from where this process has it."""
+    """Name -> directory of the packages that the child imports."""
     import PIL
 
     own = Path(__file__).resolve().parents[1]
@@ -173,17 +172,17 @@ def _package_directories() -> dict[str, str]:
 
 
 class _Child:
-    """The process, and the socket that is its standard input."""
+    """The child process, and the socket that is its standard input."""
 
     def __init__(self, memory: int) -> None:
         code = _IMPORT_AND_SERVE.format(packages=_package_directories(), memory=memory)
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        self._socket, its = socket.socketpair()
-        with its:
+        self._socket, child_socket = socket.socketpair()
+        with child_socket:
             try:
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-c", code],
-                    stdin=its.fileno(),
+                    stdin=child_socket.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     cwd="/",
@@ -195,95 +194,102 @@ class _Child:
         try:
             _receive(self._socket, time.monotonic() + _START_SECONDS)
         except TimeoutError:
-            self.end()
-            words = self._last_words()
+            self.kill()
+            detail = self._last_stderr_line()
             raise CovergenreError(
-                f"the decoder did not start: no answer in {_START_SECONDS:g} s{words}"
+                f"the decoder did not start: no answer in {_START_SECONDS:g} s{detail}"
             ) from None
         except (OSError, EOFError):
-            # It has closed its socket, and is about to end, or has ended.
+            # The child closed its socket: it has exited, or is about to.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_SECONDS)
-            how = _how_it_ended(self.end())
-            raise CovergenreError(f"the decoder did not start: {how}{self._last_words()}") from None
+            reason = _exit_reason(self.kill())
+            raise CovergenreError(
+                f"the decoder did not start: {reason}{self._last_stderr_line()}"
+            ) from None
         finally:
             assert self._process.stderr is not None
             self._process.stderr.close()
 
-    def _last_words(self) -> str:
-        """`: ` and the last line that it wrote on its standard error, if any."""
+    def _last_stderr_line(self) -> str:
+        """`: ` and the last line of its standard error, if any."""
         assert self._process.stderr is not None
         lines = self._process.stderr.read().decode(errors="replace").split("\n")
         return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
 
-    def ask(
-        self, question: dict[str, Any], data: bytes, seconds: float
+    def request(
+        self, request: dict[str, Any], data: bytes, seconds: float
     ) -> tuple[dict[str, Any], bytearray]:
-        """Raises TimeoutError; EOFError or ConnectionError where the child has ended."""
-        until = time.monotonic() + _CLOCK * seconds
-        self._socket.settimeout(_CLOCK * seconds)
-        _send(self._socket, question | {"seconds": seconds}, data)
-        return _receive(self._socket, until)
+        """Raises TimeoutError, or EOFError or ConnectionError if the child has exited."""
+        deadline = time.monotonic() + _WALL_CLOCK_FACTOR * seconds
+        self._socket.settimeout(_WALL_CLOCK_FACTOR * seconds)
+        _send(self._socket, request | {"seconds": seconds}, data)
+        return _receive(self._socket, deadline)
 
-    def end(self) -> int:
-        """End the process, whatever it does. Its exit code: of its own end, if that was first."""
+    def kill(self) -> int:
+        """Kill the process. Returns its exit code, which is its own if it had exited before."""
         self._process.kill()
         self._socket.close()
         code: int = self._process.wait()
         return code
 
 
-def _send(connection: socket.socket, said: dict[str, Any], data: bytes = b"") -> None:
-    text = json.dumps(said).encode()
+def _send(connection: socket.socket, header: dict[str, Any], data: bytes = b"") -> None:
+    text = json.dumps(header).encode()
     connection.sendall(_SIZES.pack(len(text), len(data)) + text + data)
 
 
 def _receive(
-    connection: socket.socket, until: float | None = None
+    connection: socket.socket, deadline: float | None = None
 ) -> tuple[dict[str, Any], bytearray]:
-    """A message. Raises EOFError, or TimeoutError where it is not whole `until` then."""
-    said, data = _SIZES.unpack(_exactly(connection, _SIZES.size, until))
-    return json.loads(_exactly(connection, said, until)), _exactly(connection, data, until)
+    """A message. Raises EOFError, or TimeoutError if it is not complete at `deadline`."""
+    header, data = _SIZES.unpack(_read_exactly(connection, _SIZES.size, deadline))
+    return (
+        json.loads(_read_exactly(connection, header, deadline)),
+        _read_exactly(connection, data, deadline),
+    )
 
 
-def _exactly(connection: socket.socket, size: int, until: float | None) -> bytearray:
+def _read_exactly(connection: socket.socket, size: int, deadline: float | None) -> bytearray:
     data = bytearray(size)
-    left = memoryview(data)
-    while left:
-        if until is not None:
-            connection.settimeout(max(until - time.monotonic(), 0.001))
-        count = connection.recv_into(left)
+    remaining = memoryview(data)
+    while remaining:
+        if deadline is not None:
+            connection.settimeout(max(deadline - time.monotonic(), 0.001))
+        count = connection.recv_into(remaining)
         if not count:
             raise EOFError
-        left = left[count:]
+        remaining = remaining[count:]
     return data
 
 
-# In the child
+# Runs in the child process
 
 
 def serve(memory: int) -> None:
-    """Answer what comes on standard input, a socket, until it is closed."""
+    """Handle requests on standard input, a socket, until it is closed."""
     from PIL import AvifImagePlugin, Image
 
     connection = socket.socket(fileno=0)
-    _confine(memory)
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a thread a core takes memory, and cores of others
+    _set_limits(memory)
+    AvifImagePlugin.DEFAULT_MAX_THREADS = (
+        1  # one thread per core would use memory, and cores of others
+    )
     Image.init()  # imports the decoders
-    # From here on nobody reads what libraries say of damaged files.
+    # Discard what libraries print about damaged files; nobody reads it.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     _send(connection, {})
-    errno_of_c = _errno_of_c()
+    libc_errno = _libc_errno()
     while True:
         try:
-            question, data = _receive(connection)
+            request, data = _receive(connection)
         except (EOFError, ConnectionError):
             return
-        _set_timers(question["seconds"])
-        errno_of_c.value = 0
-        answer, body = _answer(question, data)
-        # Most libraries take a refused allocation for a damaged file. The C library tells.
-        if answer.get("reason") == "truncated_image" and errno_of_c.value == errno.ENOMEM:
+        _set_timers(request["seconds"])
+        libc_errno.value = 0
+        answer, body = _answer(request, data)
+        # Most libraries report a failed allocation as a damaged file; errno tells them apart.
+        if answer.get("reason") == "truncated_image" and libc_errno.value == errno.ENOMEM:
             answer["reason"] = "too_much_memory"
         _set_timers(0)
         try:
@@ -292,45 +298,45 @@ def serve(memory: int) -> None:
             return
 
 
-def _confine(memory: int) -> None:
+def _set_limits(memory: int) -> None:
     import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     for alarm in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(alarm, signal.SIG_DFL)  # ends the process, in the midst of C code too
+        signal.signal(alarm, signal.SIG_DFL)  # ends the process, even within C code
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":  # macOS has the limit, and does not keep it
+    if sys.platform == "linux":  # macOS does not enforce the limit
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
 def _set_timers(seconds: float) -> None:
-    """Of CPU time, and of the clock. 0: off."""
+    """Set the limits of CPU time and wall-clock time; 0 turns them off."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, seconds and _CLOCK * seconds + _ALARM_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds and _WALL_CLOCK_FACTOR * seconds + _ALARM_SECONDS)
 
 
-def _errno_of_c() -> ctypes.c_int:
-    """The C library's own errno: a failing allocation sets it, and a good one lets it be."""
+def _libc_errno() -> ctypes.c_int:
+    """The errno of the C library: set by a failed allocation, unchanged by a successful one."""
     libc = ctypes.CDLL(None)
-    place = libc.__error if sys.platform == "darwin" else libc.__errno_location
-    place.restype = ctypes.POINTER(ctypes.c_int)
-    found: ctypes.c_int = place().contents
+    location = libc.__error if sys.platform == "darwin" else libc.__errno_location
+    location.restype = ctypes.POINTER(ctypes.c_int)
+    found: ctypes.c_int = location().contents
     return found
 
 
-def _answer(question: dict[str, Any], received: bytearray) -> tuple[dict[str, Any], bytes]:
+def _answer(request: dict[str, Any], received: bytearray) -> tuple[dict[str, Any], bytes]:
     try:
         data = bytes(received)
-        if "spec" in question:
-            return {}, image_decoding.decode(data, _spec(json.dumps(question["spec"]))).tobytes()
-        reencoded = image_decoding.validate_and_reencode(data, question["max_side"])
-        kept = reencoded is data
-        return {"kept": kept}, b"" if kept else reencoded
+        if "spec" in request:
+            return {}, image_decoding.decode(data, _spec(json.dumps(request["spec"]))).tobytes()
+        reencoded = image_decoding.validate_and_reencode(data, request["max_side"])
+        unchanged = reencoded is data
+        return {"unchanged": unchanged}, b"" if unchanged else reencoded
     except CoverError as error:
         return {"reason": error.reason, "detail": error.detail}, b""
     except MemoryError as error:
         return {"reason": "too_much_memory", "detail": image_decoding.one_line(error)}, b""
-    except Exception as error:  # nothing known: as good as a crash, and the child is still well
+    except Exception as error:  # unexpected: treated as a crash, but the child can go on
         return {"reason": "decoder_crashed", "detail": image_decoding.one_line(error)}, b""
 
 

@@ -1,7 +1,7 @@
-"""A cover: source bytes -> RGB uint8 pixels, or the reason why not. Pillow and numpy only.
+"""Decodes covers: encoded bytes -> RGB uint8 pixels, or the reason for rejection.
 
-Training, evaluation and scoring all go through `decode`, with the preprocessing that is kept in
-the MODEL, so that a model sees the pixels it was trained on.
+Training, evaluation and scoring all use `decode` with the preprocessing that is saved with the
+model, so that a model gets the same pixels as in training. Needs only Pillow and numpy.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ from covergenre.data.jpeg_repair import repaired_jpeg
 from covergenre.errors import ModelError
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What is opened: raster formats that Pillow decodes itself. It would run Ghostscript on an EPS."""
+"""Supported formats: those that Pillow decodes itself. For EPS it would run Ghostscript."""
 
 MAX_BYTES = 25_000_000
-"""A larger file is set aside: a row group of the dataset has to hold it."""
+"""Larger files are rejected: a cover has to fit into a row group of the dataset."""
 
 MAX_PIXELS = 100_000_000
-"""A cover with more pixels than this is set aside: it may be a decompression bomb."""
+"""Covers with more pixels are rejected as possible decompression bombs."""
 
 _JPEG_QUALITY = 92  # visually lossless at cover size; 4:4:4 below keeps coloured lettering sharp
-# EXIF orientation -> what sets the image upright
-_TURNS = {
+# EXIF orientation -> transposition to upright
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -41,49 +41,49 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # grey with more than 8 bits
-_SAME = 3  # levels of 255 that nobody sees: a profile that moves no colour further is sRGB
+_HIGH_BIT_DEPTH = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # grey with more than 8 bits
+_SRGB_TOLERANCE = 3  # of 255, invisible: a profile with smaller differences is treated as sRGB
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 class CoverError(Exception):
-    """A cover that cannot be used. `reason` is a key of schema.REASONS. Never ends a job."""
+    """A cover is rejected. `reason` is a key of schema.REASONS. It never ends a job."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
 
-    def __reduce__(self) -> tuple[Any, ...]:  # both arguments survive a pickle
+    def __reduce__(self) -> tuple[Any, ...]:  # keeps both arguments when pickled
         return CoverError, (self.reason, self.detail)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Source bytes to normalised pixels, step by step. A change of any step is a new version."""
+    """The steps from encoded bytes to normalised pixels. Changing any step needs a new version."""
 
     version: int = 1
     side: int = 224
-    """Pixels. The cover is squashed to side x side; its aspect ratio is not kept (the paper)."""
+    """Pixels. Covers are resized to side x side; the aspect ratio is not kept, as in the paper."""
     orientation: str = "exif"
     """EXIF orientation is applied before anything else."""
     alpha: str = "white"
-    """Transparent pixels are laid over this colour."""
+    """Transparent pixels are composited over this colour."""
     reduction: str = "dct-2x"
-    """JPEGs are decoded at the smallest DCT scale that keeps twice `side`: several times faster."""
+    """JPEGs are decoded at the smallest DCT scale of at least twice `side`: much faster."""
     filter: str = "bilinear"
-    """Antialiased resampling filter of the squash."""
+    """Antialiased resampling filter."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Of each channel, in 0 to 1, as torchvision's ImageNet weights expect; used on the device."""
+    """Per channel, in 0 to 1, as for torchvision's ImageNet weights; applied on the device."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def to_json(self) -> dict[str, Any]:
-        """As saved in MODEL/preprocessing.json."""
+        """As saved in preprocessing.json of the model directory."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Preprocessing":
-        """Raises ModelError where a step is one that this version of covergenre cannot do."""
+        """Raises ModelError if this version of covergenre does not support one of the steps."""
         known = {f.name for f in fields(cls)}
         if set(values) != known:
             raise ModelError(f"preprocessing: expected {sorted(known)}, found {sorted(values)}")
@@ -94,14 +94,14 @@ class Preprocessing:
         for name in ("version", "orientation", "alpha", "reduction", "filter"):
             if getattr(spec, name) != getattr(cls(), name):
                 raise ModelError(
-                    f"preprocessing: {name} {getattr(spec, name)!r} needs another version of"
-                    " covergenre; install the one that made this MODEL"
+                    f"preprocessing: {name} {getattr(spec, name)!r} is not supported by this"
+                    " version of covergenre; install the version that trained the model"
                 )
         return spec
 
 
 def sha256(data: bytes) -> str:
-    """Hex digest of a cover's source bytes: what says that two covers are the same."""
+    """Hex digest of a cover's source bytes; equal digests mean the same cover."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -128,12 +128,12 @@ def _resized(image: Image.Image, spec: Preprocessing) -> NDArray[np.uint8]:
 
 
 def validate_and_reencode(data: bytes, max_side: int | None) -> bytes:
-    """Prove that a cover decodes, and give the bytes to store.
+    """Check that a cover decodes, and return the bytes to store. Raises CoverError.
 
-    A cover whose longer side is above `max_side` (pixels) is re-encoded at that size, keeping its
-    aspect ratio; others, and all where `max_side` is None, keep their bytes. Raises CoverError.
+    A cover whose longer side exceeds `max_side` pixels is re-encoded as JPEG at that size, keeping
+    its aspect ratio. Smaller covers, and all covers if `max_side` is None, are returned unchanged.
     """
-    # Twice the side it is stored at, so that the reduction costs no sharpness.
+    # Decoded at twice the stored size, so that the DCT scaling costs no sharpness.
     image, size = _read(data, at_least=2 * max_side if max_side else None)
     if max_side is None or max(size) <= max_side:
         return data
@@ -144,7 +144,7 @@ def validate_and_reencode(data: bytes, max_side: int | None) -> bytes:
 
 
 def check_size(data: bytes) -> None:
-    """Raises CoverError where a file has no bytes, or too many."""
+    """Raises CoverError if a file is empty or too large."""
     if not data:
         raise CoverError("empty_file")
     if len(data) > MAX_BYTES:
@@ -152,32 +152,32 @@ def check_size(data: bytes) -> None:
 
 
 def _read(data: bytes, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
-    """The image upright, in RGB, and the size that its file states; see _load_rgb."""
+    """The upright RGB image (see _load_rgb), and the size in the file header."""
     check_size(data)
     data = without_stray_bytes(data)
     try:
-        return _read_as_is(data, at_least)
+        return _read_without_repair(data, at_least)
     except CoverError as error:
         if error.reason not in ("not_an_image", "truncated_image"):
             raise
-        # Not the error itself: it would keep the pixels of the first attempt in memory.
+        # A copy: the traceback of `error` would keep the pixels of the first attempt in memory.
         failure = CoverError(error.reason, error.detail)
-    again = repaired_jpeg(data) or repaired(data)
-    if again is None:
+    repaired_data = repaired_jpeg(data) or repaired(data)
+    if repaired_data is None:
         raise failure
-    return _read_as_is(again, at_least)
+    return _read_without_repair(repaired_data, at_least)
 
 
-def _read_as_is(data: bytes, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
+def _read_without_repair(data: bytes, at_least: int | None) -> tuple[Image.Image, tuple[int, int]]:
     image = _open(data)
     size = image.size
     return _load_rgb(image, at_least), size
 
 
 def _open(data: bytes) -> ImageFile:
-    """The image with its header read, its pixels not yet."""
+    """The image with only its header read."""
     with warnings.catch_warnings():
-        # Pillow warns about damaged metadata and many pixels: the checks here are what counts.
+        # Pillow warns about damaged metadata and large images; the checks below decide instead.
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -185,8 +185,8 @@ def _open(data: bytes) -> ImageFile:
             raise CoverError("too_many_pixels", one_line(error)) from error
         except UnidentifiedImageError as error:
             raise CoverError("not_an_image", f"starts with {data[:8].hex(' ')}") from error
-        except Exception as error:  # decoders raise nearly anything on hostile bytes
-            raise _unusable(error) from error
+        except Exception as error:  # decoders raise almost any exception on hostile bytes
+            raise _cover_error(error) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise CoverError("too_many_pixels", f"{width} x {height}, limit {MAX_PIXELS:,}")
@@ -194,7 +194,7 @@ def _open(data: bytes) -> ImageFile:
 
 
 def _load_rgb(image: Image.Image, at_least: int | None) -> Image.Image:
-    """The image upright, in RGB; a JPEG may come reduced, but no side below `at_least` pixels."""
+    """The upright RGB image. JPEGs may be downscaled, with no side below `at_least` pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -202,32 +202,32 @@ def _load_rgb(image: Image.Image, at_least: int | None) -> Image.Image:
                 image.draft(None, (at_least, at_least))  # JPEG only; no effect on others
             image.load()
             return _to_rgb(_upright(image), image)
-        except Exception as error:  # as above: SyntaxError, OSError, struct.error, ...
-            raise _unusable(error) from error
+        except Exception as error:  # SyntaxError, OSError, struct.error, ...
+            raise _cover_error(error) from error
 
 
-def _unusable(error: Exception) -> CoverError:
+def _cover_error(error: Exception) -> CoverError:
     reason = "too_much_memory" if isinstance(error, MemoryError) else "truncated_image"
     return CoverError(reason, one_line(error))
 
 
 def one_line(error: Exception) -> str:
-    """What it is and says, in one line of bounded length."""
+    """Type and message of an exception, in at most 200 characters."""
     text = str(error).splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose: it fails where any other EXIF field is damaged.
+    # Not ImageOps.exif_transpose: it fails if any other EXIF field is damaged.
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # EXIF that cannot be read says nothing; the pixels are good
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        transposition = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # unreadable EXIF is ignored; the pixels are intact
+        transposition = None
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _to_rgb(image: Image.Image, file: Image.Image) -> Image.Image:
-    """RGB as a person sees it: in sRGB, over white. `file`: what the image was read from."""
+    """sRGB over white, as an image viewer shows it. `file`: the file that `image` was read from."""
     alpha = _alpha(image) if image.has_transparency_data else None
     rgb = _to_srgb(_colours(image, file), file.info.get("icc_profile"))
     if alpha is None:
@@ -238,15 +238,15 @@ def _to_rgb(image: Image.Image, file: Image.Image) -> Image.Image:
 
 
 def _alpha(image: Image.Image) -> Image.Image:
-    if image.mode in _DEEP:  # the one level that is transparent
+    if image.mode in _HIGH_BIT_DEPTH:  # one grey level is transparent
         opaque = np.asarray(image) != image.info["transparency"]
         return Image.fromarray(opaque.astype(np.uint8) * np.uint8(255))
     return image.convert("RGBA").getchannel("A")
 
 
 def _colours(image: Image.Image, file: Image.Image) -> Image.Image:
-    """Without alpha and in 8 bits: L, RGB, CMYK or LAB, to which profiles apply."""
-    if image.mode in _DEEP:
+    """The image without alpha, in a mode that profiles apply to: L, RGB, CMYK or LAB (8 bits)."""
+    if image.mode in _HIGH_BIT_DEPTH:
         return _to_8_bits(image, file)
     if image.mode in ("1", "LA"):
         return image.convert("L")
@@ -254,7 +254,7 @@ def _colours(image: Image.Image, file: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image, file: Image.Image) -> Image.Image:
-    """Deep grey, scaled: Pillow would clip it at 255. Floats are black at 0 and white at 1."""
+    """Greyscale scaled to 8 bits, where Pillow would clip at 255. Floats range from 0 to 1."""
     samples = np.asarray(image)
     bits, signed, inverted = 16, False, False
     if isinstance(file, TiffImageFile):
@@ -274,7 +274,7 @@ def _to_8_bits(image: Image.Image, file: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """In RGB, through the profile of its colours where it has one that can be used."""
+    """The image in sRGB, converted by its ICC profile if it has a usable one."""
     if profile or image.mode == "LAB":
         transform = _transform(profile or b"", image.mode)
         if transform is not None:
@@ -284,14 +284,14 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile to sRGB; None where it is broken, not for this mode, or sRGB itself."""
+    """Transform to sRGB; None if the profile is broken, for another mode, or sRGB itself."""
     try:
         transform = ImageCms.ImageCmsTransform(
-            ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else _built_in("LAB"),
-            _built_in("sRGB"),
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else _builtin_profile("LAB"),
+            _builtin_profile("sRGB"),
             mode,
             "RGB",
-            # as programs show pictures: white is paper, and black the darkest ink
+            # as image viewers do: white is the paper, black the darkest ink
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
             flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
@@ -300,13 +300,15 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     if mode in ("L", "RGB"):
         steps = np.arange(0, 256, 17, dtype=np.uint8)
         grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(64, 64, 3)
-        tried = Image.fromarray(grid).convert(mode)
-        moved = np.asarray(transform.apply(tried)).astype(int) - np.asarray(tried.convert("RGB"))
-        if np.abs(moved).max() <= _SAME:
+        sample = Image.fromarray(grid).convert(mode)
+        difference = np.asarray(transform.apply(sample)).astype(int) - np.asarray(
+            sample.convert("RGB")
+        )
+        if np.abs(difference).max() <= _SRGB_TOLERANCE:
             return None
     return transform
 
 
 @cache
-def _built_in(name: Literal["LAB", "sRGB"]) -> ImageCms.ImageCmsProfile:
+def _builtin_profile(name: Literal["LAB", "sRGB"]) -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile(name))

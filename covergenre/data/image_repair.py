@@ -1,7 +1,7 @@
-"""PNGs and WebPs whose pixels are whole, but not what is around them: bytes that Pillow can read.
+"""Repairs PNG and WebP files with intact pixels but damaged metadata, so that Pillow can read them.
 
-Left out is what other programs ignore: stray bytes before the image (of JPEG and GIF, too), and
-metadata that is damaged, too large or cut off. Data of pixels is never made up.
+Removes what other programs ignore: stray bytes before the image (JPEG and GIF, too), and metadata
+that is damaged, too large or truncated. Pixel data is never invented.
 """
 
 import io
@@ -20,7 +20,7 @@ _STRAY = re.compile(
     re.DOTALL,
 )
 _CRITICAL = (b"IHDR", b"PLTE", b"IDAT")
-# What changes the picture, by transparency, colours or orientation; texts by their keyword
+# Chunks that change the image (transparency, colours, orientation); texts by keyword
 _PNG_USED = (b"tRNS", b"iCCP", b"eXIf")
 _PNG_USED_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
 _WEBP_FLAGS = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}
@@ -28,15 +28,15 @@ _WEBP_PIXELS = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
 
 
 def without_stray_bytes(data: bytes) -> bytes:
-    """Without white space and byte order marks, up to 16, before an image's signature."""
+    """`data` without up to 16 white space characters or byte order marks before the signature."""
     stray = _STRAY.match(data)
     return data[stray.end() :] if stray else data
 
 
 def repaired(data: bytes) -> bytes | None:
-    """A PNG or WebP that Pillow could not read, without what may be left out; None if nothing may.
+    """A PNG or WebP file without damaged metadata; None if there is nothing to remove.
 
-    Whether the result can be decoded is for the decoder to say.
+    The result may still fail to decode.
     """
     result = None
     if data.startswith(_PNG):
@@ -47,7 +47,7 @@ def repaired(data: bytes) -> bytes | None:
 
 
 def _png(data: bytes) -> bytes | None:
-    """Its critical chunks, and those ancillary chunks that are used and that Pillow can read."""
+    """The PNG with its critical chunks and the ancillary chunks that are used and readable."""
     parts, header = [_PNG], b""
     seen: set[bytes] = set()
     for kind, start, end in _png_chunks(data):
@@ -60,14 +60,14 @@ def _png(data: bytes) -> bytes | None:
                 header = chunk
             parts.append(chunk)
         elif (use := _png_use(kind, chunk[8:])) and use not in seen:
-            seen.add(use)  # once each, so that a file of nothing else takes no time
+            seen.add(use)  # once each, so that a file with very many of them costs no time
             if valid and _png_chunk_is_readable(header, chunk):
                 parts.append(chunk)
     return b"".join([*parts, _png_chunk(b"IEND", b"")])
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of each, up to IEND; one that is cut off ends behind the data."""
+    """Type, start and end of each chunk before IEND; a truncated chunk ends after the data."""
     at = len(_PNG)
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -78,7 +78,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _png_use(kind: bytes, body: bytes) -> bytes | None:
-    """What an ancillary chunk is used for; None if for nothing."""
+    """What an ancillary chunk is used for; None if it is not used."""
     if kind in _PNG_USED:
         return kind
     if kind in (b"tEXt", b"zTXt", b"iTXt"):
@@ -92,7 +92,7 @@ def _png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _png_chunk_is_readable(header: bytes, chunk: bytes) -> bool:
-    """By Pillow, in an image of this header."""
+    """Whether Pillow can read the chunk in an image with this header."""
     if chunk[4:8] == b"tRNS":
         size, colour_type = len(chunk) - 12, header[17:18]
         return size == {b"\0": 2, b"\2": 6}.get(colour_type) or (
@@ -100,18 +100,17 @@ def _png_chunk_is_readable(header: bytes, chunk: bytes) -> bool:
         )
     small = b"".join([_PNG, header, chunk, _png_chunk(b"IDAT", b"")])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a size that looks like a decompression bomb
+        warnings.simplefilter("ignore")  # about sizes that look like a decompression bomb
         try:
             Image.open(io.BytesIO(small), formats=("PNG",))
-        except Exception:  # Pillow raises nearly anything on damaged metadata
+        except Exception:  # Pillow raises almost any exception on damaged metadata
             return False
     return True
 
 
 def _webp(data: bytes) -> bytes | None:
-    """Its chunks up to one that is cut off, without metadata that is not used, and their length.
-
-    None if there is no picture among them.
+    """The WebP file with its chunks up to a truncated one, without unused metadata, and a correct
+    RIFF length. None if no chunk has an image.
     """
     chunks: list[tuple[bytes, bytes]] = []
     at = 12

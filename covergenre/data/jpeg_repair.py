@@ -1,10 +1,10 @@
-"""JPEGs whose pixels are whole, but not what is around them: bytes that Pillow can read.
+"""Repairs JPEG files with intact pixels but damaged metadata, so that Pillow can read them.
 
-A missing EOI marker is added, and metadata that is too short for Pillow is left out.
+A missing EOI marker is added, and metadata that is too short for Pillow is removed.
 
-Once an EOI is appended, libjpeg makes up the pixels that are missing, and says nothing. So the
-Huffman codes are counted here: complete is a file that has the codes of every block of its last
-scan, and whose scans together give every coefficient of every component.
+With an EOI marker appended, libjpeg silently invents missing pixels. Therefore the Huffman codes
+are counted first: a file is complete if it has the codes of every block of its last scan, and its
+scans together contain every coefficient of every component.
 """
 
 import re
@@ -16,20 +16,18 @@ from functools import lru_cache
 
 import numpy as np
 
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # neither a stuffed FF nor a restart
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not a stuffed FF byte, not a restart marker
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _FILL = re.compile(rb"\xff{2,}")
 _PARAMETERLESS = (0x01, 0xD8)  # TEM, SOI
 _SOF, _DHT, _EOI, _SOS, _DRI = (0xC0, 0xC1, 0xC2), 0xC4, 0xD9, 0xDA, 0xDD
 _OTHER_FRAMES = {*range(0xC3, 0xD0)} - {_DHT, 0xC8, 0xCC}  # lossless, hierarchical, arithmetic
-_READ_AHEAD = 512  # bytes: more than the codes of one block, which is when the end is checked
+_READ_AHEAD = 512  # bytes; more than the codes of one block, after which the end is checked
 
 
 def repaired_jpeg(data: bytes) -> bytes | None:
-    """A JPEG that Pillow could not read, with an EOI if only that is missing, and without metadata
-    that is not used or too short. None if there is nothing to repair.
-
-    Whether the result can be decoded is for the decoder to say.
+    """A JPEG file with an EOI marker if only that was missing, and without metadata that is unused
+    or too short. None if there is nothing to repair. The result may still fail to decode.
     """
     if not data.startswith(b"\xff\xd8\xff"):
         return None
@@ -50,7 +48,7 @@ def repaired_jpeg(data: bytes) -> bytes | None:
 
 
 def _metadata_is_readable(marker: int, body: bytes) -> bool:
-    """Whether it is used, by libjpeg for colours or by Pillow, and long enough for both."""
+    """Whether a segment is used by libjpeg (for colours) or Pillow, and long enough for both."""
     return (
         (marker == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14)
         or (marker == 0xE1 and body.startswith((b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")))
@@ -61,7 +59,7 @@ def _metadata_is_readable(marker: int, body: bytes) -> bool:
 
 @dataclass(frozen=True)
 class _Segment:
-    """A marker with its parameters, data[start:end], of which data[body:end] are the latter."""
+    """A marker with its parameters: data[start:end]; the parameters alone: data[body:end]."""
 
     marker: int
     start: int
@@ -70,7 +68,7 @@ class _Segment:
 
 
 def _segments(data: bytes) -> Iterator[_Segment]:
-    """Up to EOI or the end of the data; a segment that is cut off ends behind the data."""
+    """The segments up to EOI or the end of the data; a truncated segment ends after the data."""
     at = 2
     while found := _MARKER.search(data, at):
         start, at = found.span()
@@ -86,30 +84,30 @@ def _segments(data: bytes) -> Iterator[_Segment]:
 
 
 def _end_of_complete_scans(data: bytes) -> int | None:
-    """Where an EOI marker belongs, if that marker is missing and nothing else is."""
+    """Position of the missing EOI marker, if nothing else is missing; else None."""
     try:
         image = _Image(data)
         return image.end if image.is_complete() else None
     except (ArithmeticError, LookupError, ValueError, struct.error):
-        # a field, component or table that is not there, or a size of 0
+        # a missing field, component or table, or a size of 0
         return None
 
 
 @dataclass
 class _Component:
-    wide: int  # sampling factors
-    high: int
+    h_factor: int  # horizontal and vertical sampling factors
+    v_factor: int
     pending: list[bool] = field(default_factory=lambda: [True] * 64)
-    """Of each coefficient, in zigzag order: whether bits of it have yet to come."""
+    """Per coefficient, in zigzag order: whether bits of it are still missing."""
 
 
 @dataclass
 class _Scan:
     components: list[tuple[int, int]]
-    """Of each: its id, and the number of its DC and of its AC table."""
+    """Per component: its id, and the numbers of its DC and AC tables."""
     first: int
     last: int
-    """Of the coefficients."""
+    """First and last coefficient, in zigzag order."""
     refines: bool
     tables: dict[int, bytes]
     restart_interval: int
@@ -155,8 +153,8 @@ class _Image:
         _, self._height, self._width, count = struct.unpack_from(">BHHB", body)
         for at in range(6, 6 + 3 * count, 3):
             self._components[body[at]] = _Component(body[at + 1] >> 4, body[at + 1] & 15)
-        self._wide = max(component.wide for component in self._components.values())
-        self._high = max(component.high for component in self._components.values())
+        self._max_h_factor = max(component.h_factor for component in self._components.values())
+        self._max_v_factor = max(component.v_factor for component in self._components.values())
 
     def _read_scan(
         self, body: bytes, tables: dict[int, bytes], restart_interval: int, start: int
@@ -181,7 +179,7 @@ class _Image:
         *earlier, last = self._scans
         if not (last.first and last.refines):
             return self._has_all_blocks(last, None)
-        # Which bits refine depends on which coefficients are not zero so far.
+        # The number of refinement bits depends on which coefficients are nonzero so far.
         across, down = self._blocks(last.components[0][0])
         nonzero = array("Q", bytes(8 * across * down))
         ((name, _),) = last.components
@@ -192,49 +190,49 @@ class _Image:
         )
 
     def _blocks(self, name: int) -> tuple[int, int]:
-        """Blocks across and down in a scan of this component alone."""
+        """Blocks horizontally and vertically in a scan of this component alone."""
         component = self._components[name]
         return (
-            _ceil(self._width * component.wide, 8 * self._wide),
-            _ceil(self._height * component.high, 8 * self._high),
+            _ceil(self._width * component.h_factor, 8 * self._max_h_factor),
+            _ceil(self._height * component.v_factor, 8 * self._max_v_factor),
         )
 
     def _has_all_blocks(self, scan: _Scan, nonzero: "array[int] | None") -> bool:
-        """Whether the scan's data has a code for each of its blocks."""
+        """Whether the data of the scan has codes for all of its blocks."""
         if len(scan.components) == 1:
             across, down = self._blocks(scan.components[0][0])
             blocks = [scan.components[0][1]]
         else:
-            across = _ceil(self._width, 8 * self._wide)
-            down = _ceil(self._height, 8 * self._high)
+            across = _ceil(self._width, 8 * self._max_h_factor)
+            down = _ceil(self._height, 8 * self._max_v_factor)
             blocks = [
                 tables
                 for name, tables in scan.components
-                for _ in range(self._components[name].wide * self._components[name].high)
+                for _ in range(self._components[name].h_factor * self._components[name].v_factor)
             ]
-        units = across * down
+        num_mcus = across * down
         data = _FILL.sub(b"\xff", self._data[scan.start : scan.end]).removesuffix(b"\xff")
         intervals = _RESTART.split(data)
-        interval = scan.restart_interval or units
-        if len(intervals) != _ceil(units, interval):
+        interval = scan.restart_interval or num_mcus
+        if len(intervals) != _ceil(num_mcus, interval):
             return False
         for number, coded in enumerate(intervals):
             if nonzero is None and number < len(intervals) - 1:
-                continue  # a restart marker follows it
+                continue  # complete: a restart marker follows
             start = number * interval
-            stop = min(start + interval, units)
+            stop = min(start + interval, num_mcus)
             bits = _Bits(coded.replace(b"\xff\x00", b"\xff"))
             if not self._progressive:
-                whole = _skip_sequential(bits, _block_tables(scan, blocks), stop - start)
+                complete = _skip_sequential(bits, _block_tables(scan, blocks), stop - start)
             elif scan.first:
                 table = _lookup(scan.tables[0x10 | blocks[0] & 15])
                 skip = _skip_refinement if scan.refines else _skip_ac
-                whole = skip(bits, table, range(start, stop), scan.first, scan.last, nonzero)
+                complete = skip(bits, table, range(start, stop), scan.first, scan.last, nonzero)
             elif scan.refines:
-                whole = (stop - start) * len(blocks) <= bits.count
+                complete = (stop - start) * len(blocks) <= bits.count
             else:
-                whole = _skip_dc(bits, _block_tables(scan, blocks), stop - start)
-            if not whole:
+                complete = _skip_dc(bits, _block_tables(scan, blocks), stop - start)
+            if not complete:
                 return False
         return True
 
@@ -244,7 +242,7 @@ def _ceil(a: int, b: int) -> int:
 
 
 def _read_tables(body: bytes) -> dict[int, bytes]:
-    """Of a DHT segment: class and number -> 16 counts and the symbols."""
+    """The tables of a DHT segment: class and number -> 16 counts and the symbols."""
     tables = {}
     while body:
         size = 17 + sum(body[1:17])
@@ -255,7 +253,7 @@ def _read_tables(body: bytes) -> dict[int, bytes]:
 
 @lru_cache(maxsize=8)
 def _lookup(table: bytes) -> list[int]:
-    """The next 16 bits -> length of the code they begin with * 256 + its symbol; 0 for no code."""
+    """Next 16 bits -> 256 * length of the code they start with + its symbol; 0 if there is none."""
     entries: list[int] = []
     at = 16
     for length in range(1, 17):
@@ -263,14 +261,14 @@ def _lookup(table: bytes) -> list[int]:
             entries += [length << 8 | table[at]] * (1 << 16 - length)
             at += 1
     if len(entries) > 1 << 16:
-        raise IndexError("more codes than there can be")
+        raise IndexError("more codes than 16 bits allow")
     return entries + [0] * ((1 << 16) - len(entries))
 
 
 @lru_cache(maxsize=8)
 def _steps(table: bytes) -> list[int]:
-    """As _lookup, for the AC coefficients of sequential JPEGs: how many coefficients a code is for
-    (64 and more: to the end of the block) * 256 + how many bits it takes, with those behind it."""
+    """Like _lookup, for AC coefficients of sequential JPEGs: 256 * number of coefficients (64 or
+    more: to the end of the block) + number of bits of the code and the value after it."""
 
     def step(entry: int) -> int:
         run, size = entry >> 4 & 15, entry & 15
@@ -282,7 +280,7 @@ def _steps(table: bytes) -> list[int]:
 
 
 def _block_tables(scan: _Scan, blocks: list[int]) -> list[tuple[bytes, bytes]]:
-    """The DC and AC tables of each block; AC is empty where the scan has none."""
+    """The DC and AC tables of each block; AC is empty if the scan has none."""
     return [
         (scan.tables[numbers >> 4], scan.tables[0x10 | numbers & 15] if scan.last else b"")
         for numbers in blocks
@@ -290,24 +288,24 @@ def _block_tables(scan: _Scan, blocks: list[int]) -> list[tuple[bytes, bytes]]:
 
 
 class _Bits:
-    """Coded data to be read at any bit."""
+    """Entropy-coded data that can be read at any bit offset."""
 
     def __init__(self, coded: bytes) -> None:
         self.count = 8 * len(coded)
         padded = np.frombuffer(coded + bytes(_READ_AHEAD), np.uint8).astype(np.uint32)
         windows = padded[:-2] << 16 | padded[1:-1] << 8 | padded[2:]
         self.windows: memoryview = windows.data
-        """At each byte, 24 bits: 16 at any bit at are windows[at >> 3] >> 8 - (at & 7) & 0xFFFF."""
+        """24 bits from each byte on; 16 at bit `at`: windows[at >> 3] >> 8 - (at & 7) & 0xFFFF."""
 
 
-# Each of these counts bits, and says whether the data has so many. The loops are written out: calls
-# would take most of the time.
+# Each of these walks through the codes and returns whether the data has them all. The loops are
+# inlined because function calls would dominate the run time.
 
 
-def _skip_sequential(bits: _Bits, tables: list[tuple[bytes, bytes]], units: int) -> bool:
+def _skip_sequential(bits: _Bits, tables: list[tuple[bytes, bytes]], num_mcus: int) -> bool:
     windows, count, at = bits.windows, bits.count, 0
     blocks = [(_lookup(dc), _steps(ac)) for dc, ac in tables]
-    for _ in range(units):
+    for _ in range(num_mcus):
         for dc, ac in blocks:
             entry = dc[windows[at >> 3] >> 8 - (at & 7) & 0xFFFF]
             if not entry:
@@ -325,10 +323,10 @@ def _skip_sequential(bits: _Bits, tables: list[tuple[bytes, bytes]], units: int)
     return True
 
 
-def _skip_dc(bits: _Bits, tables: list[tuple[bytes, bytes]], units: int) -> bool:
+def _skip_dc(bits: _Bits, tables: list[tuple[bytes, bytes]], num_mcus: int) -> bool:
     windows, count, at = bits.windows, bits.count, 0
     blocks = [_lookup(dc) for dc, _ in tables]
-    for _ in range(units):
+    for _ in range(num_mcus):
         for dc in blocks:
             entry = dc[windows[at >> 3] >> 8 - (at & 7) & 0xFFFF]
             at += (entry >> 8) + (entry & 15)
@@ -364,7 +362,7 @@ def _skip_ac(
                 k += 1
             elif run == 15:
                 k += 16
-            else:  # so many blocks have no more coefficients, this one included
+            else:  # end of band: this many blocks, this one included, have no more coefficients
                 more = windows[at >> 3] >> 8 - (at & 7) & 0xFFFF
                 block += (1 << run | more >> 16 - run) - 1
                 at += run
@@ -386,7 +384,7 @@ def _skip_refinement(
     assert nonzero is not None
     windows, count, at = bits.windows, bits.count, 0
     band = (1 << last + 1) - 1
-    ended = 0  # so many blocks have no more new coefficients
+    ended = 0  # this many blocks have no more new coefficients
     for block in blocks:
         before = now = nonzero[block]
         k = first
@@ -397,13 +395,13 @@ def _skip_refinement(
             if not entry or at > count:
                 return False
             if size:
-                at += 1  # its sign
+                at += 1  # sign
             elif run < 15:
                 more = windows[at >> 3] >> 8 - (at & 7) & 0xFFFF
                 ended = 1 << run | more >> 16 - run
                 at += run
                 break
-            # past `run` coefficients that are zero; each that is not has a bit
+            # skip `run` zero coefficients; each nonzero one has a refinement bit
             while k <= last:
                 if before >> k & 1:
                     at += 1

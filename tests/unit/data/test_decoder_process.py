@@ -163,7 +163,7 @@ def test_a_cover_that_kills_the_decoder(
     with struck(number, times=2, before=children()) as hit:
         refused = reason(lambda: decoder.decode(endless, SMALL))
     assert refused.reason == "decoder_crashed"
-    assert refused.detail == f"the decoder ended: {signal.strsignal(number)}"
+    assert refused.detail == f"the decoder crashed: {signal.strsignal(number)}"
     assert len(set(hit)) == 2
     assert np.array_equal(decoder.decode(GOOD, SMALL), image_decoding.decode(GOOD, SMALL))
 
@@ -372,7 +372,7 @@ def test_it_ends_with_its_parent_and_leaves_no_word() -> None:
     done = run(
         """
         assert decoder_process.decode(GOOD, SMALL).shape == (16, 16, 3)
-        print(decoder_process._own_decoder()._child._process.pid)
+        print(decoder_process._process_decoder()._child._process.pid)
         """
     )
     assert done.stderr == ""
@@ -466,7 +466,7 @@ def test_after_a_fork_each_process_has_its_own() -> None:
         slow = encoded(Image.new("L", (4000, 4000), 99), "JPEG", progressive=True)
         last = slow.rindex(b"\\xff\\xda")
         slow = slow[:last] + slow[last:-2] * 150 + slow[-2:]
-        mine = decoder_process._own_decoder()
+        mine = decoder_process._process_decoder()
         mine.decode(GOOD, SMALL)
         child = mine._child
         thread = threading.Thread(target=mine.decode, args=(slow, SMALL))
@@ -476,7 +476,7 @@ def test_after_a_fork_each_process_has_its_own() -> None:
         pid = os.fork()
         if pid == 0:
             good = decoder_process.decode(GOOD, SMALL).shape == (16, 16, 3)
-            own = decoder_process._own_decoder() is not mine
+            own = decoder_process._process_decoder() is not mine
             os._exit(0 if good and own else 1)
         assert os.waitpid(pid, 0)[1] == 0
         assert thread.is_alive()
@@ -492,4 +492,4 @@ def test_after_a_fork_each_process_has_its_own() -> None:
 def test_the_module_has_one_for_each_process() -> None:
     assert np.array_equal(decoder_process.decode(GOOD, SMALL), image_decoding.decode(GOOD, SMALL))
     assert decoder_process.validate_and_reencode(GOOD, 300) == GOOD
-    decoder_process._own_decoder().close()
+    decoder_process._process_decoder().close()
