@@ -44,7 +44,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "Load
     file to any. (`--dist loadgroup` of pytest-xdist 3.8 does nothing with pytest 9.2.)"""
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneRay(LoadScopeScheduling):
+    class OneRay(LoadScopeScheduling):  # type: ignore[misc]  # it is not typed
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
             return "ray" if file.split("/")[1] in RAY_FOLDERS else file
