@@ -14,7 +14,6 @@ import uuid
 import pyarrow as pa
 
 from benchmarks import told
-from covergenre import schema
 from covergenre.data import covers
 from covergenre.data.covers import Cover, Source
 from covergenre.demo.run import make_sample
@@ -34,7 +33,7 @@ def main() -> None:
         make_sample(folder, args.covers, 0)
         uris = storage.list_files(storage.join(folder, "covers"))
         records = [{"row": n, "album_id": uri, "cover": uri} for n, uri in enumerate(uris)]
-        plan = covers.plan(pa.Table.from_pylist(records, schema=schema.CATALOG))
+        plan = pa.Table.from_pylist(records, schema=covers.PLAN)
         rates = {n: _rate(plan, n) for n in (8, *IN_FLIGHT)}  # the first run warms up
         sizes = storage.list_sizes(storage.join(folder, "covers")).values()
     finally:

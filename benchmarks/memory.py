@@ -2,6 +2,7 @@
 is begun, and gone on with.
 
     uv run python -m benchmarks.memory                     # 3,000 albums, then 30,000
+    uv run python -m benchmarks.memory --plan 300000       # only prepare's plan, then ten times
     uv run python -m benchmarks.memory --rows 5000000      # addresses only, ended soon after
 
 Runs `covergenre score` as a user does, on an embedded Ray, with an untrained model. Sampled ten
@@ -12,6 +13,7 @@ start, and how much of Ray's object store was ever touched. The rows repeat 50 d
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,9 @@ from typing import Any
 import psutil
 
 from benchmarks import told
+from covergenre.config import PrepareConfig
 from covergenre.demo.sample import write_sample, write_untrained_model
+from covergenre.stages.prepare import plan_dataset, read_inputs
 
 _COVERS = 50
 _SAMPLE_SECONDS = 0.1
@@ -37,7 +41,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--albums", type=int, default=3000, help="then ten times as many")
     parser.add_argument("--rows", type=int, help="instead: begin a catalog of so many rows")
+    parser.add_argument("--plan", type=int, help="instead: plan a dataset of so many rows")
+    parser.add_argument("--plan-catalog", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.plan_catalog:
+        print(json.dumps(_plan(Path(args.plan_catalog))))
+        return
+    if args.plan:
+        print(json.dumps(_planned(args.plan)))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = write_untrained_model(str(folder / "model"))
@@ -56,6 +68,57 @@ def _catalog(file: Path, covers: list[Path], rows: int) -> Path:
         for row in range(rows):
             out.write(f"album-{row:09d},{covers[row % len(covers)]}\n")
     return file
+
+
+def _planned(rows: int) -> dict[str, Any]:
+    """Peak memory of the driver, each time in a process of its own, without Ray."""
+    results = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for count in (rows, rows * _TIMES):
+            catalog = _labelled_catalog(Path(temporary, f"{count}.csv"), count)
+            command = [sys.executable, "-m", "benchmarks.memory", "--plan-catalog", str(catalog)]
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            results.append(json.loads(result.stdout))
+    few, many = results
+    return {
+        **{name: [few[name], many[name]] for name in few},
+        "peak_ratio": round(many["peak_mib"] / few["peak_mib"], 2),
+    }
+
+
+def _labelled_catalog(file: Path, rows: int) -> Path:
+    """Rows with URLs, up to three of 40 genres, and artists; 1 in 100 repeats an earlier id."""
+    chance = random.Random(0)
+    names = [f"Genre {n}" for n in range(40)]
+    weights = [1 / (n + 1) for n in range(40)]
+    with file.open("w") as out:
+        out.write("album_id,cover,genres,title,artist\n")
+        for row in range(rows):
+            album = row if row % 100 else max(row - 77, 0)
+            genres = "|".join(dict.fromkeys(chance.choices(names, weights, k=row % 4)))
+            out.write(
+                f"album-{album:09d},https://covers.example.org/{album % 1000:03d}/{album:09d}.jpg,"
+                f"{genres},Title {row},Artist {row % (rows // 8 + 1)}\n"
+            )
+    return file
+
+
+def _plan(catalog: Path) -> dict[str, Any]:
+    """Plan the dataset of a catalog in this process."""
+    out = str(catalog.with_suffix(".out"))
+    config = PrepareConfig(catalog=str(catalog), out=out, group_by="artist")
+    began = time.monotonic()
+    planned = plan_dataset(out, config, read_inputs(config))
+    seconds = time.monotonic() - began
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(line.split()[1] for line in status if line.startswith("VmHWM"))
+    return {
+        "rows": planned.plan.rows,
+        "shards": len(planned.assignment.shards),
+        "seconds": round(seconds, 1),
+        "rows_per_second": round(planned.plan.rows / seconds),
+        "peak_mib": int(peak) >> 10,
+    }
 
 
 def _compared(folder: Path, model: str, covers: list[Path], albums: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Genre names as catalogs write them: lists written as text, missing values, Unicode forms.
+"""Parsing and normalising genre names: lists written as text, missing values, Unicode forms.
 
-A list column that was written to CSV is text such as `['rock', 'pop']` (pandas), `["rock", "pop"]`
-(JSON), `['rock' 'pop']` (numpy) or `{rock,"hip hop"}` (PostgreSQL). Such text is read as the list
-it was; it is never evaluated.
+A list column in a CSV file is text such as `['rock', 'pop']` (pandas), `["rock", "pop"]` (JSON),
+`['rock' 'pop']` (numpy) or `{rock,"hip hop"}` (PostgreSQL). It is parsed as a list, never
+evaluated.
 """
 
 import ast
@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable
 
 MISSING_VALUES = ("nan", "none", "null", "na", "n/a", "<na>", "#n/a")
-"""What pandas and others write for a missing value. Upper and lower case are the same."""
+"""Texts that pandas and others write for a missing value, in any case."""
 
 BRACKETS = frozenset("[]{}")
 _CALL = re.compile(
@@ -29,7 +29,7 @@ _BARE_MISSING = frozenset({"nan", "none", "null", "<na>"})
 
 
 class GenreTextError(ValueError):
-    """Text of a genre column that cannot be read; its text says why, without the place."""
+    """A cell of a genre column cannot be parsed. The message has no file or line."""
 
     def __init__(self, cell: str, why: str) -> None:
         super().__init__(f"{excerpt(cell)}: {why}")
@@ -37,9 +37,9 @@ class GenreTextError(ValueError):
 
 
 def split_names(text: str, separator: str) -> list[str | None]:
-    """The names in a cell of text: the items of a list, or what `separator` separates.
+    """The names in a cell: the items if it is a list, else the text split at `separator`.
 
-    Raises GenreTextError where it is a list that cannot be read.
+    Raises GenreTextError if it is a list that cannot be parsed.
     """
     items = _list_items(text.strip())
     if items is None:
@@ -49,15 +49,15 @@ def split_names(text: str, separator: str) -> list[str | None]:
     except (ValueError, SyntaxError) as error:
         raise GenreTextError(
             text,
-            f"a list written as text that cannot be read ({error}); write names separated"
-            f" by {separator}, or a JSON list",
+            f"cannot be parsed as a list ({error}); separate names by {separator}, or write a JSON"
+            " list",
         ) from error
 
 
 def clean_names(names: Iterable[str | None], missing: frozenset[str]) -> list[str]:
-    """The names normalised, in order; missing values, empty names and repetitions left out.
+    """Normalised names, in order, without missing values, empty names and duplicates.
 
-    missing: in lower case. Raises ValueError where a name has brackets: it is part of a list.
+    missing: in lower case. Raises ValueError if a name has brackets: it is part of a list.
     """
     cleaned: dict[str, None] = {}
     for name in names:
@@ -68,16 +68,16 @@ def clean_names(names: Iterable[str | None], missing: frozenset[str]) -> list[st
             continue
         if not BRACKETS.isdisjoint(normalised):
             raise ValueError(
-                f"the genre name {excerpt(normalised)} has a bracket, as lists have; correct the"
-                " separator or the name"
+                f"the genre name {excerpt(normalised)} contains a bracket; correct the separator or"
+                " the name"
             )
         cleaned[normalised] = None
     return list(cleaned)
 
 
 def clean_name(name: str) -> str:
-    """NFC; without invisible format characters (zero-width space, byte order mark); white space
-    stripped, and a single space within."""
+    """Unicode NFC, without format characters (zero-width space, byte order mark), white space
+    stripped and collapsed to single spaces."""
     if not name.isascii():
         name = unicodedata.normalize("NFC", name)
         name = "".join(c for c in name if unicodedata.category(c) != "Cf")
@@ -85,12 +85,12 @@ def clean_name(name: str) -> str:
 
 
 def excerpt(text: str, limit: int = 60) -> str:
-    """`text` in quotes and on one line, for a message."""
+    """`text` in quotes on one line, shortened, for a message."""
     return repr(text if len(text) <= limit else f"{text[:limit]}…")
 
 
 def _list_items(text: str) -> str | None:
-    """The text between the brackets of a list; None where `text` is no list."""
+    """The text between the brackets of a list; None if `text` is not a list."""
     if call := _CALL.fullmatch(text):  # array(['rock'], dtype=object), set(), c("rock", "pop")
         inner = call[1].strip()
         if not inner or inner[0] in "[{('\"":
@@ -99,7 +99,7 @@ def _list_items(text: str) -> str | None:
         return None
     if text[0] + text[-1] in ("[]", "{}"):
         return text[1:-1]
-    # Parentheses are part of many a name; a tuple has quotes in it.
+    # Many names have parentheses; a tuple has quotes after the first one.
     is_tuple = text[0] + text[-1] == "()" and (text[1:-1].strip()[:1] in ("'", '"', ""))
     return text[1:-1] if is_tuple else None
 
@@ -110,7 +110,7 @@ def _parse_items(items: str) -> list[str | None]:
     previous: re.Match[str] | None = None
     while (next_item := _TEXT.search(items, at)) is not None:
         item = _ITEM.match(items, at)
-        # Only quoted items may be separated by white space alone, as numpy writes them.
+        # Only quoted items may be separated by white space alone, as by numpy.
         is_separated = (
             previous is None
             or previous["comma"]
@@ -130,7 +130,7 @@ def _parse_items(items: str) -> list[str | None]:
 
 def _bare(word: str) -> str | None:
     if word in ("...", "…"):
-        raise ValueError("it was cut short: ...")
+        raise ValueError("it is truncated: ...")
     return None if word.lower() in _BARE_MISSING else word
 
 
@@ -141,10 +141,10 @@ def _unquoted(token: str) -> str:
         except ValueError:
             name = ast.literal_eval(token)
     else:
-        name = ast.literal_eval(token)  # a string literal, as the pattern says: a value, not code
+        name = ast.literal_eval(token)  # matches _QUOTED: a string literal, not code
     if isinstance(name, bytes):
         name = name.decode()
     if not isinstance(name, str):
-        raise ValueError("no text")
-    name.encode()  # half of a surrogate pair is not text
+        raise ValueError("not text")
+    name.encode()  # raises for half of a surrogate pair
     return name

@@ -97,7 +97,6 @@ CATALOG = pa.schema(
         pa.field("artist", pa.string()),
         pa.field("split", pa.string()),
         pa.field("group", pa.string()),
-        pa.field("first_row", pa.int64()),  # set where an earlier row has this album_id
     ]
 )
 

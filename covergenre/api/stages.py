@@ -55,7 +55,7 @@ class PreparedDataset(_Result):
         uri: the dataset.
         dataset_id: identity of its content.
         genres: names of the selected genres, in the order of the targets.
-        counts: rows, albums, duplicates, rejected and others, as in manifest.json.
+        counts: rows, albums, duplicates, rejected and others, as in _manifest.json.
     """
 
     def __init__(self, done: "prepare_stage.Prepared") -> None:

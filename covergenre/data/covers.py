@@ -1,7 +1,7 @@
-"""Catalog rows -> covers: what prepare and score both do with a row before they part ways.
+"""Loading the covers of catalog rows, for prepare and score.
 
-Every row ends in exactly one of three ways: its cover's bytes, a reason why it is set aside, or
-the earlier row that it repeats.
+Every row has exactly one outcome: the bytes of its cover, the reason why it is rejected, or the
+earlier row of which it is a duplicate.
 """
 
 import re
@@ -21,10 +21,10 @@ from covergenre.errors import DatasetError, StorageError, did_you_mean
 from covergenre.io import storage
 from covergenre.io.urls import redacted
 
-# What a row that repeats an earlier one has to know of that one: which it is, and its cover.
+# Columns of a row whose album_id an earlier row has: that row's number and cover.
 FIRST = pa.schema(
     [
-        schema.CATALOG.field("first_row"),
+        pa.field("first_row", pa.int64()),
         pa.field("first_cover", pa.string()),
         pa.field("first_source", pa.int32()),
         pa.field("first_source_row", pa.int64()),
@@ -32,38 +32,37 @@ FIRST = pa.schema(
 )
 LOADED_COLUMNS = ("row", "album_id", "cover", "source", "source_row", *FIRST.names)
 """Columns that `load` reads."""
-# A catalog whose rows have that, all in memory.
-PLAN = pa.schema([*schema.CATALOG, *list(FIRST)[1:]])
+PLAN = pa.schema([*schema.CATALOG, *FIRST])
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the image bytes of a catalog are, for rows that have them in a Parquet file."""
+    """Where image bytes are that are stored in Parquet files, and how other covers are loaded."""
 
     files: tuple[str, ...] = ()
     image_column: str = "image"
     prepared: bool = False
-    """Whether the files are a dataset's shards, which keep the hash of the source bytes."""
+    """Whether the files are shards of a dataset, which have the hash of the source bytes."""
     download_concurrency: int = 16
     """Covers that one task downloads at a time (from each host, with http)."""
     allow_private: bool = False
-    """Whether http covers may be asked for in private networks."""
+    """Whether http covers may be in private networks."""
     contact: str | None = None
     """URL or mail address for the User-Agent header of http requests."""
 
 
 @dataclass(frozen=True)
 class Cover:
-    """The bytes of a row's cover."""
+    """The encoded bytes of a row's cover."""
 
     data: bytes
     sha256: str
-    """Of the source bytes, which prepare may have re-encoded since."""
+    """Of the source bytes; prepare may have re-encoded `data`."""
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """The row repeats an earlier one: same album, same cover."""
+    """The row has the album_id and the cover of an earlier row."""
 
     first_row: int
 
@@ -71,57 +70,70 @@ class Duplicate:
 Outcome = Cover | CoverError | Duplicate
 
 
-def plan(catalog: pa.Table) -> pa.Table:
-    """schema.CATALOG -> PLAN."""
-    first = catalog["first_row"].combine_chunks()
-    columns = {
-        f"first_{name}": catalog[name].combine_chunks().take(first)
-        for name in ("cover", "source", "source_row")
-    }
-    for name, column in columns.items():
-        catalog = catalog.append_column(name, column)
-    return catalog.cast(PLAN)
+class DatasetReader:
+    """The rows of splits of a prepared dataset, in the order of its shards; see plan.RowReader.
 
-
-def dataset_parts(
-    manifest: dataset.Manifest, splits: Sequence[str], carry: Sequence[str] = ()
-) -> tuple[Iterator[pa.Table], Source]:
-    """A prepared dataset's `splits` as parts of PLAN, in the order of its shards.
-
-    carry: columns of schema.DATASET to add, named CARRIED and their name.
+    columns: those of PLAN to read. carry: columns of schema.DATASET to add, named CARRIED and
+    their name.
     """
-    for name in carry:
-        if name not in schema.DATASET.names or name == "image":
-            names = [column for column in schema.DATASET.names if column != "image"]
-            raise DatasetError(
-                f"--carry {name}: no such column in the dataset{did_you_mean(name, names)}",
-                code="no_column",
-            )
-    uris = [uri for split in splits for uri in manifest.shard_uris(split)]
-    return _shard_parts(uris, carry), Source(tuple(uris), prepared=True)
 
-
-def _shard_parts(uris: list[str], carry: Sequence[str]) -> Iterator[pa.Table]:
-    columns = ["album_id", "genres", "title", "artist", "split", "group"]
-    rows = 0
-    for source, uri in enumerate(uris):
-        table = dataset.read_table(uri, list(dict.fromkeys([*columns, *carry])))
-        count = table.num_rows
-        part = table.select(columns)
-        part = part.append_column("row", pa.array(range(rows, rows + count), pa.int64()))
-        part = part.append_column("source_row", pa.array(range(count), pa.int64()))
-        part = part.append_column("source", pa.array([source] * count, pa.int32()))
-        for field in (PLAN.field("cover"), *FIRST):
-            part = part.append_column(field, pa.nulls(count, field.type))
-        rows += count
-        part = part.select(PLAN.names).cast(PLAN)
+    def __init__(
+        self,
+        manifest: dataset.Manifest,
+        splits: Sequence[str],
+        columns: Sequence[str] = tuple(PLAN.names),
+        carry: Sequence[str] = (),
+    ) -> None:
         for name in carry:
-            part = part.append_column(f"{schema.CARRIED}{name}", table[name])
-        yield part
+            if name not in schema.DATASET.names or name == "image":
+                names = [column for column in schema.DATASET.names if column != "image"]
+                raise DatasetError(
+                    f"--carry {name}: no such column in the dataset{did_you_mean(name, names)}",
+                    code="no_column",
+                )
+        self._uris = [uri for split in splits for uri in manifest.shard_uris(split)]
+        self._columns = [name for name in PLAN.names if name in columns]
+        self._carry = carry
+        self.key: dict[str, Any] = {
+            "dataset_id": manifest.dataset_id,
+            "splits": list(splits),
+            "columns": [*self._columns, *carry],
+        }
+        self.identity: str | None = manifest.dataset_id
+
+    def parts(self) -> Iterator[pa.Table]:
+        """One table per shard."""
+        rows = 0
+        names = dict.fromkeys(["album_id", *self._columns, *self._carry])
+        stored = [name for name in names if name in schema.DATASET.names]
+        fields = pa.schema([PLAN.field(name) for name in self._columns])
+        for source, uri in enumerate(self._uris):
+            table = dataset.read_table(uri, stored)
+            count = table.num_rows
+            columns = {
+                **{name: pa.nulls(count, PLAN.field(name).type) for name in self._columns},
+                **{name: table[name] for name in self._columns if name in stored},
+                "row": pa.array(range(rows, rows + count), pa.int64()),
+                "source": pa.array([source] * count, pa.int32()),
+                "source_row": pa.array(range(count), pa.int64()),
+            }
+            part = pa.table({name: columns[name] for name in self._columns}).cast(fields)
+            for name in self._carry:
+                part = part.append_column(f"{schema.CARRIED}{name}", table[name])
+            rows += count
+            yield part
+
+    def source(self) -> Source:
+        """The images are in the shards."""
+        return Source(tuple(self._uris), prepared=True)
+
+    def summary(self) -> dict[str, Any]:
+        """Nothing more than the rows."""
+        return {}
 
 
 def local_cover(rows: pa.Table) -> str | None:
-    """A cover of `rows` that lies on this machine's disk; None where none does."""
+    """The path of a cover on this machine's disk; None if no row has one."""
     covers = rows["cover"].filter(pc.is_null(rows["source"])).drop_null()
     elsewhere = pc.match_substring_regex(covers, r"(?i)^(data:|[a-z][a-z0-9+.-]+://)")
     is_file = pc.match_substring_regex(covers, "(?i)^file:/")
@@ -130,7 +142,7 @@ def local_cover(rows: pa.Table) -> str | None:
 
 
 def web_schemes(rows: pa.Table) -> list[str]:
-    """Which of "http" and "https" the covers' URLs have."""
+    """Those of "http" and "https" that covers' URLs have."""
     return [
         scheme
         for scheme in ("http", "https")
@@ -138,18 +150,13 @@ def web_schemes(rows: pa.Table) -> list[str]:
     ]
 
 
-def first_rows(plan_rows: pa.Table) -> pa.Array:
-    """Whether each row is the one that counts for its album: it has an id, and none before it."""
-    return pc.and_(pc.is_valid(plan_rows["album_id"]), pc.is_null(plan_rows["first_row"]))
-
-
 def load(
     plan_rows: pa.Table, source: Source, slice_rows: int
 ) -> Iterator[tuple[pa.Table, list[Outcome]]]:
-    """`plan_rows` in slices, each with its rows' outcomes. Decodes no cover.
+    """`plan_rows` in slices, each with the outcomes of its rows. Does not decode covers.
 
-    plan_rows: columns PLAN, or those of them that tell a row and its cover, as plan.py keeps them.
-    A slice's covers are read when it is asked for, so no more than one slice of them is held.
+    plan_rows: columns LOADED_COLUMNS, and others. The covers of a slice are loaded when the
+    iterator reaches it: no more than one slice is in memory.
     """
     own = _embedded(_sources(plan_rows), source)
     for start in range(0, plan_rows.num_rows, slice_rows):
@@ -158,7 +165,7 @@ def load(
 
 
 def _sources(plan_rows: pa.Table, prefix: str = "") -> list[tuple[int, int]]:
-    """(file, row of the file) of those rows that have their cover in a Parquet file."""
+    """(file, row of the file) of the rows that have their cover in a Parquet file."""
     columns = plan_rows.select([f"{prefix}source", f"{prefix}source_row"]).drop_null()
     return list(zip(*(column.to_pylist() for column in columns), strict=True))
 
@@ -168,15 +175,15 @@ def _outcomes(
 ) -> list[Outcome]:
     rows = plan_rows.to_pylist()
     own = {row["row"]: next(own_covers) for row in rows if row["source"] is not None}
-    places = sorted(set(_sources(plan_rows, "first_")))
-    firsts = dict(zip(places, _embedded(places, source), strict=True))
+    positions = sorted(set(_sources(plan_rows, "first_")))
+    firsts = dict(zip(positions, _embedded(positions, source), strict=True))
 
     def cover_of(row: dict[str, Any]) -> Cover:
         return own.get(row["row"]) or fetch(row["cover"], source)
 
     def first_cover_of(row: dict[str, Any]) -> Cover:
-        place = (row["first_source"], row["first_source_row"])
-        return firsts.get(place) or fetch(row["first_cover"], source)
+        position = (row["first_source"], row["first_source_row"])
+        return firsts.get(position) or fetch(row["first_cover"], source)
 
     def outcome(row: dict[str, Any]) -> Outcome:
         try:
@@ -206,17 +213,18 @@ def _repeated(
         first = first_cover_of(row)
     except CoverError as error:
         raise CoverError(
-            "conflicting_cover", f"row {first_row} came first, with a cover that is {error.reason}"
+            "conflicting_cover",
+            f"the cover of row {first_row}, the first with this id, is {error.reason}",
         ) from error
     if mine.sha256 == first.sha256:
         return Duplicate(first_row)
-    raise CoverError("conflicting_cover", f"row {first_row} came first")
+    raise CoverError("conflicting_cover", f"row {first_row}, the first with this id, has another")
 
 
 _WINDOWS_PATH = re.compile(r"(?:\A|/)(?:[A-Za-z]:[\\/]|\\\\)")
-"""A drive or a server's share, at the start or where it was joined to a folder."""
+"""A drive or a network share, at the start or after the directory it was joined to."""
 _MAYBE_ELSEWHERE = ("missing_file", "access_denied")
-"""S3 denies access to what is missing, to those who may not list."""
+"""S3 denies access to missing keys without permission to list."""
 
 
 def fetch(path: str | None, source: Source) -> Cover:
@@ -236,19 +244,19 @@ def fetch(path: str | None, source: Source) -> Cover:
                 if other.reason not in _MAYBE_ELSEWHERE:
                     raise
         if _WINDOWS_PATH.search(path):
-            hint = "a Windows path means nothing here; write it relative to the catalog or --covers"
+            hint = "a Windows path; write it relative to the catalog or --covers"
             raise CoverError(error.reason, f"{error.detail}; {hint}") from error
         raise
 
 
 def _without_backslashes(path: str) -> str:
-    """`path` with / for each backslash, as Windows means them; a query keeps its own."""
+    """`path` with / for each backslash, except in the query of a URL."""
     end = len(path)
     if http.is_web(path):
         end = next((match.start() for match in re.finditer(r"[?#]", path)), end)
     if "\\" not in path[:end]:
         return path
-    # S3 knows no `./`
+    # S3 does not resolve `./`
     return re.sub(r"/(\./)+", "/", path[:end].replace("\\", "/")) + path[end:]
 
 
@@ -267,7 +275,7 @@ def _fetch_exactly(path: str, source: Source) -> Cover:
         )
     try:
         with storage.open_input(path) as file, storage.translate_errors(path, "read"):
-            if file.size() > MAX_BYTES:  # before it fills the memory
+            if file.size() > MAX_BYTES:  # before reading it
                 raise CoverError("file_too_large", f"{file.size():,} bytes, limit {MAX_BYTES:,}")
             data = bytes(file.read())
     except StorageError as error:
@@ -283,23 +291,23 @@ def _reason(path: str, error: StorageError) -> str:
     return "fetch_failed" if storage.scheme(path) == "s3" else "unreadable_file"
 
 
-def _embedded(places: Sequence[tuple[int, int]], source: Source) -> Iterator[Cover | None]:
-    """The covers at (file, row of the file), in that order; None where the file has no bytes."""
+def _embedded(positions: Sequence[tuple[int, int]], source: Source) -> Iterator[Cover | None]:
+    """The covers at (file, row of the file), in that order; None if the row has no bytes."""
     columns = [source.image_column, *(["cover_sha256"] if source.prepared else [])]
-    for at, rows in _ascending(places):
+    for at, rows in _ascending(positions):
         for batch in dataset.stream_rows(source.files[at], rows, columns):
             image = batch.column(source.image_column)
-            if pa.types.is_struct(image.type):  # Hugging Face keeps {bytes, path}
+            if pa.types.is_struct(image.type):  # Hugging Face's {bytes, path}
                 image = image.field("bytes")
             known = batch.column("cover_sha256").to_pylist() if source.prepared else []
             for data, digest in zip_longest(image.to_pylist(), known):
                 yield None if data is None else Cover(data, digest or sha256(data))
 
 
-def _ascending(places: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
-    """`places` as runs of ascending rows of one file."""
+def _ascending(positions: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
+    """`positions` as runs of ascending rows of one file."""
     runs: list[tuple[int, list[int]]] = []
-    for at, row in places:
+    for at, row in positions:
         if runs and runs[-1][0] == at and runs[-1][1][-1] < row:
             runs[-1][1].append(row)
         else:

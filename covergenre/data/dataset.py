@@ -1,9 +1,12 @@
-"""The dataset on disk: Parquet shards by split, and the manifest that says what is in them.
+"""The dataset on disk: Parquet shards by split, and the manifest.
 
 DATASET/train/part-00000.parquet   rows of schema.DATASET, in catalog order
 DATASET/dev/...  DATASET/test/...
-DATASET/genres.json                the vocabulary, sorted
-DATASET/manifest.json              counts, sizes, hashes, settings, versions; written last
+DATASET/_genres.json               the vocabulary, sorted
+DATASET/_manifest.json             counts, sizes, hashes, settings, versions; written last
+
+Everything that is not a row of the dataset begins with an underscore and has another extension, so
+that readers of the directory (DuckDB, polars, pandas, Spark, pyarrow) get the rows alone.
 """
 
 import hashlib
@@ -21,16 +24,17 @@ from covergenre.data.genres import Genres
 from covergenre.errors import DatasetError
 from covergenre.io import parquet, storage
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+MANIFEST = "_manifest.json"
 ROW_GROUP_ROWS = 256
 """Also the rows that one task of evaluate or score reads."""
 ROW_GROUP_BYTES = 48 * 2**20
-"""Under 64 MiB with room for the other columns and one more cover."""
+"""Under 64 MiB, with room for the other columns and one more cover."""
 _LARGE_GROUP_BYTES = 64 * 2**20
 _BUFFER_BYTES = 8 * 2**20
 _STREAMED_ROWS = 64
 TABLE_GROUP_ROWS = 8192
-"""Of a table without covers: a plan, labels. A task reads a part of a plan, not all of it."""
+"""Rows of a row group in tables without covers: labels, plans."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Shard:
     """One Parquet file of a dataset."""
 
     path: str
-    """Below the dataset's folder."""
+    """Relative to the dataset's directory."""
     rows: int
     bytes: int
     sha256: str
@@ -46,46 +50,47 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a dataset holds."""
+    """The content of a dataset."""
 
     uri: str
     genres: Genres
     shards: dict[str, tuple[Shard, ...]]
-    """Of each split, in catalog order."""
+    """By split, in catalog order."""
     dataset_id: str
     counts: dict[str, Any]
 
     def rows(self, split: str) -> int:
-        """Albums of `split`."""
+        """Number of albums of `split`."""
         return sum(shard.rows for shard in self.shards[split])
 
     def shard_uris(self, split: str) -> list[str]:
-        """Where the shards of `split` are, in order."""
+        """URIs of the shards of `split`, in order."""
         return [storage.join(self.uri, shard.path) for shard in self.shards[split]]
 
     def genre_counts(self, split: str) -> list[int]:
-        """Albums of `split` that have each genre, in the order of `genres`."""
+        """Number of albums of `split` with each genre, in the order of `genres`."""
         by_split = self.counts["genres_by_split"]
         return [by_split[genre][split] for genre in self.genres.names]
 
     def require(self, split: str) -> None:
-        """Raises DatasetError where `split` has no album."""
+        """Raises DatasetError if `split` has no album."""
         if self.rows(split) == 0:
             raise DatasetError(
-                f"{self.uri}: the {split} split is empty; prepare more albums, or other"
-                " --split-fractions"
+                f"{self.uri}: the {split} split is empty; prepare more albums, or change"
+                " --split-fractions",
+                code="empty_split",
             )
 
 
 def dataset_id(genres: Genres, shards: dict[str, tuple[Shard, ...]]) -> str:
-    """Identity of a dataset's content: its genres and its shards' hashes."""
+    """Hash of a dataset's content: its genres and its shards."""
     text = [genres.digest] + [s.sha256 for split in schema.SPLITS for s in shards[split]]
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
 def write_manifest(manifest: Manifest, extra: dict[str, Any]) -> None:
-    """Write genres.json and, last, manifest.json: from then on the folder is a dataset."""
-    storage.put_json(storage.join(manifest.uri, "genres.json"), list(manifest.genres.names))
+    """Write _genres.json and, last, _manifest.json, which makes the directory a dataset."""
+    storage.put_json(storage.join(manifest.uri, "_genres.json"), list(manifest.genres.names))
     value = {
         "format_version": FORMAT_VERSION,
         "dataset_id": manifest.dataset_id,
@@ -96,30 +101,32 @@ def write_manifest(manifest: Manifest, extra: dict[str, Any]) -> None:
         },
         **extra,
     }
-    storage.put_json(storage.join(manifest.uri, "manifest.json"), value)
+    storage.put_json(storage.join(manifest.uri, MANIFEST), value)
 
 
 def is_dataset(uri: str) -> bool:
-    """Whether `uri` is a folder that prepare finished."""
-    return storage.is_directory(uri) and storage.exists(storage.join(uri, "manifest.json"))
+    """Whether `uri` is the directory of a finished dataset."""
+    return storage.is_directory(uri) and storage.exists(storage.join(uri, MANIFEST))
 
 
 def read_manifest(uri: str) -> Manifest:
-    """The manifest of the dataset at `uri`. Raises DatasetError where it is none."""
+    """The manifest of the dataset at `uri`. Raises DatasetError if it is not a dataset."""
     uri = storage.absolute(uri)
     if not storage.exists(uri):
-        raise DatasetError(f"{uri}: no such dataset")
-    path = storage.join(uri, "manifest.json")
+        raise DatasetError(f"{uri}: no such dataset", code="not_found")
+    path = storage.join(uri, MANIFEST)
     if not storage.exists(path):
         raise DatasetError(
-            f"{uri}: not a dataset (no manifest.json); make one with `covergenre prepare`"
+            f"{uri}: not a dataset (no {MANIFEST}); make one with `covergenre prepare`",
+            code="no_manifest",
         )
     value = storage.read_json(path)
     try:
         if value["format_version"] != FORMAT_VERSION:
             raise DatasetError(
-                f"{path}: format version {value['format_version']}, this covergenre reads"
-                f" {FORMAT_VERSION}; prepare it again"
+                f"{path}: has format version {value['format_version']}, this covergenre reads"
+                f" version {FORMAT_VERSION}; prepare the dataset again",
+                code="format_version",
             )
         return Manifest(
             uri=uri,
@@ -132,15 +139,17 @@ def read_manifest(uri: str) -> Manifest:
             counts=value["counts"],
         )
     except (KeyError, TypeError) as error:
-        raise DatasetError(f"{path}: not a manifest of covergenre: lacks {error}") from error
+        raise DatasetError(
+            f"{path}: not a manifest of covergenre: {error}", code="invalid_manifest"
+        ) from error
 
 
 def to_parquet(table: pa.Table, metadata: dict[str, str] | None = None) -> pa.Buffer:
-    """`table` as Parquet, the same bytes for the same rows, in row groups of bounded size."""
+    """`table` as Parquet, in row groups of bounded size; equal rows give equal bytes."""
     if metadata:
         table = table.replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
-    # Covers are compressed already; snappy passes over them quickly and helps the rest.
+    # Covers are compressed already: snappy is fast on them and compresses the other columns.
     with pq.ParquetWriter(sink, table.schema, compression="snappy") as writer:
         for start, stop in _row_groups(table):
             writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
@@ -178,14 +187,14 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
 
 @lru_cache(maxsize=16)
 def _open(uri: str, stamp: tuple[int, int], buffered: bool) -> pq.ParquetFile:
-    # A worker reads many parts of one file: its footer is read once, until the file is another.
-    # Buffered, a column of a row group passes by; else all of it is fetched at once.
+    # A worker reads many parts of one file: its footer is read once, unless the file changes.
+    # Buffered, a column of a row group is read in pieces; else all of it at once.
     settings = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False} if buffered else {}
     return parquet.opened(storage.open_input(uri), **settings)
 
 
 def open_parquet(uri: str, buffered: bool = False) -> pq.ParquetFile:
-    """The Parquet file `uri`, kept open for those who read other parts of it later."""
+    """The Parquet file `uri`, kept open for later reads."""
     return _open(uri, storage.stat(uri), buffered=buffered)
 
 
@@ -197,7 +206,7 @@ def row_group_rows(uri: str) -> list[int]:
 
 
 def read_rows(uri: str, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """Rows `start` to `stop` of the Parquet file `uri`, reading only the row groups they are in."""
+    """Rows `start` to `stop` of the Parquet file `uri`; reads only the row groups they are in."""
     with storage.translate_errors(uri, "read as Parquet"):
         file = open_parquet(uri)
         first_row = 0
@@ -215,9 +224,9 @@ def read_rows(uri: str, start: int, stop: int, columns: Sequence[str] | None = N
 
 
 def stream_rows(uri: str, rows: Sequence[int], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """`rows` (ascending) of the Parquet file `uri`, a few at a time, each row group read once.
+    """`rows` (ascending) of the Parquet file `uri`, a few at a time; reads each row group once.
 
-    Row groups of others may be large: of those a part is in memory, never all.
+    Large row groups, as in catalogs made by other tools, are never in memory as a whole.
     """
     wanted = np.asarray(rows, np.int64)
     with storage.translate_errors(uri, "read as Parquet"):

@@ -1,10 +1,10 @@
-"""MuMu's label files: CSV, one row a song, made into one row an album.
+"""MuMu's label files: CSV with one row per song, read as one row per album.
 
 An album is one amazon_id, in order of first appearance. Its genres are those of all its songs, in
-order of first appearance, and its artist is the first that a song names. Covers are not part of
-MuMu: they are files `<amazon_id>.jpg` in a folder of the user's.
+order of first appearance; its artist is the first one of its songs. Covers are not part of MuMu:
+they are files `<amazon_id>.jpg` in a directory of the user's.
 
-Source: the MuMu dataset of Oramas et al. 2017, its files MuMu_dataset_*-label.csv.
+Source: MuMu_dataset_*-label.csv of the MuMu dataset (Oramas et al. 2017).
 """
 
 from collections.abc import Callable
@@ -26,15 +26,15 @@ _NEEDED = ["amazon_id", "artist_mbid", "genres"]
 def read_songs(
     files: list[str], to_names: Callable[[str], list[str]], covers: str | None
 ) -> tuple[pa.Table, int]:
-    """Albums (album_id, cover, genres, artist) and the number of songs in the files.
+    """(albums with album_id, cover, genres and artist; number of songs in the files).
 
-    to_names: from the text of a cell to the genres in it; it may raise GenreTextError.
-    `covers` is the folder of the covers; None: the folder of the file that has the album first.
-    A song without an amazon_id stays as a row of its own, without an id.
+    to_names: from the text of a cell to the genres in it; may raise GenreTextError.
+    covers: directory of the covers; None: that of the first file with the album.
+    A song without an amazon_id is an album of its own, without an id.
     """
     genres: dict[str | int, list[str]] = {}
     artists: dict[str | int, str | None] = {}
-    places: list[str | None] = []
+    paths: list[str | None] = []
     songs = 0
     for file in files:
         source = read_delimited(file, "csv", _NEEDED)
@@ -43,24 +43,28 @@ def read_songs(
         for name in _NEEDED:
             if name not in source.columns:
                 hint = did_you_mean(name, source.columns)
-                raise CatalogError(f"no column {name!r} in {file}{hint} (--format)")
+                raise CatalogError(
+                    f"no column {name!r} in {file}{hint} (--format)", code="no_column"
+                )
         folder = storage.absolute(covers or storage.parent(file))
         rows = (song for part in source.parts for song in part.select(_NEEDED).to_pylist())
         for song in rows:
             amazon_id, artist, text = (song[name] for name in _NEEDED)
             key = amazon_id or songs
             if key not in genres:
-                places.append(amazon_id and storage.join(folder, f"{amazon_id}.jpg"))
+                paths.append(amazon_id and storage.join(folder, f"{amazon_id}.jpg"))
             try:
                 genres.setdefault(key, []).extend(to_names(text or ""))
             except GenreTextError as error:
-                raise CatalogError(f"{file}, amazon_id {amazon_id}: 'genres': {error}") from error
+                raise CatalogError(
+                    f"{file}, amazon_id {amazon_id}: 'genres': {error}", code="genres"
+                ) from error
             artists[key] = artists.get(key) or artist
             songs += 1
     albums = pa.table(
         {
             "album_id": pa.array([key if isinstance(key, str) else None for key in genres]),
-            "cover": pa.array(places, pa.string()),
+            "cover": pa.array(paths, pa.string()),
             "genres": pa.array([list(dict.fromkeys(names)) for names in genres.values()], GENRES),
             "artist": pa.array(artists.values(), pa.string()),
         }

@@ -11,12 +11,13 @@ by their hashes in temporary files. A resumed run reads plan.json.
 import base64
 import hashlib
 import json
+import logging
 import secrets
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,11 +25,15 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from covergenre import schema
-from covergenre.data import dataset
-from covergenre.data.covers import FIRST, Source, local_cover, web_schemes
+from covergenre.config import CatalogSettings
+from covergenre.data import covers, dataset
+from covergenre.data.covers import FIRST, Source
 from covergenre.errors import CatalogError, StorageError
 from covergenre.io import arrow_file, storage
 from covergenre.io.hashing import hash_rows
+from covergenre.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 _COVER = ("cover", "source", "source_row")
 ROWS = pa.schema([schema.CATALOG.field(name) for name in ("row", "album_id", *_COVER)])
@@ -36,7 +41,7 @@ _REPEATS = pa.schema(
     [
         pa.field("row", pa.int64()),
         pa.field("first_row", pa.int64()),
-        pa.field("same_address", pa.bool_()),  # of the cover: then it need not be looked at
+        pa.field("same_url", pa.bool_()),  # the same cover, without reading it
     ]
 )
 GROUP_ROWS = dataset.TABLE_GROUP_ROWS
@@ -49,7 +54,7 @@ _REPEATS_FILE = "repeats.arrow"
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of a run's input, and where their covers are."""
+    """The numbered rows of a run's input, on disk."""
 
     uri: str
     rows: int
@@ -57,41 +62,83 @@ class Plan:
     identity: str
     """sha256 of the content of all rows."""
     key: dict[str, Any]
-    """What it was made of, as far as can be told without reading it."""
+    """Of the RowReader it was made from."""
+    summary: dict[str, Any]
+    """Of the RowReader it was made from."""
     local_cover: str | None
-    """A cover that lies on this machine's disk, if any does."""
+    """The path of a cover on this machine's disk, if there is any."""
     web_schemes: tuple[str, ...] = ()
-    """"http" and "https", as far as covers have such URLs."""
+    """"http" and "https", if covers have such URLs."""
     schema: pa.Schema = ROWS
-    """Columns of its rows: ROWS, and those that the input's parts had beside them."""
+    """Columns of its rows: ROWS, and further columns of the input."""
+
+    def with_settings(self, settings: CatalogSettings) -> "Plan":
+        """A copy whose covers are downloaded as `settings` say."""
+        source = replace(
+            self.source,
+            download_concurrency=settings.download_concurrency,
+            allow_private=settings.allow_private_addresses,
+            contact=settings.contact,
+        )
+        return replace(self, source=source)
+
+    def ranges(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the rows between `start` and `stop` in each file of the plan."""
+        stop = self.rows if stop is None else stop
+        while start < stop:
+            end = min((start // PART_ROWS + 1) * PART_ROWS, stop)
+            yield start, end
+            start = end
 
     def read(self, start: int, stop: int) -> pa.Table:
         """Rows `start` to `stop`: columns `schema`, and covers.FIRST where a row repeats another.
 
-        The column `id`, where there is one, has the id in the type of the catalog.
+        The column `id`, if present, has the id in the type of the catalog.
         """
-        rows = self._rows(start, stop)
-        repeats = self._repeats(start, stop)
-        place = np.full(rows.num_rows, repeats.num_rows)
-        place[repeats["row"].to_numpy() - start] = np.arange(repeats.num_rows)
-        for field, column in zip(FIRST, self._firsts(rows, start, repeats), strict=True):
-            rows = rows.append_column(field, column.take(pa.array(place)))
-        return rows
+        return self.take(np.arange(start, stop))
 
-    def _rows(self, start: int, stop: int) -> pa.Table:
-        parts = [
-            arrow_file.read_rows(
-                _part_uri(self.uri, part),
-                max(start - part * PART_ROWS, 0),
-                min(stop - part * PART_ROWS, PART_ROWS),
-                GROUP_ROWS,
-            ).cast(self.schema, safe=False)
-            for part in range(start // PART_ROWS, -(-stop // PART_ROWS))
-        ]
-        rows = pa.concat_tables(parts).combine_chunks()
+    def take(self, rows: NDArray[np.int64]) -> pa.Table:
+        """The same for `rows`, which ascend; all rows between them are read."""
+        start = int(rows[0])
+        table = self.read_rows(start, int(rows[-1]) + 1).take(pa.array(rows - start))
+        repeats = self._repeats(start, int(rows[-1]) + 1)
+        repeats = repeats.filter(np.isin(repeats["row"].to_numpy(), rows))
+        index = np.full(len(rows), repeats.num_rows)
+        index[np.searchsorted(rows, repeats["row"].to_numpy())] = np.arange(repeats.num_rows)
+        for field, column in zip(FIRST, self._firsts(table, rows, repeats), strict=True):
+            table = table.append_column(field, column.take(pa.array(index)))
+        return table.combine_chunks()
+
+    def read_rows(self, start: int, stop: int) -> pa.Table:
+        """Rows `start` to `stop`: columns `schema`."""
+        rows = self.read_columns("part", start, stop, self.schema)
         if schema.ID in rows.column_names and pa.types.is_string(self.schema.field(schema.ID).type):
             rows = rows.set_column(rows.column_names.index(schema.ID), schema.ID, rows["album_id"])
         return rows
+
+    def read_columns(self, name: str, start: int, stop: int, columns: pa.Schema) -> pa.Table:
+        """Rows `start` to `stop` of the files `name`-*.arrow."""
+        parts = [
+            arrow_file.read_rows(
+                _part_uri(self.uri, name, begin),
+                begin % PART_ROWS,
+                (end - 1) % PART_ROWS + 1,
+                GROUP_ROWS,
+            ).cast(columns, safe=False)
+            for begin, end in self.ranges(start, stop)
+        ]
+        return pa.concat_tables(parts).combine_chunks()
+
+    def write_columns(self, name: str, start: int, columns: pa.Table) -> None:
+        """Write further columns of one of `ranges`, the rows from `start`, to `name`-*.arrow."""
+        data = arrow_file.to_arrow_file(columns, GROUP_ROWS)
+        storage.put(_part_uri(self.uri, name, start), data)
+
+    def is_repeat(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Whether each of the rows `start` to `stop` has the album_id of an earlier row."""
+        found = np.zeros(stop - start, bool)
+        found[self._repeats(start, stop)["row"].to_numpy() - start] = True
+        return found
 
     def _repeats(self, start: int, stop: int) -> pa.Table:
         uri = storage.join(self.uri, _REPEATS_FILE)
@@ -99,20 +146,22 @@ class Plan:
         row = pc.field("row")
         return found.filter((row >= start) & (row < stop))
 
-    def _firsts(self, rows: pa.Table, start: int, repeats: pa.Table) -> list[pa.Array]:
-        """Columns FIRST of the repeated rows, in their order, and then of none: nulls."""
+    def _firsts(
+        self, table: pa.Table, rows: NDArray[np.int64], repeats: pa.Table
+    ) -> list[pa.Array]:
+        """Columns FIRST of the repeated rows, in their order, followed by nulls for all others."""
         first_row = repeats["first_row"].to_numpy()
-        same = repeats["same_address"].to_numpy()
+        same = repeats["same_url"].to_numpy()
         found: list[dict[str, Any]] = [{} for _ in first_row]
         for at in np.flatnonzero(same):
-            row = int(repeats["row"][int(at)].as_py()) - start
-            found[at] = {"cover": rows["cover"][row].as_py()}
+            row = repeats["row"][int(at)].as_py()
+            found[at] = {"cover": table["cover"][int(np.searchsorted(rows, row))].as_py()}
         groups = first_row // GROUP_ROWS
         for group in np.unique(groups[~same]):
             begin = int(group) * GROUP_ROWS
-            table = self._rows(begin, min(begin + GROUP_ROWS, self.rows))
+            of_group = self.read_rows(begin, min(begin + GROUP_ROWS, self.rows))
             here = np.flatnonzero((groups == group) & ~same)
-            taken = table.take(pa.array(first_row[here] - begin))
+            taken = of_group.select(_COVER).take(pa.array(first_row[here] - begin))
             for at, record in zip(here, taken.to_pylist(), strict=True):
                 found[at] = record
         columns = {
@@ -120,6 +169,53 @@ class Plan:
             **{f"first_{name}": [*(record.get(name) for record in found), None] for name in _COVER},
         }
         return [pa.array(columns[field.name], field.type) for field in FIRST]
+
+
+class RowReader(Protocol):
+    """The rows of a run's input: catalog.CatalogReader, covers.DatasetReader."""
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Readers with equal keys have equal rows. JSON."""
+
+    @property
+    def identity(self) -> str | None:
+        """The identity of the plan of these rows, if it is known without reading them."""
+
+    def parts(self) -> Iterator[pa.Table]:
+        """All rows in order: columns ROWS, and others to keep; rows numbered from 0."""
+
+    def source(self) -> Source:
+        """Where image bytes are; known when all parts have been read."""
+
+    def summary(self) -> dict[str, Any]:
+        """JSON values to keep with the plan; known when all parts have been read."""
+
+
+def open_plan(uri: str, reader: RowReader, *, reuse: bool) -> Plan:
+    """The plan at `uri`, written now if there is none or it was made from other input.
+
+    reuse: do not compare the input with that of the plan.
+    """
+    plan = read_plan(uri)
+    if plan is not None and (reuse or plan.key == reader.key):
+        return plan
+    with Progress("catalog", None, "rows") as progress:
+        return write_plan(uri, reader, progress)
+
+
+def identity_of(reader: RowReader, plan: Plan | None) -> str:
+    """The identity of a reader's rows, from `plan` if it was made from them, else by reading."""
+    if reader.identity is not None:
+        return reader.identity
+    if plan is not None and plan.key == reader.key:
+        return plan.identity
+    logger.info("reading the catalog to check whether it has changed since the last run")
+    digest, unified = hashlib.sha256(), ROWS
+    for part in _even(reader.parts()):
+        unified = _unify(unified, part.schema)
+        hash_rows(digest, part)
+    return _identity(digest, reader.source(), _without_null_types(unified))
 
 
 def read_plan(uri: str) -> Plan | None:
@@ -137,6 +233,7 @@ def read_plan(uri: str) -> Plan | None:
             Source(**source),
             value["identity"],
             value["key"],
+            value["summary"],
             value["local_cover"],
             tuple(value["web_schemes"]),
             pa.ipc.read_schema(pa.py_buffer(base64.b64decode(value["schema"]))),
@@ -145,64 +242,52 @@ def read_plan(uri: str) -> Plan | None:
         raise StorageError(f"{meta}: was not written by this covergenre; remove {uri}") from error
 
 
-def write_plan(
-    uri: str,
-    parts: Iterable[pa.Table],
-    source: Callable[[], Source],
-    key: dict[str, Any],
-) -> Plan:
-    """Write `parts` as the plan at `uri`.
+def write_plan(uri: str, reader: RowReader, progress: Progress | None = None) -> Plan:
+    """Write the plan of a reader's rows at `uri`.
 
-    parts: columns ROWS, and others, which are kept; rows numbered from 0. Where parts differ in
-    the type of a column, it becomes the wider type, or text. Raises CatalogError where a list or
-    an object would have to.
-    source: where image bytes are; called when all parts have been read.
+    Where parts differ in the type of a column, it becomes the wider type, or text. Raises
+    CatalogError where a list or an object would have to.
     """
-    rows, local = 0, None
+    rows, local_cover = 0, None
     schemes: set[str] = set()
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as temporary:
         seen = _Seen(Path(temporary))
         unified = ROWS
-        for number, part in enumerate(_even(parts)):
+        for part in _even(reader.parts()):
             unified = _unify(unified, part.schema)
-            rows += part.num_rows
-            local = local or local_cover(part)
-            schemes.update(web_schemes(part))
+            local_cover = local_cover or covers.local_cover(part)
+            schemes.update(covers.web_schemes(part))
             hash_rows(digest, part)
-            storage.put(_part_uri(uri, number), arrow_file.to_arrow_file(part, GROUP_ROWS))
+            data = arrow_file.to_arrow_file(part, GROUP_ROWS)
+            storage.put(_part_uri(uri, "part", rows), data)
             with storage.translate_errors(temporary, "write"):
                 seen.add(part)
+            rows += part.num_rows
+            if progress is not None:
+                progress.advance(part.num_rows)
         repeats = Path(temporary, _REPEATS_FILE)
         with storage.translate_errors(temporary, "write"):
             seen.write_repeats(repeats, rows)
         storage.put_file(storage.join(uri, _REPEATS_FILE), repeats)
-    made_of, columns = source(), _without_null_types(unified)
+    source, columns = reader.source(), _without_null_types(unified)
     plan = Plan(
         uri,
         rows,
-        made_of,
-        _identity(digest, made_of, columns),
-        key,
-        next((file for file in made_of.files if not storage.is_uri(file)), local),
+        source,
+        reader.identity or _identity(digest, source, columns),
+        reader.key,
+        reader.summary(),
+        next((file for file in source.files if not storage.is_uri(file)), local_cover),
         tuple(sorted(schemes)),
         columns,
     )
-    names = ("rows", "identity", "key", "local_cover", "web_schemes")
+    names = ("rows", "identity", "key", "summary", "local_cover", "web_schemes")
     value = {name: getattr(plan, name) for name in names}
     types = base64.b64encode(plan.schema.serialize()).decode()
-    value |= {"source": asdict(made_of), "schema": types}
+    value |= {"source": asdict(source), "schema": types}
     storage.put_json(storage.join(uri, _META), value)
     return plan
-
-
-def identify(parts: Iterable[pa.Table], source: Callable[[], Source]) -> str:
-    """The identity that a plan of these rows would have."""
-    digest, unified = hashlib.sha256(), ROWS
-    for part in _even(parts):
-        unified = _unify(unified, part.schema)
-        hash_rows(digest, part)
-    return _identity(digest, source(), _without_null_types(unified))
 
 
 def _identity(rows: Any, source: Source, schema: pa.Schema) -> str:
@@ -211,12 +296,13 @@ def _identity(rows: Any, source: Source, schema: pa.Schema) -> str:
     return str(rows.hexdigest())
 
 
-def _part_uri(uri: str, part: int) -> str:
-    return storage.join(uri, f"part-{part:08d}.arrow")
+def _part_uri(uri: str, name: str, start: int) -> str:
+    """The file of a plan with row `start`."""
+    return storage.join(uri, f"{name}-{start // PART_ROWS:08d}.arrow")
 
 
 def _even(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows, PART_ROWS in each table but the last."""
+    """The same rows in tables of PART_ROWS; the last one may be shorter."""
     held: list[pa.Table] = []
     rows = 0
     for part in parts:
@@ -276,14 +362,14 @@ def _without_null_types(schema: pa.Schema) -> pa.Schema:
     )
 
 
-# 128 bits of hash under a key of chance: that two of 100 million ids share one by accident, or by
-# somebody's design, is not to be expected in the life of the universe.
+# 128 bits of hash with a random key: a collision among 100 million ids, accidental or deliberate,
+# has a probability of about 1e-23.
 _SEEN = np.dtype([("id", np.uint64, 2), ("row", np.int64), ("cover", np.uint64)])
-_REPEATED = np.dtype([("row", np.int64), ("first_row", np.int64), ("same_address", np.bool_)])
+_REPEATED = np.dtype([("row", np.int64), ("first_row", np.int64), ("same_url", np.bool_)])
 
 
 class _Seen:
-    """Which ids were met, on which row first: 32 bytes a row, in temporary files."""
+    """The ids of all rows and their covers, as hashes: 32 bytes per row, in temporary files."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -295,10 +381,10 @@ class _Seen:
         for n in range(2):
             records["id"][:, n] = self._hashes(part["album_id"], n)
         records["row"] = part["row"].to_numpy()
-        # Only an address says, unread, that two covers are the same; 0: there is none.
-        has_address = pc.and_(pc.is_valid(part["cover"]), pc.is_null(part["source"])).to_numpy()
+        # Only equal URLs or paths show, without reading them, that covers are equal. 0: no URL.
+        has_url = pc.and_(pc.is_valid(part["cover"]), pc.is_null(part["source"])).to_numpy()
         records["cover"] = np.where(
-            has_address, self._hashes(pc.fill_null(part["cover"], ""), 2) | np.uint64(1), 0
+            has_url, self._hashes(pc.fill_null(part["cover"], ""), 2) | np.uint64(1), 0
         )
         self._spill("ids", records, records["id"][:, 0] % np.uint64(_BUCKETS))
 
@@ -309,18 +395,18 @@ class _Seen:
         hashes: NDArray[np.uint64] = hash_array(values, hash_key=self._keys[key], categorize=False)
         return hashes
 
-    def _spill(self, name: str, records: NDArray[Any], places: NDArray[Any]) -> None:
-        for place in np.unique(places):
-            with self._file(name, int(place)).open("ab") as file:
-                file.write(records[places == place].tobytes())
+    def _spill(self, name: str, records: NDArray[Any], buckets: NDArray[Any]) -> None:
+        for bucket in np.unique(buckets):
+            with self._file(name, int(bucket)).open("ab") as file:
+                file.write(records[buckets == bucket].tobytes())
 
-    def _file(self, name: str, place: int) -> Path:
-        return self._folder / f"{name}-{place:06d}"
+    def _file(self, name: str, bucket: int) -> Path:
+        return self._folder / f"{name}-{bucket:06d}"
 
     def write_repeats(self, to: Path, rows: int) -> None:
-        """Write _REPEATS in order of row: batch n has those of the plan's rows from n * GROUP_ROWS.
+        """Write _REPEATS in order of row; batch n is of the plan's rows from n * GROUP_ROWS.
 
-        rows: of the plan.
+        rows: number of rows of the plan.
         """
         for file in sorted(self._folder.glob("ids-*")):
             found = _repeated(np.fromfile(file, _SEEN))
@@ -338,12 +424,12 @@ class _Seen:
 
 
 def _repeated(seen: NDArray[Any]) -> NDArray[Any]:
-    """_SEEN, all rows of some ids -> _REPEATED."""
+    """_REPEATED of all rows of some ids, given as _SEEN."""
     seen = seen[np.lexsort((seen["row"], seen["id"][:, 1], seen["id"][:, 0]))]
     is_first = np.ones(len(seen), bool)
     is_first[1:] = (seen["id"][1:] != seen["id"][:-1]).any(1)
     first = seen[np.maximum.accumulate(np.where(is_first, np.arange(len(seen)), 0))]
     found = np.empty(len(seen), _REPEATED)
     found["row"], found["first_row"] = seen["row"], first["row"]
-    found["same_address"] = (seen["cover"] == first["cover"]) & (seen["cover"] != 0)
+    found["same_url"] = (seen["cover"] == first["cover"]) & (seen["cover"] != 0)
     return found[~is_first]

@@ -1,7 +1,7 @@
-"""The files of a catalog: which they are, and the columns that each one holds.
+"""The files of a catalog, and the columns in each of them.
 
-A reader returns the wanted columns that a file has, unjudged: what they mean is catalog.py's
-business. It raises CatalogError where a line would otherwise be lost or guessed at.
+Readers return the requested columns as they are in the file; catalog.py interprets them. They
+raise CatalogError instead of skipping or guessing a malformed line.
 """
 
 import contextlib
@@ -36,14 +36,14 @@ EXTENSIONS = {
     ".parquet": "parquet",
 }
 OWN = "own:"
-"""Columns of a JSON Lines file in their own types: this, and their name."""
+"""Prefix of the columns of a JSON Lines file in their own types."""
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
 
-# Formats that are not read, by their extension, and what to do instead.
+# Formats that are not supported, by extension, and what to do instead.
 _OTHER_EXTENSIONS = {
-    ".json": "JSON Lines (.jsonl) is read, one object a line: jq -c '.[]' FILE.json > FILE.jsonl",
+    ".json": "use JSON Lines (.jsonl), one object per line: jq -c '.[]' FILE.json > FILE.jsonl",
     ".xlsx": "export the sheet as CSV (UTF-8)",
     ".xls": "export the sheet as CSV (UTF-8)",
     ".feather": "write it as Parquet",
@@ -51,7 +51,7 @@ _OTHER_EXTENSIONS = {
     ".orc": "write it as Parquet",
     ".avro": "write it as Parquet",
 }
-# What a file that should be text begins with, and what it is.
+# First bytes of files that are not text, and their formats.
 _NOT_TEXT = {
     b"PK\x03\x04": "a zip archive (as .xlsx is); unpack it, or export the sheet as CSV (UTF-8)",
     b"\xd0\xcf\x11\xe0": "an Excel file; export the sheet as CSV (UTF-8)",
@@ -66,58 +66,59 @@ _GZIP = b"\x1f\x8b"
 _PARTITION = re.compile(r"([^=]+)=(.*)", re.DOTALL)
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
-# Small, for memory: a block is read ahead. A file with longer rows is read in blocks of the second.
+# Small, because blocks are read ahead. Files with longer rows are read in blocks of _ROW_BYTES.
 _CSV_BLOCK_BYTES = 2**19
 _ROW_BYTES = 2**25
-"""Of the longest row of a text file."""
+"""Maximum size of a row of a text file."""
 _CHUNK_ROWS = 50_000
 _BUFFER_BYTES = 8 * 2**20
-_PATH_BYTES = 4096  # the longest path of Linux
-_ROW_GROUP_BYTES = 4 << 30  # 100,000 covers
+_PATH_BYTES = 4096  # longest path on Linux
+_ROW_GROUP_BYTES = 4 << 30  # about 100,000 covers
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file, and how to read it a part at a time."""
+    """One file, read part by part."""
 
     uri: str
     columns: set[str]
-    """Every column of the file; of JSON Lines those that were met, so all of them at the end."""
+    """All columns; of JSON Lines, those of the lines read so far."""
     parts: Iterator[pa.Table]
-    """The wanted columns, without image bytes. Can be gone through once."""
+    """The requested columns, without image bytes. Can be iterated once."""
     image_column: str | None = None
-    """The column that can hold image bytes, if there is one."""
+    """The column that can contain image bytes, if there is one."""
     image_type: pa.DataType | None = None
-    """Of the image column, if there is one."""
+    """Type of the image column."""
     path_column: str | None = None
-    """Of `parts`: paths that stand beside the image bytes, in Hugging Face's {bytes, path}."""
+    """The column of `parts` with the paths of Hugging Face's {bytes, path}, if there is one."""
     null_images: int = 0
-    """As far as the file's own statistics tell."""
+    """Rows without an image, according to the statistics in the file."""
     rows: int | None = None
-    """Where the file itself says it."""
+    """Number of rows, if the file states it."""
     partitions: dict[str, str | None] = field(default_factory=dict)
-    """Columns that folders of the path give to all rows, as in `split=train/part-0.parquet`."""
+    """Columns given by directory names, as in `split=train/part-0.parquet`: name -> value."""
     ignored: dict[str, str] = field(default_factory=dict)
-    """Optional columns that hold no text -> what they hold; all is known at the end of `parts`."""
+    """Optional columns without text -> what they contain; complete at the end of `parts`."""
 
     def names(self) -> set[str]:
-        """All columns; none of a file that is empty."""
+        """All columns with those of directory names; none if the file is empty."""
         return self.columns | set(self.partitions) if self.columns else set()
 
 
 def find_files(uri: str, format_: str) -> tuple[str, list[str]]:
-    """The format ("auto" made definite) and the files, in order, of a file, folder or pattern.
+    """(format, files in order) of a file, directory or pattern; the format is never "auto".
 
-    Below a folder, names that begin with `.` or `_` are skipped, and files that are no catalog.
+    In a directory, names that begin with `.` or `_` are skipped, as are files of other formats.
     """
     uri = storage.absolute(uri)
     is_pattern = any(character in uri for character in "*?[") and not storage.exists(uri)
     if not is_pattern and not storage.is_directory(uri):
-        storage.size(uri)  # a missing file is told before its name is judged
+        storage.size(uri)  # report a missing file before an unknown extension
         found = _format_of(uri) if format_ == "auto" else format_
         if found is None:
             raise CatalogError(
-                f"{uri}: no known format; known: {', '.join(EXTENSIONS)} (or --format){_hint(uri)}"
+                f"{uri}: unknown format; known: {', '.join(EXTENSIONS)} (or --format){_hint(uri)}",
+                code="unknown_format",
             )
         return found, [uri]
     folder, pattern = _pattern(uri) if is_pattern else (uri, re.compile(""))
@@ -129,11 +130,14 @@ def find_files(uri: str, format_: str) -> tuple[str, list[str]]:
     }
     if not files:
         wanted = ", ".join(e for e, kind in EXTENSIONS.items() if format_ in ("auto", kind))
-        raise CatalogError(f"{uri}: no catalog file there; known: {wanted}")
+        raise CatalogError(f"{uri}: no catalog files found; known: {wanted}", code="no_files")
     kinds = Counter(files.values())
     if len(kinds) > 1:
         counted = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        raise CatalogError(f"{uri} mixes formats ({counted}); name the one to read with --format")
+        raise CatalogError(
+            f"{uri}: has files of several formats ({counted}); choose one with --format",
+            code="mixed_formats",
+        )
     return next(iter(kinds)), list(files)
 
 
@@ -152,7 +156,7 @@ def _hint(uri: str) -> str:
 
 
 def partitions(uri: str) -> dict[str, str | None]:
-    """Columns in the folders of a path, `name=value`, as Hive, Spark and DuckDB write them."""
+    """Columns in the directory names of a path, `name=value`, as Hive, Spark and DuckDB write."""
     found = map(_PARTITION.fullmatch, uri.split("/")[:-1])
     values = {unquote(match[1]): unquote(match[2]) for match in found if match}
     return {name: None if v == _NULL_PARTITION else v for name, v in values.items()}
@@ -163,7 +167,7 @@ def _is_shown(path: str) -> bool:
 
 
 def _pattern(uri: str) -> tuple[str, re.Pattern[str]]:
-    """The folder that a pattern starts from, and a regex for the paths below that folder."""
+    """The directory above the first wildcard, and a regex for the paths below it."""
     parts = uri.split("/")
     start = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
     regex = ""
@@ -179,7 +183,7 @@ def _pattern(uri: str) -> tuple[str, re.Pattern[str]]:
 
 @contextlib.contextmanager
 def _opened(uri: str, kind: str) -> Iterator[Any]:
-    """The file, unpacked if it is gzip by its content; what Arrow raises becomes one line."""
+    """The file, decompressed if its content is gzip; errors of Arrow become CatalogError."""
     with storage.open_input(uri) as file:
         try:
             start = file.read(6)
@@ -187,25 +191,27 @@ def _opened(uri: str, kind: str) -> Iterator[Any]:
             if kind == "parquet":
                 yield file
             elif start.startswith(_GZIP):
-                # Unlike Arrow's, it reads over zeros that pad the end, as gzip and zcat do.
+                # Unlike Arrow's, it ignores zero padding at the end, as gzip and zcat do.
                 with gzip.GzipFile(fileobj=file) as stream:
                     yield stream
             else:
                 for magic, what in _NOT_TEXT.items():
                     if start.startswith(magic):
-                        raise CatalogError(f"{uri}: not {kind} but {what}")
+                        raise CatalogError(f"{uri}: not {kind} but {what}", code="other_format")
                 yield file
         except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CatalogError(f"{uri}: not readable as {kind}: {reason}") from error
+            raise CatalogError(
+                f"{uri}: cannot read as {kind}: {reason}", code="unreadable"
+            ) from error
 
 
 @contextlib.contextmanager
 def _csv_rows(uri: str, stream: Any, kind: str) -> Iterator[Any]:
-    """A strict csv.reader over `stream`, whose limit of a value is that of a row."""
+    """A strict csv.reader over `stream`, with the size limit of a row for each value."""
     limit = csv.field_size_limit(_ROW_BYTES)
     try:
-        # surrogateescape lets a bad byte through, so that its line can be told.
+        # surrogateescape keeps invalid bytes, so that their line can be reported.
         text = io.TextIOWrapper(
             io.BufferedReader(stream, 1 << 20), "utf-8-sig", "surrogateescape", newline=""
         )
@@ -215,18 +221,20 @@ def _csv_rows(uri: str, stream: Any, kind: str) -> Iterator[Any]:
 
 
 def _lines(uri: str, file: Any) -> Iterator[Any]:
-    """Lines of a file of text or bytes, each of bounded length."""
+    """Lines of a text or binary file. Raises CatalogError if one is longer than _ROW_BYTES."""
     for number in itertools.count(1):
         line = file.readline(_ROW_BYTES + 1)
         if len(line) > _ROW_BYTES:
-            raise CatalogError(f"{uri}, line {number}: longer than {_ROW_BYTES >> 20} MiB")
+            raise CatalogError(
+                f"{uri}, line {number}: longer than {_ROW_BYTES >> 20} MiB", code="row_too_long"
+            )
         if not line:
             return
         yield line
 
 
 def read_header(uri: str, kind: str) -> list[str]:
-    """The column names of a CSV or TSV file; none where it is empty."""
+    """The column names of a CSV or TSV file; none if it is empty."""
     with _opened(uri, kind) as stream, _csv_rows(uri, stream, kind) as rows:
         try:
             header: list[str] = next((row for row in rows if row), [])
@@ -234,19 +242,22 @@ def read_header(uri: str, kind: str) -> list[str]:
         except UnicodeEncodeError as error:
             raise _not_utf8(uri, 1) from error
         except csv.Error as error:
-            raise CatalogError(f"{uri}, line 1: not valid CSV: {error}") from error
+            raise CatalogError(
+                f"{uri}, line 1: not valid CSV: {error}", code="invalid_csv"
+            ) from error
     return header
 
 
 def _not_utf8(uri: str, line: int) -> CatalogError:
     return CatalogError(
         f"{uri}, line {line}: not UTF-8; save the file as UTF-8 "
-        "(from Latin-1: iconv -f latin1 -t utf-8; from UTF-16: iconv -f utf-16 -t utf-8)"
+        "(from Latin-1: iconv -f latin1 -t utf-8; from UTF-16: iconv -f utf-16 -t utf-8)",
+        code="encoding",
     )
 
 
 def read_delimited(uri: str, kind: str, wanted: Collection[str]) -> SourceFile:
-    """Columns of a CSV or TSV file, all as text, an empty cell as null."""
+    """Columns of a CSV or TSV file as text; empty cells are null."""
     header = read_header(uri, kind)
     _check_unique(uri, header, wanted)
     names = [name for name in header if name in wanted]
@@ -258,7 +269,8 @@ def _check_unique(uri: str, columns: Sequence[str], wanted: Collection[str]) -> 
     for name in wanted:
         if columns.count(name) > 1:
             raise CatalogError(
-                f"{uri}: {columns.count(name)} columns are named {name!r}; rename or remove one"
+                f"{uri}: {columns.count(name)} columns are named {name!r}; rename or remove one",
+                code="duplicate_column",
             )
 
 
@@ -268,7 +280,7 @@ def _delimited_parts(
     rows = 0
     counter = None
     for block_bytes in (_CSV_BLOCK_BYTES, _ROW_BYTES):
-        # The second time, rows that were read before are passed over.
+        # The second time, rows that were read before are skipped.
         before = rows
         read = 0
         with _opened(uri, kind) as stream:
@@ -285,18 +297,20 @@ def _delimited_parts(
                 is_too_long = "straddl" in str(error)  # a row that does not fit two blocks
                 if is_too_long and block_bytes < _ROW_BYTES:
                     continue
-                _check_delimited(uri, kind, names)  # says the line, which Arrow does not know
+                _check_delimited(uri, kind, names)  # finds the line, which Arrow does not report
                 if is_too_long:
                     raise CatalogError(
-                        f"{uri}: a row is longer than {_ROW_BYTES >> 20} MiB"
+                        f"{uri}: a row is longer than {_ROW_BYTES >> 20} MiB", code="row_too_long"
                     ) from error
                 raise
-    # A quote that is opened and not closed makes Arrow swallow the lines up to the next one, in
-    # silence. Only a value of several lines can hide that, and such a file is looked at closely.
+    # With an unclosed quote, Arrow silently reads the lines up to the next quote as one value. If
+    # there are more lines than rows, the file is checked again with a strict parser.
     if counter is not None and counter.lines > rows + 1:
         records = _check_delimited(uri, kind, names)
         if records != rows:
-            raise CatalogError(f"{uri}: {records:,} rows are there, {rows:,} were read")
+            raise CatalogError(
+                f"{uri}: has {records:,} rows, but {rows:,} were read", code="lost_rows"
+            )
 
 
 def _arrow_batches(
@@ -307,7 +321,7 @@ def _arrow_batches(
         read_options=pa.csv.ReadOptions(block_size=block_bytes),
         parse_options=pa.csv.ParseOptions(delimiter=DELIMITERS[kind], newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(
-            # With no column wanted Arrow would give all: the first one stands in for the count.
+            # Without any column Arrow would return all; the first one gives the number of rows.
             include_columns=names or header[:1],
             column_types=dict.fromkeys(names or header[:1], pa.string()),
             null_values=[""],
@@ -317,9 +331,9 @@ def _arrow_batches(
 
 
 class _LineCounter:
-    """A stream of bytes for Arrow that counts the lines that pass.
+    """A binary stream for Arrow that counts lines.
 
-    No block that it gives ends between CR and LF: Arrow (26) would lose the LF, within quotes too
+    No block ends between CR and LF: Arrow (26) would lose the LF, also within quotes
     (https://github.com/apache/arrow/issues/51368).
     """
 
@@ -346,7 +360,7 @@ class _LineCounter:
 
 
 def _check_delimited(uri: str, kind: str, names: Sequence[str]) -> int:
-    """Rows below the header, read slowly and strictly. Raises CatalogError naming a bad line.
+    """Number of rows below the header, by a strict parser. Raises CatalogError with the line.
 
     names: columns whose values have to be UTF-8.
     """
@@ -362,7 +376,8 @@ def _check_delimited(uri: str, kind: str, names: Sequence[str]) -> int:
                         used = [at for at, name in enumerate(row) if name in names]
                     if len(row) != width:
                         raise CatalogError(
-                            f"{uri}, line {start}: {len(row)} columns, the header has {width}"
+                            f"{uri}, line {start}: {len(row)} columns, the header has {width}",
+                            code="columns",
                         )
                     "".join([row[at] for at in used]).encode()
                     records += 1
@@ -370,10 +385,10 @@ def _check_delimited(uri: str, kind: str, names: Sequence[str]) -> int:
         except UnicodeEncodeError as error:
             raise _not_utf8(uri, start) from error
         except csv.Error as error:
-            why = "a quote is opened and not closed well"
+            why = "a quote is not closed"
             if "limit" in str(error):
                 why = f"a value is longer than {_ROW_BYTES:,} characters, or {why}"
-            raise CatalogError(f"{uri}, line {start}: {why} ({error})") from error
+            raise CatalogError(f"{uri}, line {start}: {why} ({error})", code="quote") from error
     return records - 1
 
 
@@ -385,14 +400,14 @@ def read_jsonl(
     separator: str,
     own: Collection[str] = (),
 ) -> SourceFile:
-    """Columns of a JSON Lines file, as text; `lists` as lists of text, split where it is text.
+    """Columns of a JSON Lines file as text; the column `lists` as lists, by splitting any text.
 
-    optional: columns whose values are left out where they are neither text nor a number.
-    own: columns to add in their own types, named OWN and their name. Lists, objects, and values of
-    several types are JSON text there.
+    optional: columns whose values are null if they are neither text nor a number.
+    own: columns to add in their own types, with the prefix OWN. Lists, objects, and values of
+    several types become JSON text.
 
-    Line by line: pyarrow.json guesses types (text like 2020-01-01 becomes a date), does not know
-    line numbers, and crashes the process on a line `null` (26.0).
+    Not pyarrow.json: it guesses types (2020-01-01 becomes a date), does not report line numbers,
+    and crashes on a line `null` (26.0).
     """
     source = SourceFile(uri, set(), iter(()))
     parts = _jsonl_parts(source, wanted, optional, lists, separator, own)
@@ -437,7 +452,7 @@ def _jsonl_parts(
                     value = _json_names(uri, number, name, value, separator)
                 elif value is not None and not isinstance(value, str):
                     if name in optional and not _is_number(value):
-                        source.ignored[name] = _JSON_TYPES.get(type(value), "no text")
+                        source.ignored[name] = _JSON_TYPES.get(type(value), "other values")
                         value = None
                     else:
                         value = _number_text(uri, number, name, value)
@@ -448,7 +463,7 @@ def _jsonl_parts(
 
 
 def _json_array(values: list[Any]) -> pa.Array:
-    """Values of one simple type as that type; others as text, those that are no text as JSON."""
+    """Values of one simple type as that type; others as text or, if they are not text, as JSON."""
     types = {type(value) for value in values if value is not None}
     if not types:
         return pa.nulls(len(values))
@@ -466,25 +481,31 @@ _JSON_TYPES = {list: "lists", dict: "objects", bool: "true and false"}
 def _json_object(
     uri: str, number: int, line: bytes, wanted: Collection[str], *, is_first: bool
 ) -> dict[str, Any]:
-    """The object on a line. Only the values of `wanted` have to be valid text."""
+    """The object on a line. Only the values of `wanted` have to be valid Unicode."""
     try:
-        # surrogateescape: bytes that are no UTF-8 may be in values that nobody wants.
+        # surrogateescape: invalid bytes are allowed in values that are not used.
         text = line.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
         if is_first and re.match(r"\s*\[\s*(\{|\Z)", text):
             raise CatalogError(
-                f"{uri}: one JSON array; JSON Lines are expected, one object on each line:"
-                " jq -c '.[]' FILE > FILE.jsonl"
+                f"{uri}: is a JSON array; expected JSON Lines, one object per line:"
+                " jq -c '.[]' FILE > FILE.jsonl",
+                code="json_array",
             )
         if is_first and text.strip() == "{":
             raise CatalogError(
-                f"{uri}, line {number}: an object over several lines; JSON Lines are expected, one"
-                " object on each line: jq -c . FILE > FILE.jsonl"
+                f"{uri}, line {number}: an object over several lines; expected JSON Lines, one"
+                " object per line: jq -c . FILE > FILE.jsonl",
+                code="json_lines",
             )
         record = json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise CatalogError(f"{uri}, line {number}: not valid JSON: {error}") from error
+        raise CatalogError(
+            f"{uri}, line {number}: not valid JSON: {error}", code="invalid_json"
+        ) from error
     if not isinstance(record, dict):
-        raise CatalogError(f"{uri}, line {number}: no JSON object; one on each line is expected")
+        raise CatalogError(
+            f"{uri}, line {number}: not a JSON object; expected one per line", code="not_an_object"
+        )
     if not text.isascii() or "\\ud" in text.lower():
         for name in wanted:
             try:
@@ -493,7 +514,9 @@ def _json_object(
                 if any("\udc80" <= character <= "\udcff" for character in text):
                     raise _not_utf8(uri, number) from error
                 raise CatalogError(
-                    f"{uri}, line {number}: not valid JSON: {name!r} holds half of a surrogate pair"
+                    f"{uri}, line {number}: not valid JSON: {name!r} contains half of a surrogate"
+                    " pair",
+                    code="invalid_json",
                 ) from error
     return record
 
@@ -513,23 +536,26 @@ def _json_names(
         try:
             return split_names(value, separator)
         except GenreTextError as error:
-            raise CatalogError(f"{uri}, line {number}: {name!r}: {error}") from error
+            raise CatalogError(f"{uri}, line {number}: {name!r}: {error}", code="genres") from error
     if value is None or _is_nan(value):
         return None
     if not isinstance(value, list):
-        raise CatalogError(f"{uri}, line {number}: {name!r} is neither text nor a list of texts")
+        raise CatalogError(
+            f"{uri}, line {number}: {name!r} is neither text nor a list of text", code="value_type"
+        )
     names = [None if _is_nan(item) else item for item in value]
     for item in names:
         if not isinstance(item, str | None):
             raise CatalogError(
-                f"{uri}, line {number}: {name!r} is neither text nor a list of texts: it holds"
-                f" {excerpt(str(item))}"
+                f"{uri}, line {number}: {name!r} is neither text nor a list of text: it contains"
+                f" {excerpt(str(item))}",
+                code="value_type",
             )
     return names
 
 
 def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and value != value  # as pandas writes a missing value
+    return isinstance(value, float) and value != value  # pandas' missing value
 
 
 def _is_number(value: object) -> bool:
@@ -538,7 +564,9 @@ def _is_number(value: object) -> bool:
 
 def _number_text(uri: str, number: int, name: str, value: object) -> str | None:
     if not _is_number(value):
-        raise CatalogError(f"{uri}, line {number}: {name!r} is neither text nor a number")
+        raise CatalogError(
+            f"{uri}, line {number}: {name!r} is neither text nor a number", code="value_type"
+        )
     if _is_nan(value):
         return None
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
@@ -547,10 +575,10 @@ def _number_text(uri: str, number: int, name: str, value: object) -> str | None:
 def read_parquet(
     uri: str, wanted: Collection[str], *, image: str, cover: str, image_is_set: bool
 ) -> SourceFile:
-    """Columns of a Parquet file as they are; UUIDs as text. The bytes of images are not read.
+    """Columns of a Parquet file in their own types; UUIDs as text. Image bytes are not read.
 
-    image: the column of image bytes. Where there is none, and the user named none, it is `cover`
-    if that holds bytes that are not a path.
+    image: the column of image bytes. If it does not exist and the user did not name it, it is
+    `cover` if that contains bytes that are not a path.
     """
     with _opened(uri, "parquet") as stream, parquet.opened(stream) as file:
         schema, metadata = file.schema_arrow, file.metadata
@@ -565,7 +593,7 @@ def read_parquet(
     if skipped:
         _check_row_groups(uri, metadata)
     path_column = f"{image_name}.path" if image_type and _has_path(image_type) else None
-    if path_column in schema.names:  # a column of that very name
+    if path_column in schema.names:  # another column with that name
         path_column = None
     names = [name for name in schema.names if name in wanted and name != skipped]
     for name in [*names, image_name]:
@@ -589,7 +617,7 @@ def _parquet_parts(
     columns = [*names, *([path_column] if path_column else [])]
     with _opened(uri, "parquet") as stream, parquet.opened(stream) as file:
         for batch in file.iter_batches(_CHUNK_ROWS, columns=columns):
-            batch.validate(full=True)  # a writer may have put other bytes than UTF-8 into text
+            batch.validate(full=True)  # text may contain invalid UTF-8
             table = pa.Table.from_batches([batch])
             for name in uuids:
                 texts = [v and str(UUID(bytes=v)) for v in table[name].to_pylist()]
@@ -616,12 +644,13 @@ def _check_extension(uri: str, column: pa.Field) -> None:
     if name is not None and name not in parquet.CANONICAL_EXTENSIONS:
         raise CatalogError(
             f"{uri}: the column {column.name!r} has the extension type {name}, which could run"
-            " code; write it as plain text, numbers or bytes"
+            " code; write it as plain text, numbers or bytes",
+            code="extension_type",
         )
 
 
 def _holds_images(uri: str, column: pa.Field) -> bool:
-    """Whether the first value of a column of bytes is an image, or can at least be no path."""
+    """Whether the first value of a column is bytes that cannot be a path."""
     if not holds_bytes(column.type):
         return False
     if pa.types.is_struct(column.type):
@@ -639,24 +668,25 @@ def _holds_images(uri: str, column: pa.Field) -> bool:
 
 
 def _check_row_groups(uri: str, metadata: pq.FileMetaData) -> None:
-    """Parquet can only be entered at a row group: each task passes over those rows before its own.
+    """Raises CatalogError if a row group is too large.
 
-    Raises CatalogError where that is too much to pass over.
+    Each task has to read the rows of a row group before its own.
     """
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         if group.total_byte_size > _ROW_GROUP_BYTES:
             raise CatalogError(
                 f"{uri}: a row group has {group.total_byte_size / 2**30:.1f} GiB, limit"
-                f" {_ROW_GROUP_BYTES >> 30} GiB; write the file again with smaller ones"
-                " (pyarrow and pandas: row_group_size=1000)"
+                f" {_ROW_GROUP_BYTES >> 30} GiB; write the file with smaller row groups"
+                " (pyarrow and pandas: row_group_size=1000)",
+                code="row_group_too_large",
             )
 
 
 def holds_bytes(type_: pa.DataType) -> bool:
-    """Whether a column of this type can hold images: bytes, or HuggingFace's {bytes, path}."""
+    """Whether the type is that of images: bytes, or Hugging Face's {bytes, path}."""
     if pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0:
         type_ = type_.field("bytes").type
-        if pa.types.is_null(type_):  # not one of the rows has bytes
+        if pa.types.is_null(type_):  # no row has bytes
             return True
     return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
 
@@ -670,7 +700,7 @@ def _has_path(type_: pa.DataType) -> bool:
 
 
 def _null_images(metadata: pq.FileMetaData, image: str) -> int:
-    """Rows whose image is null, by the statistics of the file; 0 where it has none."""
+    """Rows without an image, by the statistics in the file; 0 if there are none."""
     nulls = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):

@@ -1,12 +1,19 @@
-"""Rejected rows: as records, and as the JSON Lines of _rejected/part-*.jsonl."""
+"""Rejected rows in _rejected/part-*.jsonl, and duplicates in _state/duplicates/part-*.arrow.
+
+Without rows there is no file, because readers of JSON refuse an empty one; a file that an earlier
+attempt may have left is deleted.
+"""
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
+import pyarrow as pa
+
 from covergenre.data.image_decoding import CoverError
+from covergenre.io import arrow_file, storage
 from covergenre.io.urls import redacted
 from covergenre.schema import REJECTED
 
@@ -32,6 +39,24 @@ def to_json_lines(records: Iterable[dict[str, Any]]) -> bytes:
         for record in records
     )
     return "".join(f"{line}\n" for line in lines).encode()
+
+
+def write_rejected(uri: str, records: Sequence[dict[str, Any]]) -> None:
+    """Write `records`, keys as in schema.REJECTED, as JSON Lines."""
+    _put_or_delete(uri, to_json_lines(records) if records else None)
+
+
+def write_duplicates(uri: str, rows: pa.Table) -> None:
+    """Write rows of schema.DUPLICATES as Arrow IPC."""
+    data = arrow_file.to_arrow_file(rows, rows.num_rows) if rows.num_rows else None
+    _put_or_delete(uri, data)
+
+
+def _put_or_delete(uri: str, data: bytes | pa.Buffer | None) -> None:
+    if data is None:
+        storage.delete_file(uri)
+    else:
+        storage.put(uri, data)
 
 
 def _id(value: Any) -> Any:

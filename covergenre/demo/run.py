@@ -119,7 +119,7 @@ def run_demo(out: str, *, verbose: bool) -> None:
         ("metrics/_report/curves.png", "precision-recall and ROC curves"),
         ("metrics/_report/genres.png", "how well it tells each genre"),
         ("model/loss.png", "the loss by epoch"),
-        ("dataset/label_distribution.png", "how common each genre is"),
+        ("dataset/_report/label_distribution.png", "how common each genre is"),
     )
     lines = [f"The whole job took {minutes:.1f} minutes, in {root}"]
     for title, entries in (("Made:", made), ("Worth looking at:", pictures)):

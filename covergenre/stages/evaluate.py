@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from covergenre import inference, schema
 from covergenre.cluster.workers import Workers, log_pending_resources, place_workers
 from covergenre.config import EvaluateConfig
-from covergenre.data import covers, dataset
+from covergenre.data import dataset
+from covergenre.data.covers import DatasetReader
 from covergenre.data.dataset import Manifest, read_manifest
 from covergenre.data.plan import ROWS, write_plan
 from covergenre.errors import DatasetError, LedgerError
@@ -116,10 +117,8 @@ def _evaluate(
     manifest: Manifest,
     workers: Workers,
 ) -> Evaluated:
-    parts, source = covers.dataset_parts(manifest, [config.split])
-    table = pa.concat_tables(parts)
-    columns = table.select([*ROWS.names, "title", "artist"])
-    plan = write_plan(storage.join(out, _PLAN), [columns], lambda: source, {})
+    reader = DatasetReader(manifest, [config.split], [*ROWS.names, "title", "artist"])
+    plan = write_plan(storage.join(out, _PLAN), reader)
     pieces = []
     with (
         log_pending_resources(*workers.required_resource),
@@ -146,7 +145,8 @@ def _evaluate(
             f"{out}: not every one of {plural(plan.rows, 'album')} was scored exactly once: a"
             " defect of covergenre"
         )
-    true_genres = table["genres"]
+    labelled = DatasetReader(manifest, [config.split], ["genres"])
+    true_genres = pa.concat_tables(labelled.parts())["genres"]
     truth = bundle.genres.multi_hot(true_genres.to_pylist())
     metrics = _ids(bundle, manifest) | multilabel_metrics(truth, scores, bundle.genres.names)
     _write_predictions(out, bundle, rows, scores, true_genres)

@@ -15,34 +15,32 @@ Everything but the labels begins with an underscore and has another extension, s
 the directory (DuckDB, polars, pandas, Spark, pyarrow, Delta) get the labels alone.
 """
 
-import dataclasses
 import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from covergenre import inference, schema
 from covergenre.cluster import ray_runtime
 from covergenre.cluster.workers import log_pending_resources, place_workers
 from covergenre.config import ScoreConfig
-from covergenre.data import covers, dataset
-from covergenre.data.catalog import catalog_stamps, scan_catalog
-from covergenre.data.covers import Source
+from covergenre.data import dataset
+from covergenre.data.catalog import CatalogReader
+from covergenre.data.covers import DatasetReader
 from covergenre.data.http_proxies import check_proxies
-from covergenre.data.plan import ROWS, Plan, identify, read_plan, write_plan
-from covergenre.data.rejected import to_json_lines
+from covergenre.data.plan import ROWS, Plan, RowReader, identity_of, open_plan, read_plan
+from covergenre.data.rejected import write_duplicates, write_rejected
 from covergenre.errors import LedgerError, RejectedError
 from covergenre.inference import ScoredRows, outcomes
 from covergenre.inference.missing_rows import Ranges
-from covergenre.io import arrow_file, parquet, storage
+from covergenre.io import parquet, storage
 from covergenre.models.bundle import Bundle, check_weights, read_bundle
 from covergenre.progress import Progress
 from covergenre.runs import output_dir
@@ -98,7 +96,7 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
     rows = _open(config)
     output_dir.check_available(out)
     if output_dir.has_run_record(out):  # refuse another run before anything of this one is touched
-        _claim(out, config, bundle, _identity(rows, read_plan(storage.join(out, _PLAN))))
+        _claim(out, config, bundle, identity_of(rows, read_plan(storage.join(out, _PLAN))))
     if storage.exists(storage.join(out, _SUCCESS)):
         ledger = storage.read_json(storage.join(out, _LEDGER))
         _check_rejected(out, ledger, config.max_rejected)
@@ -136,51 +134,11 @@ def _check_rejected(out: str, ledger: dict[str, Any], limit: float | None) -> No
     )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of the catalog, not yet read."""
-
-    key: dict[str, Any]
-    """The same key, the same rows."""
-    read: Callable[[], tuple[Iterator[pa.Table], Callable[[], Source]]]
-    """Gives parts of schema.CATALOG and, after these, where image bytes are."""
-    identity: str | None = None
-    """Of their content, where it is known without reading."""
-
-
-def _open(config: ScoreConfig) -> _Rows:
-    place = storage.absolute(config.catalog)
-    if dataset.is_dataset(place):
-        manifest = dataset.read_manifest(place)
-
-        def shards_of() -> tuple[Iterator[pa.Table], Callable[[], Source]]:
-            parts, source = covers.dataset_parts(manifest, schema.SPLITS, config.carry)
-            return map(_plan_columns, parts), lambda: source
-
-        identity = manifest.dataset_id
-        return _Rows({"dataset_id": identity}, shards_of, identity)
-
-    def scan() -> tuple[Iterator[pa.Table], Callable[[], Source]]:
-        scan = scan_catalog(place, config, _COLUMNS, config.carry)
-        return scan.parts, lambda: Source(tuple(scan.files), scan.image_column)
-
-    stamps = catalog_stamps(place, config)
-    return _Rows({"settings": config.fingerprint(), "files": stamps}, scan)
-
-
-def _plan_columns(part: pa.Table) -> pa.Table:
-    return part.select(
-        [name for name in part.column_names if name in _COLUMNS or name.startswith(schema.CARRIED)]
-    )
-
-
-def _identity(rows: _Rows, plan: Plan | None) -> str:
-    if rows.identity is not None:
-        return rows.identity
-    if plan is not None and plan.key == rows.key:
-        return plan.identity
-    logger.info("score: reading the catalog, to see whether it is the same as before")
-    return identify(*rows.read())
+def _open(config: ScoreConfig) -> RowReader:
+    uri = storage.absolute(config.catalog)
+    if dataset.is_dataset(uri):
+        return DatasetReader(dataset.read_manifest(uri), schema.SPLITS, _COLUMNS, config.carry)
+    return CatalogReader(uri, config, _COLUMNS, config.carry)
 
 
 def _claim(out: str, config: ScoreConfig, bundle: Bundle, identity: str) -> None:
@@ -192,29 +150,12 @@ def _claim(out: str, config: ScoreConfig, bundle: Bundle, identity: str) -> None
     output_dir.write_run_record(out, output_dir.run_record("score", config, inputs), config)
 
 
-def _plan(out: str, config: ScoreConfig, bundle: Bundle, rows: _Rows) -> Plan:
-    """The plan of this run: as it was left there, or made now. The place is this run's then."""
-    uri = storage.join(out, _PLAN)
-    plan = read_plan(uri)
-    if plan is None or not (output_dir.has_run_record(out) or plan.key == rows.key):
-        parts, source = rows.read()
-        with Progress("catalog", None, "rows") as progress:
-            plan = write_plan(uri, _counted(parts, progress), source, rows.key)
-    _claim(out, config, bundle, rows.identity or plan.identity)
+def _plan(out: str, config: ScoreConfig, bundle: Bundle, rows: RowReader) -> Plan:
+    """The plan of this run, existing or new; records the run."""
+    plan = open_plan(storage.join(out, _PLAN), rows, reuse=output_dir.has_run_record(out))
+    _claim(out, config, bundle, plan.identity)
     check_proxies(plan.web_schemes)
-    source_now = dataclasses.replace(
-        plan.source,
-        download_concurrency=config.download_concurrency,
-        allow_private=config.allow_private_addresses,
-        contact=config.contact,
-    )
-    return dataclasses.replace(plan, source=source_now)
-
-
-def _counted(parts: Iterable[pa.Table], progress: Progress) -> Iterator[pa.Table]:
-    for part in parts:
-        yield part
-        progress.advance(part.num_rows)
+    return plan.with_settings(config)
 
 
 def _score(
@@ -324,13 +265,8 @@ def _commit(out: str, part: int, pieces: list[ScoredRows], bundle: Bundle) -> di
     labels = outcomes.labels(rows, scores, bundle)
     rejected, duplicates = outcomes.rejected(rows), outcomes.duplicates(rows)
     name = _name(part)
-    _put_or_delete(
-        storage.join(out, _REJECTED, f"{name}.jsonl"), rejected and to_json_lines(rejected)
-    )
-    _put_or_delete(
-        storage.join(out, _DUPLICATES, f"{name}.arrow"),
-        duplicates.num_rows and arrow_file.to_arrow_file(duplicates, duplicates.num_rows),
-    )
+    write_rejected(storage.join(out, _REJECTED, f"{name}.jsonl"), rejected)
+    write_duplicates(storage.join(out, _DUPLICATES, f"{name}.arrow"), duplicates)
     reasons = Counter(record["reason"] for record in rejected)
     counts = {
         "scored": labels.num_rows,
@@ -341,14 +277,3 @@ def _commit(out: str, part: int, pieces: list[ScoredRows], bundle: Bundle) -> di
     data = dataset.to_parquet(labels, {_COUNTS_KEY.decode(): json.dumps(counts)})
     storage.put(storage.join(out, f"{name}.parquet"), data)
     return counts
-
-
-def _put_or_delete(uri: str, data: Any) -> None:
-    """Write `data`; without any, delete what an earlier attempt may have left.
-
-    Not an empty file, which readers of JSON refuse.
-    """
-    if data:
-        storage.put(uri, data)
-    else:
-        storage.delete_file(uri)

@@ -75,7 +75,7 @@ def test_all_stages_through_a_flaky_store_give_the_same_results(
     assert found.keys() == expected.keys()
     for name, data in expected.items():
         assert found[name] == data, name
-    for name in ("dataset/manifest.json", "model/bundle.json", "labels/_ledger.json"):
+    for name in ("dataset/_manifest.json", "model/bundle.json", "labels/_ledger.json"):
         ids = ("dataset_id", "weights_id", "counts", "reasons", "parts_written")
         one, other = (storage.read_json(f"{where}/{name}") for where in (place, calm))
         assert [one.get(key) for key in ids] == [other.get(key) for key in ids]

@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rows import TableReader
 from training_runs import FLAGS
 
 from covergenre.cli import main
 from covergenre.data import plan
-from covergenre.data.covers import Source
 from covergenre.data.dataset import read_manifest
 from covergenre.errors import StorageError
 from covergenre.models.bundle import read_bundle
@@ -107,14 +107,14 @@ def test_prepare(synthetic_catalog: Path, dataset: Path, disk: Path, run: Comman
     run(*command, fails=True)
     assert_nothing_torn(disk / "d")
     made = {file: file.stat().st_ino for file in (disk / "d").glob("*/part-*.parquet")}
-    assert not (disk / "d" / "manifest.json").exists()
+    assert not (disk / "d" / "_manifest.json").exists()
     make_space(disk)
     said = run(*command)
-    assert "shards were made before" in said
+    assert f"{len(made):,} of" in said and "shards" in said
     assert made.items() <= {file: file.stat().st_ino for file in made}.items()
     assert files(disk / "d") == {
         **files(dataset),
-        "manifest.json": (disk / "d" / "manifest.json").read_bytes(),
+        "_manifest.json": (disk / "d" / "_manifest.json").read_bytes(),
     }
     assert read_manifest(str(disk / "d")).dataset_id == read_manifest(str(dataset)).dataset_id
 
@@ -161,7 +161,7 @@ def test_temporary_files(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         [pa.array(c, f.type) for c, f in zip(columns, plan.ROWS, strict=True)], plan.ROWS
     )
     with pytest.raises(StorageError, match=r"cannot write: No space left on device"):
-        plan.write_plan(str(tmp_path / "plan"), [part], Source, {})
+        plan.write_plan(str(tmp_path / "plan"), TableReader([part]))
     assert plan.read_plan(str(tmp_path / "plan")) is None
     import torch
 

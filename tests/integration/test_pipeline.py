@@ -45,13 +45,6 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 Rows = list[dict[str, Any]]
 
 
-def read_folder(folder: Path) -> Rows:
-    """All rows of a folder's Parquet files, as a reader would get them."""
-    if not folder.exists():
-        return []
-    return [row for f in sorted(folder.glob("*.parquet")) for row in pq.read_table(f).to_pylist()]
-
-
 # --- prepare -------------------------------------------------------------------------------
 
 
@@ -74,7 +67,7 @@ def test_prepare_keeps_every_album_once_with_its_genres(
                 assert row["cover_sha256"] == sha256(
                     (synthetic_catalog.parent / original["cover"]).read_bytes()
                 )
-    rejected = read_folder(dataset / "rejected")
+    rejected = read_rejected(dataset)
     assert set(seen.values()) == {1}
     assert len(seen) + len(rejected) == len(source)
     assert manifest.counts["rows"] == len(source)
@@ -88,18 +81,18 @@ def test_prepare_keeps_every_album_once_with_its_genres(
             genre: found[genre] for genre in manifest.genres.names
         }
     for picture in ("label_distribution.png", "genres_by_split.png"):
-        assert (dataset / picture).stat().st_size > 5_000
+        assert (dataset / "_report" / picture).stat().st_size > 5_000
 
 
 def test_prepare_again_changes_nothing_and_other_settings_are_refused(
     synthetic_catalog: Path, dataset: Path
 ) -> None:
-    before = (dataset / "manifest.json").read_bytes()
+    before = (dataset / "_manifest.json").read_bytes()
     config = PrepareConfig(
         catalog=str(synthetic_catalog), out=str(dataset), shard_rows=20, min_share=0.0
     )
     assert "already prepared" in prepare(config).summary()
-    assert (dataset / "manifest.json").read_bytes() == before
+    assert (dataset / "_manifest.json").read_bytes() == before
     with pytest.raises(StorageError, match="other settings"):
         prepare(config.model_copy(update={"top_genres": 3}))
 
@@ -129,7 +122,7 @@ def test_prepare_rejects_bad_rows_with_reasons(tmp_path: Path) -> None:
     done = prepare(
         PrepareConfig(catalog=str(tmp_path / "catalog.csv"), out=str(out), min_share=0.1)
     )
-    reasons = {row["row"]: row["reason"] for row in read_folder(out / "rejected")}
+    reasons = {row["row"]: row["reason"] for row in read_rejected(out)}
     assert reasons == {
         30: "not_an_image",
         31: "empty_file",
@@ -141,7 +134,7 @@ def test_prepare_rejects_bad_rows_with_reasons(tmp_path: Path) -> None:
         38: "conflicting_cover",
     }
     assert set(reasons.values()) <= set(schema.REASONS)
-    (duplicate,) = read_folder(out / "_state/duplicates")
+    (duplicate,) = read_duplicates(out)
     assert (duplicate["row"], duplicate["first_row"]) == (37, 0)
     counts = done.manifest.counts
     assert (counts["rows"], counts["albums"], counts["rejected"], counts["duplicates"]) == (

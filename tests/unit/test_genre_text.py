@@ -51,7 +51,7 @@ def names(text: str) -> list[str]:
         ('\'80s|"new" wave', ["'80s", '"new" wave']),
     ],
 )
-def test_a_list_written_as_text_is_read_as_a_list(text: str, expected: list[str]) -> None:
+def test_list_written_as_text_is_parsed(text: str, expected: list[str]) -> None:
     assert names(text) == expected
 
 
@@ -80,26 +80,26 @@ def test_a_list_written_as_text_is_read_as_a_list(text: str, expected: list[str]
         "['" * 50_000 + "]",
     ],
 )
-def test_a_list_that_cannot_be_read_is_an_error_of_one_line(text: str) -> None:
+def test_error_of_an_invalid_list_is_one_line(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         names(text)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_an_error_has_the_cell() -> None:
+def test_error_has_the_cell() -> None:
     with pytest.raises(GenreTextError, match="a JSON list") as caught:
         split_names("[a,,b]", "|")
     assert caught.value.cell == "[a,,b]"
 
 
 @pytest.mark.parametrize("word", ["nan", "NaN", "None", "NULL", "null", "N/A", "n/a", "<NA>", "NA"])
-def test_missing_values_are_no_genres(word: str) -> None:
+def test_missing_values_are_left_out(word: str) -> None:
     assert names(word) == []
     assert names(f"rock| {word} |pop") == ["rock", "pop"]
     assert names(f"['rock', '{word}']") == ["rock"]
 
 
-def test_a_genre_may_really_have_the_name_of_a_missing_value() -> None:
+def test_missing_values_can_be_genres_if_set_so() -> None:
     assert clean_names(["None", "nan"], frozenset({"nan"})) == ["None"]
 
 
@@ -116,5 +116,5 @@ def test_a_genre_may_really_have_the_name_of_a_missing_value() -> None:
         ("\u200b", ""),
     ],
 )
-def test_names_that_look_the_same_are_the_same(name: str, expected: str) -> None:
+def test_names_are_normalised(name: str, expected: str) -> None:
     assert clean_name(name) == expected

@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from covergenre.config import CatalogSettings
-from covergenre.data.catalog import scan_catalog
-from covergenre.data.covers import Source
-from covergenre.data.plan import ROWS, identify, write_plan
+from covergenre.data.catalog import CatalogReader
+from covergenre.data.plan import ROWS, identity_of, write_plan
 from covergenre.errors import CatalogError, ConfigError
 from covergenre.schema import CARRIED, ID
 
@@ -20,8 +19,9 @@ COLUMNS = (*ROWS.names, "title", ID)
 
 
 def planned(uri: Path | str, plan: Path, *carry: str, **options: Any) -> pa.Table:
-    scan = scan_catalog(str(uri), CatalogSettings(**options), COLUMNS, carry)
-    made = write_plan(str(plan), scan.parts, Source, {})
+    made = write_plan(
+        str(plan), CatalogReader(str(uri), CatalogSettings(**options), COLUMNS, carry)
+    )
     return made.read(0, made.rows)
 
 
@@ -137,10 +137,8 @@ def test_lists_in_one_file_and_text_in_another_are_an_error(tmp_path: Path) -> N
 def test_identity_covers_carried_values_and_types(tmp_path: Path) -> None:
     def identity(**columns: Any) -> str:
         parquet(tmp_path / "c.parquet", album_id=[1, 2], **columns)
-        settings = CatalogSettings()
-        return identify(
-            scan_catalog(str(tmp_path / "c.parquet"), settings, COLUMNS, ["x"]).parts, Source
-        )
+        reader = CatalogReader(str(tmp_path / "c.parquet"), CatalogSettings(), COLUMNS, ["x"])
+        return identity_of(reader, None)
 
     kinds = [[1, 2], [1, 3], [1, None], [1, 0], [1.0, 2.0], ["1", "2"], [[1], [2]], [True, None]]
     found = {identity(x=values) for values in kinds}

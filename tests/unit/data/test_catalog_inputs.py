@@ -12,16 +12,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rows import Catalog, read_catalog
 
 from covergenre.config import CatalogSettings, PrepareConfig, parse
 from covergenre.data import readers
-from covergenre.data.catalog import Catalog, read_catalog
 from covergenre.data.genre_map import load_genre_map
-from covergenre.errors import CatalogError, ConfigError
+from covergenre.errors import CatalogError
 
 
 def read(path: Path | str, **options: Any) -> Catalog:
-    return read_catalog(str(path), CatalogSettings(**options))
+    return read_catalog(path, CatalogSettings(**options))
 
 
 def column(catalog: Catalog, name: str) -> list[Any]:
@@ -29,9 +29,11 @@ def column(catalog: Catalog, name: str) -> list[Any]:
     return values
 
 
-def error_of(path: Path | str, **options: Any) -> str:
+def error_of(path: Path | str, code: str, **options: Any) -> str:
+    """The message of the CatalogError with this code, one line."""
     with pytest.raises(CatalogError) as caught:
         read(path, **options)
+    assert caught.value.code == code
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -62,15 +64,16 @@ def test_lists_written_as_text_are_read_from_every_format(write: Write, tmp_path
     assert column(read(tmp_path / "x.jsonl"), "genres") == expected[:1]
 
 
-def test_genres_that_cannot_be_read_name_file_and_row(write: Write, tmp_path: Path) -> None:
+def test_error_of_a_genre_list_has_file_and_row(write: Write, tmp_path: Path) -> None:
     path = write("x.csv", "album_id,cover,genres\n1,a,Rock\n2,b,\"[['a'],['b']]\"\n")
-    assert error_of(path).startswith(f"{path}, row 1: 'genres': \"[['a'],['b']]\"")
+    assert error_of(path, "genres").startswith(f"{path}, row 1: 'genres': \"[['a'],['b']]\"")
     path = write("y.csv", "album_id,cover,genres\n1,a,Rock [Live]\n")
-    assert f"{path}, row 0" in error_of(path) and "bracket" in error_of(path)
+    assert f"{path}, row 0" in error_of(path, "genres")
     columns = {"album_id": ["1"], "cover": ["a"], "genres": [["Rock", "[x]"]]}
-    assert "row 0: 'genres': '[x]'" not in error_of(parquet(tmp_path / "z.parquet", columns))
+    path = parquet(tmp_path / "z.parquet", columns)
+    assert f"{path}, row 0" in error_of(path, "genres")
     path = write("x.jsonl", '{"album_id": 1, "cover": "a", "genres": "[a,,b]"}\n')
-    assert "x.jsonl, line 1: 'genres'" in error_of(path)
+    assert "x.jsonl, line 1: 'genres'" in error_of(path, "genres")
 
 
 def test_missing_values_of_every_column(write: Write) -> None:
@@ -88,7 +91,7 @@ def test_missing_values_of_every_column(write: Write) -> None:
     assert column(kept, "artist") == ["N/A", "<NA>", "null"]
 
 
-def test_missing_values_are_given_by_name() -> None:
+def test_missing_values_can_be_set() -> None:
     assert parse(CatalogSettings, {"missing_values": "nan, -"}).missing_values == ("nan", "-")
     assert parse(CatalogSettings, {"missing_values": ""}).missing_values == ()
 
@@ -101,8 +104,6 @@ def test_unicode_forms_of_a_name_are_one_genre(write: Write, tmp_path: Path) -> 
     assert given.genres == ("M\u00fasica",)
     renamed = load_genre_map(str(write("m.csv", "Mu\u0301sica\u200b,Mu\u0301sica!\n")))
     assert renamed == {"M\u00fasica": "M\u00fasica!"}
-    with pytest.raises(ConfigError, match="no brackets"):
-        load_genre_map(str(write("n.csv", "a,[b]\n")))
 
 
 @pytest.mark.parametrize(
@@ -115,14 +116,14 @@ def test_unicode_forms_of_a_name_are_one_genre(write: Write, tmp_path: Path) -> 
         pa.list_(pa.dictionary(pa.int8(), pa.string())),
     ],
 )
-def test_every_type_of_list_is_a_list_of_genres(type_: pa.DataType, tmp_path: Path) -> None:
+def test_all_list_types_are_lists_of_genres(type_: pa.DataType, tmp_path: Path) -> None:
     genres = pa.array([["a", "b"], None, ["c", None]], type_)
     columns = {"album_id": list("123"), "cover": list("123"), "genres": genres}
     path = parquet(tmp_path / "x.parquet", columns)
     assert column(read(path), "genres") == [["a", "b"], [], ["c"]]
 
 
-def test_nan_in_place_of_a_list(write: Write) -> None:
+def test_nan_is_an_empty_list(write: Write) -> None:
     path = write(
         "x.jsonl",
         '{"album_id": 1, "cover": "a", "genres": NaN}\n'
@@ -134,7 +135,7 @@ def test_nan_in_place_of_a_list(write: Write) -> None:
 # Ids and optional columns
 
 
-def test_ids_of_any_plain_type_are_text(tmp_path: Path) -> None:
+def test_ids_of_simple_types_are_read_as_text(tmp_path: Path) -> None:
     one = uuid.UUID("01234567-89ab-cdef-0123-456789abcdef")
     types = {
         "uuid": (pa.array([one.bytes, None], pa.uuid()), str(one)),
@@ -150,14 +151,14 @@ def test_ids_of_any_plain_type_are_text(tmp_path: Path) -> None:
         assert column(read(path), "album_id") == [expected, None], name
 
 
-def test_a_uuid_of_parquet_without_arrows_schema(tmp_path: Path) -> None:
+def test_uuid_in_parquet_without_arrow_schema(tmp_path: Path) -> None:
     one = uuid.uuid4()
     table = pa.table({"album_id": pa.array([one.bytes], pa.uuid()), "cover": ["a"]})
     pq.write_table(table, tmp_path / "x.parquet", store_schema=False)  # as DuckDB does
     assert column(read(tmp_path / "x.parquet"), "album_id") == [str(one)]
 
 
-def test_an_optional_column_of_another_type_is_ignored_with_a_note(
+def test_optional_column_of_another_type_is_ignored_with_a_note(
     write: Write, tmp_path: Path
 ) -> None:
     columns = {
@@ -172,17 +173,17 @@ def test_an_optional_column_of_another_type_is_ignored_with_a_note(
         catalog = read(file)
         assert column(catalog, "artist") == column(catalog, "title") == [None]
         notes = " ".join(catalog.notes)
-        assert "'artist' is ignored: it holds" in notes and "'title' is ignored" in notes
+        assert "'artist' is ignored" in notes and "'title' is ignored" in notes
         grouped = PrepareConfig(catalog=str(file), out="x", group_by="artist")
         with pytest.raises(CatalogError, match="'artist'"):
             read_catalog(str(file), grouped)
 
 
-def test_duplicate_columns_are_one_line(tmp_path: Path) -> None:
+def test_duplicate_columns_are_an_error_if_used(tmp_path: Path) -> None:
     arrays = [pa.array(["1"]), pa.array(["a"]), pa.array(["2"]), pa.array([1]), pa.array([2])]
     names = ["album_id", "cover", "album_id", "x", "x"]
     pq.write_table(pa.Table.from_arrays(arrays, names), tmp_path / "x.parquet")
-    assert "2 columns are named 'album_id'" in error_of(tmp_path / "x.parquet")
+    assert "'album_id'" in error_of(tmp_path / "x.parquet", "duplicate_column")
     other = pa.Table.from_arrays([*arrays[:2], *arrays[3:]], [*names[:2], "x", "x"])
     pq.write_table(other, tmp_path / "y.parquet")
     assert column(read(tmp_path / "y.parquet"), "album_id") == ["1"]
@@ -213,7 +214,7 @@ def test_extension_types_of_unused_columns_are_ignored(tmp_path: Path) -> None:
     assert column(read(tmp_path / "json.parquet"), "album_id") == ["1"]
 
 
-def test_the_code_of_a_registered_extension_type_is_not_called(tmp_path: Path) -> None:
+def test_code_of_registered_extension_types_is_not_called(tmp_path: Path) -> None:
     class Noisy(pa.ExtensionType):  # type: ignore[misc]
         made = 0
 
@@ -242,17 +243,18 @@ def test_the_code_of_a_registered_extension_type_is_not_called(tmp_path: Path) -
         pa.unregister_extension_type("covergenre.test.noisy")
 
 
-def test_a_canonical_extension_type_is_read_as_what_it_stores(tmp_path: Path) -> None:
+def test_canonical_extension_type_is_read_as_its_storage_type(tmp_path: Path) -> None:
     genres = pa.array(['["a", "b"]'], pa.json_())
     table = pa.table({"album_id": ["1"], "cover": ["a"], "genres": genres})
     pq.write_table(table, tmp_path / "x.parquet")
     assert column(read(tmp_path / "x.parquet"), "genres") == [["a", "b"]]
 
 
-def test_another_extension_type_is_refused_where_it_is_used(tmp_path: Path) -> None:
+def test_other_extension_types_are_an_error_if_used(tmp_path: Path) -> None:
     field, values = extension("ray.data.arrow_pickled_object", [b"x"])
     path = with_column(tmp_path / "x.parquet", "cover", field, values)
-    assert "'cover' has the extension type ray.data.arrow_pickled_object" in error_of(path)
+    found = error_of(path, "extension_type")
+    assert "'cover'" in found and "ray.data.arrow_pickled_object" in found
 
 
 # Covers
@@ -273,11 +275,11 @@ def test_image_bytes_in_the_column_cover(tmp_path: Path) -> None:
     assert column(catalog, "cover") == [f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]
     parquet(tmp_path / "mixed/a.parquet", columns | {"cover": structs})
     parquet(tmp_path / "mixed/b.parquet", {"album_id": ["3"], "image": pa.array([image])})
-    assert "'image', and in 'cover' of" in error_of(tmp_path / "mixed")
+    assert "'image'" in error_of(tmp_path / "mixed", "image_columns")
 
 
 @pytest.mark.parametrize("bytes_type", [pa.binary(), pa.null()])
-def test_a_hugging_face_image_without_bytes_is_its_path(
+def test_hugging_face_image_without_bytes_is_read_from_its_path(
     bytes_type: pa.DataType, tmp_path: Path
 ) -> None:
     type_ = pa.struct([("bytes", bytes_type), ("path", pa.string())])
@@ -287,7 +289,7 @@ def test_a_hugging_face_image_without_bytes_is_its_path(
         assert column(read(path), "cover") == [f"{tmp_path}/a.jpg", "/b.jpg"]
 
 
-def test_white_space_around_a_path_is_not_part_of_it(write: Write, tmp_path: Path) -> None:
+def test_white_space_around_a_path_is_removed(write: Write, tmp_path: Path) -> None:
     path = write(
         "x.csv",
         'album_id,cover\n1, a.jpg\n2,"b.jpg\n"\n3," https://h/c.jpg\t"\n4,"  "\n5,"\u00a0d.jpg"\n',
@@ -301,7 +303,7 @@ def test_white_space_around_a_path_is_not_part_of_it(write: Write, tmp_path: Pat
     ]
 
 
-def test_what_is_absolute_is_not_joined_to_a_folder(write: Write) -> None:
+def test_absolute_covers_are_not_joined_to_a_directory(write: Write) -> None:
     covers = ["data:image/png;base64,aGk=", "DATA:,x", "gs://x/a.jpg", "file:/a.jpg"]
     lines = "".join(f'{n},"{cover}"\n' for n, cover in enumerate(covers))
     assert column(read(write("x.csv", "album_id,cover\n" + lines)), "cover") == covers
@@ -310,7 +312,7 @@ def test_what_is_absolute_is_not_joined_to_a_folder(write: Write) -> None:
 # Partitioned folders
 
 
-def test_folders_of_a_hive_partitioned_catalog_are_columns(write: Write, tmp_path: Path) -> None:
+def test_hive_partitions_are_columns(write: Write, tmp_path: Path) -> None:
     for split in ("train", "test"):
         columns = {"album_id": [split], "cover": ["a"]}
         parquet(tmp_path / f"p/split={split}/genre=R%26B/x.parquet", columns)
@@ -328,7 +330,7 @@ def test_folders_of_a_hive_partitioned_catalog_are_columns(write: Write, tmp_pat
 # Text files
 
 
-def test_a_line_end_within_quotes_is_kept_wherever_a_block_ends(
+def test_quoted_line_ends_are_kept_across_blocks(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "_CSV_BLOCK_BYTES", 64)
@@ -338,7 +340,7 @@ def test_a_line_end_within_quotes_is_kept_wherever_a_block_ends(
 
 
 @pytest.mark.parametrize("newline", ["", "\n"])
-def test_the_limit_of_a_value_does_not_depend_on_other_rows(
+def test_size_limit_of_a_value_does_not_depend_on_other_rows(
     newline: str, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "_CSV_BLOCK_BYTES", 1024)
@@ -352,72 +354,71 @@ def test_the_limit_of_a_value_does_not_depend_on_other_rows(
     catalog = read(write("x.csv", text(19_000)))
     assert column(catalog, "title")[300] == "v" * 19_000
     assert catalog.table.num_rows == 601
-    found = error_of(write("x.csv", text(100_000)))
-    assert "longer than" in found
+    error_of(write("x.csv", text(100_000)), "row_too_long")
     assert csv.field_size_limit() == limit
 
 
-def test_zeros_behind_a_gzip_stream_are_padding(write: Write) -> None:
+def test_zero_padding_after_gzip_is_ignored(write: Write) -> None:
     packed = gzip.compress(b"album_id,cover\n1,a\n") + gzip.compress(b"2,b\n") + b"\0" * 700
     assert column(read(write("x.csv.gz", packed)), "album_id") == ["1", "2"]
 
 
-def test_gzip_is_known_by_its_content(write: Write) -> None:
+def test_gzip_is_detected_by_content(write: Write) -> None:
     packed = gzip.compress(b"album_id,cover\n1,a\n")
     assert column(read(write("x.csv", packed)), "album_id") == ["1"]
     assert column(read(write("y.csv.gz", "album_id,cover\n2,a\n")), "album_id") == ["2"]
 
 
 @pytest.mark.parametrize(
-    ("content", "part"),
+    ("content", "code", "part"),
     [
-        (b"PK\x03\x04xxxxxxxx", "a zip archive"),
-        (b"PAR1xxxxPAR1", "--format parquet"),
-        (b"\x28\xb5\x2f\xfdxxxxxx", "zstd"),
-        (b"album_id\tcover\n1\ta\n", "separated by tabs; --format tsv"),
-        (b"album_id|cover\n1|a\n", "separated by vertical bars"),
+        (b"PK\x03\x04xxxxxxxx", "other_format", "zip"),
+        (b"PAR1xxxxPAR1", "other_format", "--format parquet"),
+        (b"\x28\xb5\x2f\xfdxxxxxx", "other_format", "zstd"),
+        (b"album_id\tcover\n1\ta\n", "separator", "--format tsv"),
+        (b"album_id|cover\n1|a\n", "separator", "vertical bars"),
     ],
 )
-def test_what_is_not_csv_is_named(write: Write, content: bytes, part: str) -> None:
-    assert part in error_of(write("x.csv", content))
+def test_error_has_the_format_of_a_file_that_is_not_csv(
+    write: Write, content: bytes, code: str, part: str
+) -> None:
+    assert part in error_of(write("x.csv", content), code)
 
 
-def test_commas_in_a_tsv_are_named(write: Write) -> None:
-    assert "separated by commas; --format csv" in error_of(write("x.tsv", "album_id,cover\n1,a\n"))
+def test_tsv_with_commas_is_an_error(write: Write) -> None:
+    assert "--format csv" in error_of(write("x.tsv", "album_id,cover\n1,a\n"), "separator")
 
 
 @pytest.mark.parametrize("text", ['[{"album_id": 1}]', '[\n  {"album_id": 1}\n]', "[", " [ {\n"])
-def test_a_json_array_is_named(write: Write, text: str) -> None:
-    assert "one JSON array" in error_of(write("x.jsonl", text))
+def test_json_array_is_an_error(write: Write, text: str) -> None:
+    assert "jq" in error_of(write("x.jsonl", text), "json_array")
 
 
-def test_json_that_is_not_json_lines_is_named(write: Write) -> None:
-    assert "over several lines" in error_of(write("x.jsonl", '{\n "album_id": 1\n}\n'))
-    assert "JSON Lines (.jsonl) is read" in error_of(write("x.json", "[]"))
-    assert "export the sheet" in error_of(write("x.xlsx", "PK"))
+def test_json_that_is_not_json_lines_is_an_error(write: Write) -> None:
+    assert "line 1" in error_of(write("x.jsonl", '{\n "album_id": 1\n}\n'), "json_lines")
+    assert "jq" in error_of(write("x.json", "[]"), "unknown_format")
+    assert "CSV" in error_of(write("x.xlsx", "PK"), "unknown_format")
 
 
-def test_a_line_without_an_end_takes_no_memory(
-    write: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_size_of_a_line_is_limited(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "_ROW_BYTES", 2**20)
     for name in ("x.csv", "x.jsonl"):
-        assert "line 1: longer than 1 MiB" in error_of(write(name, b"x" * (3 * 2**20)))
+        assert "line 1" in error_of(write(name, b"x" * (3 * 2**20)), "row_too_long")
 
 
-def test_text_that_is_not_used_need_not_be_utf8(write: Write) -> None:
+def test_unused_columns_may_have_invalid_utf8(write: Write) -> None:
     for body in (b"1,a,\xf6\n", b'1,a,\xf6\n2,"b\n",x\n'):
         path = write("x.csv", b"album_id,cover,notes\n" + body)
         assert column(read(path), "album_id")[0] == "1"
         path = write("y.csv", b"album_id,cover,title\n" + body)
-        assert "y.csv, line 2: not UTF-8" in error_of(path)
+        assert "y.csv, line 2" in error_of(path, "encoding")
     path = write("x.jsonl", b'{"album_id": 1, "cover": "a", "notes": "\xf6\\ud800"}\n')
     assert column(read(path), "album_id") == ["1"]
     path = write("y.jsonl", b'{"album_id": 1, "cover": "a", "title": "\xf6"}\n')
-    assert "y.jsonl, line 1: not UTF-8" in error_of(path)
+    assert "y.jsonl, line 1" in error_of(path, "encoding")
 
 
-def test_bytes_that_are_no_utf8_in_a_text_column_of_parquet_are_one_line(tmp_path: Path) -> None:
+def test_invalid_utf8_in_a_text_column_of_parquet_is_an_error(tmp_path: Path) -> None:
     ids = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())
     path = parquet(tmp_path / "x.parquet", {"album_id": ids, "cover": ["a"]})
-    assert "x.parquet: not readable as parquet" in error_of(path)
+    assert "x.parquet" in error_of(path, "unreadable")

@@ -7,22 +7,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rows import plan_table, read_catalog
 
 from covergenre import schema
 from covergenre.config import CatalogSettings
 from covergenre.data import covers, dataset
-from covergenre.data.catalog import read_catalog
-from covergenre.data.covers import Cover, Duplicate, Outcome, Source
+from covergenre.data.covers import Cover, DatasetReader, Outcome, Source
 from covergenre.data.dataset import Manifest
 from covergenre.data.genres import Genres
 from covergenre.data.image_decoding import CoverError, sha256
 from covergenre.io import storage
-
-
-def catalog(*rows: dict[str, Any]) -> pa.Table:
-    """Rows of schema.CATALOG, numbered."""
-    numbered = [{"row": row, **values} for row, values in enumerate(rows)]
-    return pa.Table.from_pylist(numbered, schema=schema.CATALOG)
 
 
 def load(plan: pa.Table, source: Source | None = None, slice_rows: int = 3) -> list[Outcome]:
@@ -35,7 +29,7 @@ def load(plan: pa.Table, source: Source | None = None, slice_rows: int = 3) -> l
 
 
 def outcomes(*rows: dict[str, Any], source: Source | None = None) -> list[Outcome]:
-    return load(covers.plan(catalog(*rows)), source)
+    return load(plan_table(rows), source)
 
 
 def shown(outcome: Outcome) -> object:
@@ -59,49 +53,8 @@ def cover_files(tmp_path: Path) -> dict[str, str]:
     return {name: str(tmp_path / name) for name in names}
 
 
-# Plan
-
-
-def test_a_plan_knows_where_the_first_cover_is() -> None:
-    rows: list[dict[str, Any]] = [
-        {"album_id": "x", "cover": "/0"},
-        {"album_id": "y", "source": 1, "source_row": 7},
-        {"album_id": "x", "cover": "/2", "first_row": 0},
-        {"album_id": "y", "cover": "/3", "first_row": 1},
-        {"cover": "/4"},
-        {"album_id": "z"},
-        {"album_id": "z", "first_row": 5},
-    ]
-    plan = covers.plan(catalog(*rows))
-    assert plan.schema.equals(covers.PLAN)
-    assert plan.select(schema.CATALOG.names).to_pylist() == catalog(*rows).to_pylist()
-    first = plan.select(["first_cover", "first_source", "first_source_row"]).to_pylist()
-    assert [tuple(row.values()) for row in first] == [
-        *[(None, None, None)] * 2,
-        ("/0", None, None),
-        (None, 1, 7),
-        *[(None, None, None)] * 3,
-    ]
-    counted = covers.first_rows(plan).to_pylist()
-    assert counted == [True, True, False, False, False, True, False]
-
-
-def test_a_plan_of_many_chunks_is_the_same() -> None:
-    rows: list[dict[str, Any]] = [{"album_id": str(n % 3), "cover": f"/{n}"} for n in range(9)]
-    for n, row in enumerate(rows):
-        if n >= 3:
-            row["first_row"] = n % 3
-    whole = catalog(*rows)
-    cut = pa.concat_tables([whole.slice(0, 4), whole.slice(4, 1), whole.slice(5)])
-    assert covers.plan(cut).equals(covers.plan(whole))
-    assert covers.plan(whole)["first_cover"].to_pylist() == [None] * 3 + ["/0", "/1", "/2"] * 2
-
-
-def test_an_empty_plan() -> None:
-    plan = covers.plan(catalog())
-    assert plan.num_rows == 0
-    assert load(plan) == []
-    assert covers.first_rows(plan).to_pylist() == []
+def test_load_of_no_rows() -> None:
+    assert load(plan_table([])) == []
 
 
 # One row
@@ -126,7 +79,7 @@ def test_every_outcome_of_a_row(cover_files: dict[str, str]) -> None:
     ["http://[::1/x.jpg", "gs://bucket/x.jpg", "/a\0b", "/" + "x" * 300, "/dev/null/x"],
     ids=["http", "gs", "nul", "long", "below-a-file"],
 )
-def test_no_name_of_a_cover_ends_the_job(cover: str, cover_files: dict[str, str]) -> None:
+def test_unusual_paths_are_rejected_one_by_one(cover: str, cover_files: dict[str, str]) -> None:
     bad, good = outcomes(
         {"album_id": "x", "cover": cover}, {"album_id": "y", "cover": cover_files["a"]}
     )
@@ -147,22 +100,22 @@ def test_cover_with_an_unsupported_scheme(scheme: str) -> None:
     assert "hidden" not in outcome.detail
 
 
-def test_cover_that_is_no_regular_file_does_not_block(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_rejected_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     for cover, kind in (
         (str(tmp_path / "pipe"), "a pipe"),
         (str(tmp_path / "link"), "a pipe"),
         ("/dev/zero", "a device"),
-        (str(tmp_path), "a folder"),
+        (str(tmp_path), "a directory"),
     ):
         (outcome,) = outcomes({"album_id": "x", "cover": cover})
         assert isinstance(outcome, CoverError)
         assert outcome.reason == "unreadable_file"
-        assert f"it is {kind}, not a regular file" in outcome.detail
+        assert kind in outcome.detail
 
 
-def test_file_uri_is_a_path(tmp_path: Path) -> None:
+def test_file_uri_is_read_as_a_path(tmp_path: Path) -> None:
     (tmp_path / "a b#c.jpg").write_bytes(b"AAA")
     cover_files = [
         f"file://{tmp_path}/a%20b%23c.jpg",
@@ -175,12 +128,12 @@ def test_file_uri_is_a_path(tmp_path: Path) -> None:
     assert list(map(shown, found)) == [*[b"AAA"] * 3, "unreadable_file", "missing_file"]
 
 
-def test_data_uri_is_a_cover_and_never_copied(tmp_path: Path) -> None:
+def test_data_uri_is_decoded_and_not_copied_to_messages(tmp_path: Path) -> None:
     catalog_file = tmp_path / "c.csv"
     bad = "data:image/jpeg;base64," + "*" * 20_000
     lines = ['a,"data:image/jpeg;base64,QUFB"', 'b,"DATA:,BBB"', f'c,"{bad}"']
     catalog_file.write_text("\n".join(["album_id,cover", *lines]))
-    plan = covers.plan(read_catalog(str(catalog_file), CatalogSettings()).table)
+    plan = plan_table(read_catalog(catalog_file, CatalogSettings()).table.to_pylist())
     *good, rejected = load(plan)
     assert list(map(shown, good)) == [b"AAA", b"BBB"]
     assert isinstance(rejected, CoverError)
@@ -189,7 +142,7 @@ def test_data_uri_is_a_cover_and_never_copied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["folder", "s3"])
-def test_windows_separators_are_tried_as_slashes(place: str, tmp_path: Path, s3: str) -> None:
+def test_backslashes_are_tried_as_slashes(place: str, tmp_path: Path, s3: str) -> None:
     base = str(tmp_path) if place == "folder" else f"{s3}/windows"
     for name in ("covers/1.jpg", "covers/2\\.jpg", "3\\x.jpg", "3/x.jpg"):
         storage.put(f"{base}/{name}", name.encode())
@@ -205,17 +158,17 @@ def test_windows_separators_are_tried_as_slashes(place: str, tmp_path: Path, s3:
 
 
 @pytest.mark.parametrize("cover", [r"C:\x\y.jpg", "C:/x/y.jpg", r"\\server\share\y.jpg"])
-def test_absolute_windows_path_is_told(cover: str, tmp_path: Path) -> None:
+def test_detail_of_an_absolute_windows_path(cover: str, tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text(f"album_id,cover\na,{cover}\n")
-    plan = covers.plan(read_catalog(str(tmp_path / "c.csv"), CatalogSettings()).table)
+    plan = plan_table(read_catalog(tmp_path / "c.csv", CatalogSettings()).table.to_pylist())
     (outcome,) = load(plan)
     assert isinstance(outcome, CoverError)
     assert outcome.reason == "missing_file" and "Windows path" in outcome.detail
 
 
-def test_local_and_web_covers_of_a_table_are_known() -> None:
+def test_local_cover_and_web_schemes() -> None:
     def table(*cover_files: str | None) -> pa.Table:
-        return catalog(*({"album_id": "x", "cover": cover} for cover in cover_files))
+        return plan_table({"album_id": "x", "cover": cover} for cover in cover_files)
 
     elsewhere = ["s3://b/k", "http://h/x", "data:,x", "gs://b/x", None]
     assert covers.local_cover(table(*elsewhere)) is None
@@ -226,7 +179,7 @@ def test_local_and_web_covers_of_a_table_are_known() -> None:
     assert covers.web_schemes(table("https://h/x", "http://h/x")) == ["http", "https"]
 
 
-def test_outcomes_come_in_the_order_of_rows(tmp_path: Path) -> None:
+def test_outcomes_are_in_order_of_rows(tmp_path: Path) -> None:
     rows = []
     for n in range(100):
         if n % 3:
@@ -244,20 +197,20 @@ def test_outcomes_come_in_the_order_of_rows(tmp_path: Path) -> None:
     [
         ("a", "a", (0,), ""),
         ("a", "copy-of-a", (0,), ""),
-        ("a", "b", "conflicting_cover", "row 0 came first"),
+        ("a", "b", "conflicting_cover", "row 0"),
         ("a", "missing", "missing_file", ""),
         ("a", "folder", "unreadable_file", ""),
         ("a", None, "no_cover", ""),
         # the same path is the same cover, even one that cannot be read
         ("missing", "missing", (0,), ""),
-        ("missing", "a", "conflicting_cover", "with a cover that is missing_file"),
-        ("folder", "a", "conflicting_cover", "with a cover that is unreadable_file"),
-        (None, "a", "conflicting_cover", "with a cover that is no_cover"),
+        ("missing", "a", "conflicting_cover", "missing_file"),
+        ("folder", "a", "conflicting_cover", "unreadable_file"),
+        (None, "a", "conflicting_cover", "no_cover"),
         ("missing", "missing-too", "missing_file", ""),
         (None, None, "no_cover", ""),
     ],
 )
-def test_every_kind_of_repeated_row(
+def test_outcomes_of_repeated_ids(
     first: str | None, second: str | None, outcome: object, detail: str, cover_files: dict[str, str]
 ) -> None:
     def row(name: str | None, **others: Any) -> dict[str, Any]:
@@ -269,7 +222,7 @@ def test_every_kind_of_repeated_row(
         assert isinstance(found, CoverError) and detail in found.detail
 
 
-def test_a_third_row_is_compared_with_the_first(cover_files: dict[str, str]) -> None:
+def test_third_row_is_compared_with_the_first(cover_files: dict[str, str]) -> None:
     rows = [("a", None), ("b", 0), ("b", 0), ("copy-of-a", 0)]
     found = outcomes(
         *({"album_id": "x", "cover": cover_files[name], "first_row": first} for name, first in rows)
@@ -281,7 +234,7 @@ def test_a_third_row_is_compared_with_the_first(cover_files: dict[str, str]) -> 
     ]
 
 
-def test_a_part_of_a_plan_needs_no_other_part(cover_files: dict[str, str]) -> None:
+def test_rows_can_be_loaded_one_by_one(cover_files: dict[str, str]) -> None:
     """A task gets a few rows; where the first row's cover is travels with them."""
     rows: list[dict[str, Any]] = [
         {"album_id": "x", "cover": cover_files["a"]},
@@ -289,7 +242,7 @@ def test_a_part_of_a_plan_needs_no_other_part(cover_files: dict[str, str]) -> No
         {"album_id": "x", "cover": cover_files["copy-of-a"], "first_row": 0},
         {"album_id": "y", "cover": cover_files["a"], "first_row": 1},
     ]
-    plan = covers.plan(catalog(*rows))
+    plan = plan_table(rows)
     alone = [load(plan.slice(row, 1))[0] for row in range(4)]
     assert [shown(outcome) for outcome in alone] == [b"AAA", b"BBB", (0,), "conflicting_cover"]
 
@@ -326,21 +279,21 @@ def test_images_in_a_parquet_file(
     images = [b"AAA", None, b"CCC", b"", b"AAA", b"FFF"]
     uri = embedded(tmp_path, images, kind)
     expected = ["no_cover" if image is None else image for image in images]
-    table = read_catalog(uri, CatalogSettings()).table
-    found = load(covers.plan(table), Source((uri,)))
+    plan = plan_table(read_catalog(uri, CatalogSettings()).table.to_pylist())
+    found = load(plan, Source((uri,)))
     assert [shown(outcome) for outcome in found] == expected
     for start in range(6):  # any part of it, with holes too
         for stop in range(start, 7):
-            part = covers.plan(table).slice(start, stop - start)
+            part = plan.slice(start, stop - start)
             again = load(part, Source((uri,)))
             assert list(map(shown, again)) == list(map(shown, found))[start:stop]
-    holes = covers.plan(table).take([0, 2, 5])
+    holes = plan.take([0, 2, 5])
     assert [shown(outcome) for outcome in load(holes, Source((uri,)))] == [
         *(b"AAA", b"CCC", b"FFF")
     ]
 
 
-def test_a_row_without_bytes_has_its_cover_at_its_path(
+def test_row_without_bytes_is_read_from_its_path(
     tmp_path: Path, cover_files: dict[str, str]
 ) -> None:
     uri = str(tmp_path / "mixed.parquet")
@@ -348,11 +301,11 @@ def test_a_row_without_bytes_has_its_cover_at_its_path(
     paths = [cover_files["b"], cover_files["b"], "a", None]
     pq.write_table(pa.table({"album_id": list("wxyz"), "image": images, "cover": paths}), uri)
     read = read_catalog(uri, CatalogSettings())
-    found = load(covers.plan(read.table), Source(read.files))
+    found = load(plan_table(read.table.to_pylist()), Source(read.files))
     assert [shown(outcome) for outcome in found] == [b"AAA", b"BBB", b"AAA", "no_cover"]
 
 
-def test_a_large_row_group_is_passed_over_once_and_in_parts(
+def test_large_row_group_is_read_once_and_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dataset, "_LARGE_GROUP_BYTES", 2**20)
@@ -369,7 +322,7 @@ def test_a_large_row_group_is_passed_over_once_and_in_parts(
     read = read_catalog(uri, CatalogSettings())
     before, most = pa.total_allocated_bytes(), 0
     found = []
-    for _, outcomes_ in covers.load(covers.plan(read.table), Source(read.files), 50):
+    for _, outcomes_ in covers.load(plan_table(read.table.to_pylist()), Source(read.files), 50):
         most = max(most, pa.total_allocated_bytes() - before)
         found += [shown(outcome) for outcome in outcomes_]
     assert found == cover_files
@@ -462,22 +415,20 @@ def prepared(root: Path) -> Manifest:
         (("test", "train"), [3, 4, 0, 1, 2]),
     ],
 )
-def test_a_dataset_as_a_plan(splits: tuple[str, ...], numbers: list[int], tmp_path: Path) -> None:
-    parts, source = covers.dataset_parts(prepared(tmp_path), splits)
-    plan = pa.concat_tables(parts)
+def test_rows_of_dataset_reader(
+    splits: tuple[str, ...], numbers: list[int], tmp_path: Path
+) -> None:
+    reader = DatasetReader(prepared(tmp_path), splits)
+    plan = pa.concat_tables(reader.parts())
     assert plan.schema.equals(covers.PLAN)
     assert plan["row"].to_pylist() == list(range(len(numbers)))
     assert plan["album_id"].to_pylist() == [f"album-{n}" for n in numbers]
     assert plan["title"].to_pylist() == [f"Title {n}" for n in numbers]
     assert plan["genres"].to_pylist() == [["Jazz"]] * len(numbers)
-    assert covers.first_rows(plan).to_pylist() == [True] * len(numbers)
-    found = load(plan, source)
+    assert plan["first_row"].null_count == len(numbers)
+    found = load(plan, reader.source())
     assert all(isinstance(outcome, Cover) for outcome in found)
     cover_files = [outcome for outcome in found if isinstance(outcome, Cover)]
     assert [cover.data for cover in cover_files] == [b"packed-%d" % n for n in numbers]
     # of the source bytes, so that a label can be traced to the cover that the user has
     assert [cover.sha256 for cover in cover_files] == [sha256(b"source-%d" % n) for n in numbers]
-
-
-def test_duplicate_is_what_it_says() -> None:
-    assert Duplicate(3).first_row == 3 and Duplicate(3) == Duplicate(3) != Duplicate(4)

@@ -8,7 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import pandas as pd
+import polars as pl
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,6 +20,7 @@ from covergenre import schema
 from covergenre.data import dataset
 from covergenre.data.dataset import Manifest, Shard
 from covergenre.data.genres import Genres
+from covergenre.data.rejected import write_duplicates, write_rejected
 from covergenre.errors import DatasetError, StorageError
 from covergenre.io import storage
 
@@ -53,7 +58,7 @@ def write(path: Path, table: pa.Table) -> str:
 # Parquet
 
 
-def test_the_same_rows_are_the_same_bytes() -> None:
+def test_equal_rows_give_equal_bytes() -> None:
     table = albums([10] * 20)
     data = dataset.to_parquet(table)
     again = pa.concat_tables([albums([10] * 7), albums([10] * 13, first=7)])
@@ -63,14 +68,14 @@ def test_the_same_rows_are_the_same_bytes() -> None:
     assert not dataset.to_parquet(albums([10] * 21)).equals(data)
 
 
-def test_a_slice_is_written_as_the_rows_it_has() -> None:
+def test_slice_is_written_as_its_rows() -> None:
     whole = albums([10] * 20)
     taken = pa.Table.from_pylist(whole.slice(5, 9).to_pylist(), schema=schema.DATASET)
     assert dataset.to_parquet(whole.slice(5, 9)).equals(dataset.to_parquet(taken))
 
 
 @pytest.mark.parametrize("table", [albums([]), albums([3]), albums([0, 5, 0]), albums([1] * 600)])
-def test_what_is_written_is_read(table: pa.Table, tmp_path: Path) -> None:
+def test_table_is_read_as_written(table: pa.Table, tmp_path: Path) -> None:
     again = dataset.read_table(write(tmp_path / "x.parquet", table))
     assert again.schema.equals(schema.DATASET)
     assert again.to_pylist() == table.to_pylist()
@@ -107,14 +112,14 @@ def test_a_row_group_has_bounded_bytes(
     assert pq.read_table(pa.BufferReader(data))["row"].to_pylist() == list(range(len(sizes)))
 
 
-def test_both_bounds_hold_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_are_bounded_in_rows_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "ROW_GROUP_BYTES", 100)
     monkeypatch.setattr(dataset, "ROW_GROUP_ROWS", 4)
     assert groups(dataset.to_parquet(albums([40, 40, 30] + [1] * 10))) == [2, 4, 4, 3]
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(0, []), (3, [3]), (4, [4]), (9, [4, 4, 1])])
-def test_a_table_without_covers_has_row_groups_too(
+def test_row_groups_of_tables_without_covers(
     rows: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A task that needs 256 rows of a plan must not read a million."""
@@ -125,14 +130,14 @@ def test_a_table_without_covers_has_row_groups_too(
     assert pq.read_table(pa.BufferReader(data)).equals(table)
 
 
-def test_metadata_goes_to_the_footer() -> None:
+def test_metadata_is_in_the_footer() -> None:
     data = dataset.to_parquet(pa.table({"row": [1, 2]}), {"covergenre": '{"rows": 2}'})
     assert pq.read_metadata(pa.BufferReader(data)).metadata[b"covergenre"] == b'{"rows": 2}'
     empty = dataset.to_parquet(albums([]).drop_columns(["image"]), {"covergenre": "{}"})
     assert pq.read_metadata(pa.BufferReader(empty)).metadata[b"covergenre"] == b"{}"
 
 
-def test_every_run_of_rows_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_range_of_rows_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "ROW_GROUP_ROWS", 3)
     table = albums([2] * 11)
     uri = write(tmp_path / "x.parquet", table)
@@ -146,7 +151,7 @@ def test_every_run_of_rows_can_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert dataset.read_rows(uri, 2, 5).to_pylist() == table.slice(2, 3).to_pylist()
 
 
-def test_only_the_row_groups_needed_are_read(
+def test_only_the_needed_row_groups_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dataset, "ROW_GROUP_ROWS", 3)
@@ -166,7 +171,7 @@ def test_only_the_row_groups_needed_are_read(
     assert read[:6] == [[0], [0, 1], [1, 2], [3], [3], []]
 
 
-def test_a_file_written_anew_is_read_anew(tmp_path: Path) -> None:
+def test_changed_file_is_read_again(tmp_path: Path) -> None:
     """A notebook that empties its folder and prepares again keeps its workers."""
     uri = str(tmp_path / "x.parquet")
     for first in (0, 100):
@@ -179,10 +184,36 @@ def test_a_file_written_anew_is_read_anew(tmp_path: Path) -> None:
         dataset.read_rows(uri, 0, 3)
 
 
-def test_a_missing_shard_is_told(tmp_path: Path) -> None:
+def test_missing_shard_is_an_error(tmp_path: Path) -> None:
     for action in (dataset.read_table, lambda uri: dataset.read_rows(uri, 0, 1)):
         with pytest.raises(StorageError, match="no such file"):
             action(str(tmp_path / "none.parquet"))
+
+
+# The directory
+
+
+def test_other_tools_read_the_directory_as_the_rows_of_the_dataset(tmp_path: Path) -> None:
+    root = tmp_path / "dataset"
+    manifest = make_dataset(root)
+    dataset.write_manifest(manifest, {})
+    rejected = {"row": 8, "album_id": "x", "cover": None, "reason": "no_cover", "detail": None}
+    write_rejected(f"{root}/_rejected/part-train-00000.jsonl", [rejected])
+    duplicates = pa.table({"album_id": ["y"], "row": [9], "first_row": [0]})
+    write_duplicates(f"{root}/_state/duplicates/part-train-00000.arrow", duplicates)
+    storage.put(f"{root}/_report/genres_by_split.png", b"not parquet")
+    found = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+    data = [path for path in found if path.suffix == ".parquet"]
+    assert len(data) == 4 and {path.parts[0] for path in data} == set(schema.SPLITS)
+    assert all(path.parts[0].startswith("_") for path in found if path not in data)
+    ids = sorted(f"album-{row}" for rows in (5, 2, 1) for row in range(rows))
+    assert sorted(ds.dataset(str(root), format="parquet").to_table()["album_id"].to_pylist()) == ids
+    assert sorted(pd.read_parquet(root)["album_id"]) == ids
+    table = duckdb.sql(f"select album_id from read_parquet('{root}/**/*.parquet')").fetchall()
+    assert sorted(album_id for (album_id,) in table) == ids
+    assert sorted(pl.read_parquet(root / "**/*.parquet")["album_id"].to_list()) == ids
+    lines = duckdb.sql(f"select reason from read_json('{root}/_rejected/*.jsonl')").fetchall()
+    assert lines == [("no_cover",)]
 
 
 # The manifest
@@ -207,25 +238,25 @@ def make_dataset(
     return Manifest(str(root), genres, found, identity, {"rows": sum(counts)})
 
 
-def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_manifest_is_read_as_written(tmp_path: Path) -> None:
     manifest = make_dataset(tmp_path)
     assert not dataset.is_dataset(str(tmp_path))
     dataset.write_manifest(manifest, {"settings": {"top_genres": 2}})
     assert dataset.is_dataset(str(tmp_path))
     assert dataset.read_manifest(str(tmp_path)) == manifest
     assert dataset.read_manifest(f"{tmp_path}/") == manifest
-    assert json.loads((tmp_path / "genres.json").read_text()) == ["Jazz", "Rock"]
-    assert json.loads((tmp_path / "manifest.json").read_text())["settings"] == {"top_genres": 2}
+    assert json.loads((tmp_path / "_genres.json").read_text()) == ["Jazz", "Rock"]
+    assert json.loads((tmp_path / "_manifest.json").read_text())["settings"] == {"top_genres": 2}
 
 
-def test_the_manifest_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     monkeypatch.setattr(storage, "put", lambda uri, data: written.append(storage.name(uri)))
     dataset.write_manifest(Manifest(str(tmp_path), Genres(("A",)), {}, "id", {}), {})
-    assert written == ["genres.json", "manifest.json"]
+    assert written == ["_genres.json", "_manifest.json"]
 
 
-def test_what_a_manifest_tells(tmp_path: Path) -> None:
+def test_rows_and_uris_of_a_manifest(tmp_path: Path) -> None:
     manifest = make_dataset(tmp_path, (5, 2, 0))
     assert [manifest.rows(split) for split in schema.SPLITS] == [5, 2, 0]
     assert manifest.shard_uris("train") == [
@@ -235,11 +266,12 @@ def test_what_a_manifest_tells(tmp_path: Path) -> None:
     assert [dataset.read_table(uri).num_rows for uri in manifest.shard_uris("train")] == [3, 2]
     for split in ("train", "dev"):
         manifest.require(split)
-    with pytest.raises(DatasetError, match="the test split is empty"):
+    with pytest.raises(DatasetError) as caught:
         manifest.require("test")
+    assert caught.value.code == "empty_split"
 
 
-def test_a_shard_knows_its_file(tmp_path: Path) -> None:
+def test_shard_has_size_and_hash_of_its_file(tmp_path: Path) -> None:
     manifest = make_dataset(tmp_path)
     for shard in manifest.shards["train"]:
         data = (tmp_path / shard.path).read_bytes()
@@ -247,7 +279,7 @@ def test_a_shard_knows_its_file(tmp_path: Path) -> None:
         assert shard.sha256 == hashlib.sha256(data).hexdigest()
 
 
-def test_the_dataset_id_is_of_the_content(tmp_path: Path) -> None:
+def test_dataset_id_is_of_the_content(tmp_path: Path) -> None:
     manifest = make_dataset(tmp_path / "a")
     same = make_dataset(tmp_path / "elsewhere")
     assert same.dataset_id == manifest.dataset_id
@@ -264,20 +296,20 @@ def test_the_dataset_id_is_of_the_content(tmp_path: Path) -> None:
     assert len(set(ids)) == len(ids)
 
 
-def refused(place: Path | str, *parts: str) -> None:
+def refused(uri: Path | str, *parts: str, code: str) -> None:
     with pytest.raises(DatasetError) as caught:
-        dataset.read_manifest(str(place))
+        dataset.read_manifest(str(uri))
     text = str(caught.value)
-    assert "\n" not in text and str(place) in text
+    assert "\n" not in text and str(uri) in text and caught.value.code == code
     for part in parts:
         assert part in text
 
 
-def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path / "none", "no such dataset")
-    refused(tmp_path, "not a dataset (no manifest.json)", "covergenre prepare")
+def test_other_paths_are_not_datasets(tmp_path: Path) -> None:
+    refused(tmp_path / "none", code="not_found")
+    refused(tmp_path, "_manifest.json", code="no_manifest")
     (tmp_path / "file").write_bytes(b"x")
-    refused(tmp_path / "file", "not a dataset")
+    refused(tmp_path / "file", code="no_manifest")
     for place in ("none", "", "file"):
         assert not dataset.is_dataset(str(tmp_path / place))
 
@@ -292,18 +324,18 @@ Change = Callable[[dict[str, Any]], object]
             (lambda v, key=key: v.pop(key), key)
             for key in ("format_version", "dataset_id", "genres", "counts", "shards")
         ],
-        (lambda v: v.update(format_version=1), "format version 1, this covergenre reads 2"),
+        (lambda v: v.update(format_version=1), "version 3"),
         (lambda v: v["shards"].pop("dev"), "dev"),
         (lambda v: v["shards"]["train"][0].pop("rows"), "rows"),
         (lambda v: v["shards"]["train"][0].update(colour=1), "colour"),
         (lambda v: v.update(genres=["Rock", "Jazz"]), "sorted"),
-        (lambda v: v.update(shards=[]), "not a manifest"),
-        (lambda v: v.update(shards=None), "not a manifest"),
+        (lambda v: v.update(shards=[]), "_manifest.json"),
+        (lambda v: v.update(shards=None), "_manifest.json"),
     ],
 )
-def test_a_manifest_that_is_none_is_refused(change: Change, part: str, tmp_path: Path) -> None:
+def test_invalid_manifest_is_an_error(change: Change, part: str, tmp_path: Path) -> None:
     dataset.write_manifest(make_dataset(tmp_path), {})
-    path = tmp_path / "manifest.json"
+    path = tmp_path / "_manifest.json"
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
@@ -313,12 +345,12 @@ def test_a_manifest_that_is_none_is_refused(change: Change, part: str, tmp_path:
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"x"'])
-def test_other_json_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(text)
-    refused(tmp_path, "not a manifest of covergenre")
+def test_other_json_is_not_a_manifest(text: str, tmp_path: Path) -> None:
+    (tmp_path / "_manifest.json").write_text(text)
+    refused(tmp_path, "_manifest.json", code="invalid_manifest")
 
 
-def test_a_manifest_that_is_no_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text("{")
+def test_manifest_that_is_not_json_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "_manifest.json").write_text("{")
     with pytest.raises(StorageError, match="not valid JSON"):
         dataset.read_manifest(str(tmp_path))

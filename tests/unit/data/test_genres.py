@@ -1,7 +1,8 @@
-"""The vocabulary: which genres are kept, in which order, and what a label is."""
+"""The genre vocabulary: selection, order, thresholds, warnings."""
 
 import itertools
-import re
+from collections import Counter
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import pytest
@@ -9,12 +10,12 @@ import pytest
 from covergenre.data.genres import (
     Genres,
     Selection,
-    keep_albums,
     name_warnings,
     over_threshold,
     select,
     split_table,
     split_warnings,
+    unselected_reason,
 )
 from covergenre.errors import ConfigError, DatasetError
 from covergenre.schema import REASONS
@@ -30,8 +31,16 @@ ALBUMS = [
 ]
 
 
-def chosen(top: int = 20, min_share: float = 0.0, explicit: tuple[str, ...] = ()) -> Selection:
-    return select(ALBUMS, top=top, min_share=min_share, explicit=explicit)
+def selected(
+    albums: Iterable[Collection[str]] = ALBUMS,
+    top: int = 20,
+    min_share: float = 0.0,
+    explicit: tuple[str, ...] = (),
+) -> Selection:
+    albums = list(albums)
+    counts = Counter(genre for genres in albums for genre in genres)
+    labelled = sum(bool(genres) for genres in albums)
+    return select(counts, labelled, top=top, min_share=min_share, explicit=explicit)
 
 
 # Genres
@@ -44,7 +53,7 @@ def test_names_are_sorted_unique_and_not_empty() -> None:
             Genres(names)
 
 
-def test_the_digest_tells_names_and_nothing_else() -> None:
+def test_digest_depends_on_the_names_only() -> None:
     every = [
         Genres(tuple(names))
         for n in range(4)
@@ -68,7 +77,7 @@ def test_multi_hot_for_every_subset() -> None:
     assert Genres(names).multi_hot([]).shape == (0, 3)
 
 
-def test_multi_hot_refuses_another_genre() -> None:
+def test_multi_hot_raises_for_unknown_genres() -> None:
     with pytest.raises(KeyError, match="Polka"):
         Genres(("Jazz",)).multi_hot([["Jazz"], ["Polka"]])
 
@@ -86,23 +95,23 @@ def test_multi_hot_refuses_another_genre() -> None:
         (99, ("Folk", "Jazz", "Pop", "Rock")),
     ],
 )
-def test_the_most_common_are_kept(top: int, kept: tuple[str, ...]) -> None:
-    assert chosen(top).kept.names == kept
+def test_most_common_genres_are_selected(top: int, kept: tuple[str, ...]) -> None:
+    assert selected(top=top).genres.names == kept
 
 
-def test_a_tie_goes_to_the_name_that_sorts_first() -> None:
+def test_ties_are_ordered_by_name() -> None:
     for albums in itertools.permutations([["C"], ["BB"], ["AAA"], ["Z"], ["Z"]]):
-        selection = select(albums, top=2, min_share=0.0)
-        assert selection.kept.names == ("AAA", "Z")
+        selection = selected(albums, top=2, min_share=0.0)
+        assert selection.genres.names == ("AAA", "Z")
         assert list(selection.counts) == ["Z", "AAA", "BB", "C"]
     for albums in itertools.permutations([["A"], ["BB"], ["CCC"]]):
-        assert select(albums, top=1, min_share=0.0).kept.names == ("A",)
+        assert selected(albums, top=1, min_share=0.0).genres.names == ("A",)
 
 
-def test_counts_are_of_all_genres_most_common_first() -> None:
-    selection = chosen(1)
+def test_counts_are_of_all_genres() -> None:
+    selection = selected(top=1)
     assert list(selection.counts.items()) == [("Rock", 4), ("Jazz", 3), ("Pop", 3), ("Folk", 1)]
-    assert selection.albums == 5  # the album without genre is no part of any share
+    assert selection.labelled == 5  # the album without genre is no part of any share
 
 
 @pytest.mark.parametrize(
@@ -115,50 +124,54 @@ def test_counts_are_of_all_genres_most_common_first() -> None:
         (0.8, ("Rock",)),
     ],
 )
-def test_the_least_share_is_of_labelled_albums(min_share: float, kept: tuple[str, ...]) -> None:
-    assert chosen(min_share=min_share).kept.names == kept
+def test_min_share_is_relative_to_labelled_albums(min_share: float, kept: tuple[str, ...]) -> None:
+    assert selected(min_share=min_share).genres.names == kept
 
 
 @pytest.mark.parametrize("percent", range(1, 101))
-def test_a_genre_on_exactly_the_least_share_is_kept(percent: int) -> None:
+def test_genre_with_exactly_min_share_is_selected(percent: int) -> None:
     """In floating point 0.07 * 100 is above 7."""
     albums = [["Rock", "Rare"]] * percent + [["Rock"]] * (100 - percent)
     share = float(f"{percent / 100:.2f}")
-    assert select(albums, top=9, min_share=share).kept.names == ("Rare", "Rock")
+    assert selected(albums, top=9, min_share=share).genres.names == ("Rare", "Rock")
     if percent < 100:
         above = float(f"{percent / 100:.2f}1")
-        assert select(albums, top=9, min_share=above).kept.names == ("Rock",)
+        assert selected(albums, top=9, min_share=above).genres.names == ("Rock",)
 
 
-def test_the_result_does_not_depend_on_the_order_of_albums_or_genres() -> None:
-    expected = chosen(2)
+def test_selection_does_not_depend_on_order() -> None:
+    expected = selected(top=2)
     for albums in itertools.permutations(ALBUMS):
-        assert select([album[::-1] for album in albums], top=2, min_share=0.0) == expected
+        assert selected([album[::-1] for album in albums], top=2, min_share=0.0) == expected
 
 
-def test_explicit_genres_overrule_top_and_share() -> None:
-    selection = chosen(1, 0.9, ("Pop", "Folk", "Pop"))
-    assert selection.kept.names == ("Folk", "Pop")
+def test_explicit_genres_override_top_and_min_share() -> None:
+    selection = selected(ALBUMS, 1, 0.9, ("Pop", "Folk", "Pop"))
+    assert selection.genres.names == ("Folk", "Pop")
     assert selection.counts["Rock"] == 4
 
 
-def test_mistakes_are_told_in_one_line() -> None:
+def test_errors_of_select() -> None:
     with pytest.raises(ConfigError) as caught:
-        chosen(explicit=("Jazz", "Rokc"))
-    assert str(caught.value) == "--genres: no album has 'Rokc'; did you mean 'Rock'?"
-    with pytest.raises(ConfigError, match=re.escape("--min-share 0.9")) as caught:
-        chosen(min_share=0.9)
-    assert "'Rock'" in str(caught.value) and "80.00%" in str(caught.value)
+        selected(explicit=("Jazz", "Rokc"))
+    assert caught.value.code == "unknown_genre"
+    assert "--genres" in str(caught.value) and "did you mean 'Rock'?" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        selected(min_share=0.9)
+    assert caught.value.code == "min_share_too_high"
+    for fact in ("--min-share 0.9", "'Rock'", "80.00%"):
+        assert fact in str(caught.value)
     nothing: list[list[list[str]]] = [[], [[], []]]
     for albums in nothing:
-        with pytest.raises(ConfigError, match="--genres-column"):
-            select(albums, top=1, min_share=0.0)
+        with pytest.raises(ConfigError, match="--genres-column") as caught:
+            selected(albums, top=1, min_share=0.0)
+        assert caught.value.code == "no_genres"
 
 
-# Which albums are kept
+# Unselected albums
 
 
-def test_every_album_is_kept_or_has_its_reason() -> None:
+def test_reasons_of_unselected_albums() -> None:
     kept = Genres(("Jazz", "Rock"))
     expected = {  # genres -> (any, all)
         (): ("unlabelled", "unlabelled"),
@@ -170,15 +183,17 @@ def test_every_album_is_kept_or_has_its_reason() -> None:
         ("Rock", "Jazz", "Pop"): (None, "genre_not_selected"),
     }
     for column, require_all in enumerate((False, True)):
-        reasons = keep_albums(list(expected), kept, require_all)
+        reasons = [
+            unselected_reason(genres, kept.names, require_all=require_all) for genres in expected
+        ]
         assert reasons == [pair[column] for pair in expected.values()]
         assert {reason for reason in reasons if reason} <= set(REASONS)
 
 
-# From scores to labels
+# Predicted genres
 
 
-def test_a_label_is_a_score_of_at_least_its_threshold() -> None:
+def test_predicted_genres_reach_their_threshold() -> None:
     genres = Genres(("Folk", "Jazz", "Rock"))
     thresholds = {"Rock": 0.9, "Folk": 0.5, "Jazz": 0.1}  # by name, not by place
     scores = np.array([[0.5, 0.05, 0.95], [0.49, 0.1, 0.89], [0, 0, 0], [1, 1, 1]], np.float32)
@@ -196,7 +211,7 @@ def test_thresholds_compare_as_float32() -> None:
         assert over_threshold(scores, Genres(("A",)), {"A": threshold}) == [["A"], []]
 
 
-def test_a_genre_without_threshold_is_an_error() -> None:
+def test_missing_threshold_is_an_error() -> None:
     with pytest.raises(KeyError, match="B"):
         over_threshold(np.zeros((1, 2), np.float32), Genres(("A", "B")), {"A": 0.5})
 
@@ -204,7 +219,7 @@ def test_a_genre_without_threshold_is_an_error() -> None:
 # Warnings
 
 
-def test_names_that_may_be_mistakes_are_warned_about() -> None:
+def test_warnings_about_genre_names() -> None:
     assert name_warnings({"Rock": 3, "Pop": 1, "R&B": 1, "Folk (US)": 1, "&c": 1}) == []
     case, entities, separators = name_warnings(
         {"Rock": 3, "rock": 1, "ROCK": 1, "R&amp;B": 2, "Ol&#233;": 1, "Jazz; Funk": 1, "A,B": 1}
@@ -223,7 +238,7 @@ BY_SPLIT = {
 }
 
 
-def test_genres_that_are_missing_or_rare_in_a_split_are_warned_about() -> None:
+def test_warnings_about_missing_and_rare_genres() -> None:
     albums = {"train": 2000, "dev": 250, "test": 250}
     missing, rare = split_warnings(BY_SPLIT, albums)
     assert missing.startswith("no album in dev has Country: ") and "--split-seed" in missing
@@ -233,10 +248,10 @@ def test_genres_that_are_missing_or_rare_in_a_split_are_warned_about() -> None:
         split_warnings({"Rock": {"train": 20, "dev": 0, "test": 0}}, {"train": 20, "dev": 0}) == []
     )
     (never,) = split_warnings({"Rock": {"train": 0, "dev": 20}}, {"train": 5, "dev": 20})
-    assert "no album in train has Rock: it is never learned" in never
+    assert "no album in train has Rock" in never
 
 
-def test_the_table_of_genres_by_split() -> None:
+def test_table_of_genres_by_split() -> None:
     albums = {"train": 2000, "dev": 250, "test": 250}
     lines = split_table(BY_SPLIT, albums)
     assert [line.split()[0] for line in lines] == ["albums", "Rock", "Country", "Reggae"]

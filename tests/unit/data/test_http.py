@@ -13,6 +13,7 @@ from typing import Any
 import brotli
 import pytest
 from backports import zstd
+from rows import plan_table
 
 from covergenre import __version__, schema
 from covergenre.config import ScoreConfig
@@ -378,7 +379,7 @@ def test_user_agent_names_version_and_contact(server: _Server) -> None:
     contact = "https://example.org/me; me@example.org"
     expected = f"covergenre/{__version__} (+{contact})".encode()
     assert http.web_covers(4, True, contact)(url) == expected
-    rows = covers.plan(_table([{"row": 0, "album_id": "a", "cover": url}]))
+    rows = plan_table([{"album_id": "a", "cover": url}])
     ((_, (outcome,)),) = covers.load(rows, Source(allow_private=True, contact=contact), 1)
     assert isinstance(outcome, Cover) and outcome.data == expected
 
@@ -661,15 +662,9 @@ def test_covers_of_a_catalog_come_in_parallel_and_in_order(server: _Server) -> N
         {"row": n, "album_id": str(n), "cover": address(server, path)}
         for n, path in enumerate(paths)
     ]
-    plan = covers.plan(_table(records))
+    plan = plan_table(records)
     source = Source(download_concurrency=3, allow_private=True)
     ((_, outcomes),) = covers.load(plan, source, len(records))
     shown = [o.data if isinstance(o, Cover) else getattr(o, "reason", None) for o in outcomes]
     assert shown == [b"cover"] * 2 + ["missing_file", "access_denied"] + [b"cover"] * 21
     assert server.most_at_once <= 3
-
-
-def _table(records: list[dict[str, Any]]) -> Any:
-    import pyarrow as pa
-
-    return pa.Table.from_pylist(records, schema=schema.CATALOG)
