@@ -5,7 +5,6 @@ error is raised only if the catalog itself cannot be read.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,7 +51,7 @@ class CatalogReader:
         StorageError: if there is nothing to read.
     """
 
-    identity = None  # known only when all rows have been read
+    identity: str | None = None  # known only when all rows have been read
 
     def __init__(
         self,
@@ -81,17 +80,14 @@ class CatalogReader:
         self._is_mumu = is_mumu or (self._format == "csv" and self._has_mumu_header())
         if self._is_mumu:
             self._mapping.check_mumu()
-
-    @cached_property
-    def key(self) -> dict[str, Any]:
-        """Settings, and path, size and mtime of each file: equal keys, equal rows."""
-        names = CatalogSettings.model_fields.keys() & self._settings.deciding()
-        settings = self._settings.model_dump(mode="json", include=set(names))
-        return {
-            "settings": {**settings, "covers": self._covers},
-            "columns": [*self._columns, *self._mapping.carry],
+        names = CatalogSettings.model_fields.keys() & settings.result_settings()
+        self.key: dict[str, Any] = {
+            "settings": settings.model_dump(mode="json", include=set(names)),
+            "covers": self._covers,
+            "columns": [*columns, *carry],
             "files": [[file, *storage.stat(file)] for file in self._paths],
         }
+        """Equal keys, equal rows: settings, and path, size and mtime of each file."""
 
     def parts(self) -> Iterator[pa.Table]:
         """All rows as tables with columns of schema.CATALOG, in catalog order."""
