@@ -101,9 +101,9 @@ def _yaml(uri: str, text: str) -> Iterator[Entry]:
         # Nodes instead of values: they have line numbers, and `No` stays text instead of False.
         document = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        number = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(
-            f"{uri}, line {line}: not valid YAML: {error.problem}", code="invalid"
+            f"{uri}, line {number}: not valid YAML: {error.problem}", code="invalid"
         ) from error
     except yaml.YAMLError as error:
         raise ConfigError(

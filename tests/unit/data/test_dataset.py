@@ -209,11 +209,12 @@ def test_other_tools_read_the_directory_as_the_rows_of_the_dataset(tmp_path: Pat
     ids = sorted(f"album-{row}" for rows in (5, 2, 1) for row in range(rows))
     assert sorted(ds.dataset(str(root), format="parquet").to_table()["album_id"].to_pylist()) == ids
     assert sorted(pd.read_parquet(root)["album_id"]) == ids
-    table = duckdb.sql(f"select album_id from read_parquet('{root}/**/*.parquet')").fetchall()
+    query = f"select album_id from read_parquet('{root}/**/*.parquet')"
+    table = duckdb.execute(query).fetchall()
     assert sorted(album_id for (album_id,) in table) == ids
     assert sorted(pl.read_parquet(root / "**/*.parquet")["album_id"].to_list()) == ids
-    lines = duckdb.sql(f"select reason from read_json('{root}/_rejected/*.jsonl')").fetchall()
-    assert lines == [("no_cover",)]
+    query = f"select reason from read_json('{root}/_rejected/*.jsonl')"
+    assert duckdb.execute(query).fetchall() == [("no_cover",)]
 
 
 # The manifest

@@ -63,7 +63,7 @@ def planned(rows: list[dict[str, Any]], uri: Path) -> Plan:
 
 
 def assigned(plan: Plan, split_from: str = "catalog", **settings: Any) -> Assignment:
-    defaults = {
+    defaults: dict[str, Any] = {
         "genre_map": {},
         "selected": SELECTED,
         "require_all": False,
