@@ -1,8 +1,6 @@
 """Progress reporting: silent unless asked for, log lines, callbacks."""
 
-import io
 import logging
-import sys
 
 import pytest
 
@@ -13,7 +11,6 @@ from covergenre.progress import Progress, ProgressEvent, log_to_stderr, reportin
 @pytest.fixture(autouse=True)
 def log_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_LOG_EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
 
 
 def count(total: int | None = 10) -> None:
@@ -56,11 +53,11 @@ def test_callbacks_receive_each_step_and_the_metrics_of_an_epoch() -> None:
     assert len(inner) == 5
 
 
-def test_log_to_stderr_is_undone_at_the_end() -> None:
+def test_log_to_stderr_is_undone_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("covergenre")
     before = (logger.level, logger.propagate, list(logger.handlers))
     with log_to_stderr():
         logging.getLogger("covergenre.x").info("a line")
         logging.getLogger("covergenre.x").debug("not this one")
-    assert isinstance(sys.stderr, io.StringIO) and sys.stderr.getvalue() == "a line\n"
+    assert capsys.readouterr().err == "a line\n"
     assert (logger.level, logger.propagate, list(logger.handlers)) == before
