@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import runpy
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -45,9 +46,19 @@ from covergenre.errors import (
     StorageError,
 )
 from covergenre.io import storage
+from covergenre.metrics import multilabel_metrics
 from covergenre.models.networks import build_model
 from covergenre.models.predictor import normalise, to_unit
+from covergenre.progress import Progress
 from covergenre.registry import MODELS
+from covergenre.stages import evaluate as evaluate_stage
+from covergenre.stages import prepare as prepare_stage
+from covergenre.stages import score as score_stage
+from covergenre.stages import train as train_stage
+from covergenre.stages.evaluate import Evaluated
+from covergenre.stages.prepare import Prepared
+from covergenre.stages.score import Labelled
+from covergenre.stages.train import Trained
 
 GENRES = ("Ambient", "Jazz", "Rock")
 
@@ -630,3 +641,55 @@ def test_api_page_is_generated_from_the_docstrings() -> None:
     docs = Path(__file__).parents[2] / "docs"
     page = runpy.run_path(str(docs / "make_api.py"))["make"]()
     assert (docs / "api.md").read_text() == page, "run: python docs/make_api.py"
+
+
+def test_stage_functions_pass_settings_on_and_return_results(
+    prepared: str,
+    untrained_model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without Ray: what a stage does is tested with the stages."""
+
+    manifest = shards.read_manifest(prepared)
+    metrics = multilabel_metrics(np.eye(3), np.eye(3), GENRES)
+    results = {
+        prepare_stage: Prepared(manifest),
+        train_stage: Trained(str(tmp_path / "m"), "id", {"epoch": 1}, 1),
+        evaluate_stage: Evaluated("e", "dev", metrics),
+        score_stage: Labelled("l", {"rows": 3, "scored": 2}),
+    }
+    calls: list[StageConfig] = []
+    for stage, result in results.items():
+        monkeypatch.setattr(type(result), "summary", lambda self: f"summary of <{type(self)}>")
+
+        def run(settings: StageConfig, *, verbose: bool, result: Any = result) -> Any:
+            with Progress("test", 1, "rows") as progress:
+                progress.advance(1)
+            calls.append(settings)
+            return result
+
+        monkeypatch.setattr(stage, stage.__name__.rpartition(".")[2], run)
+
+    events: list[cg.ProgressEvent] = []
+    done = cg.prepare(Path("c"), out="d", shard_rows=5, callbacks=[events.append])
+    assert calls[-1] == PrepareConfig(catalog="c", out="d", shard_rows=5)
+    assert (done.uri, done.genres, len(done.load("train"))) == (prepared, GENRES, 12)
+    assert repr(done) == done.summary() and "&lt;" in done._repr_html_()
+
+    trained = cg.train("d", out=tmp_path / "m", epochs=3, callbacks=[events.append])
+    assert calls[-1] == TrainConfig(dataset="d", out=str(tmp_path / "m"), epochs=3)
+    shutil.copytree(untrained_model, tmp_path / "m")
+    (tmp_path / "m" / "history.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    assert trained.history["epoch"].tolist() == [1, 2]
+    assert trained.model is trained.model and trained.model.uri == trained.uri
+
+    measured = cg.evaluate("m", "d", out="e", split="dev", callbacks=[events.append])
+    assert calls[-1] == EvaluateConfig(model="m", dataset="d", out="e", split="dev")
+    assert measured["albums"] == 3 and dict(measured) == metrics
+    assert list(measured.by_genre.index) == list(GENRES)
+
+    scored = cg.score("m", "c", out="l", batch_size=8, callbacks=[events.append])
+    assert calls[-1] == ScoreConfig(model="m", catalog="c", out="l", batch_size=8)
+    assert scored.ledger["scored"] == 2
+    assert [event.done for event in events] == [1] * 4
