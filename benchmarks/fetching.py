@@ -1,9 +1,9 @@
-"""Covers fetched a second from a store, with 1, 8 and 32 in flight, in one run.
+"""Covers downloaded per second from a store, with 1, 8 and 32 requests in parallel.
 
     uv run python -m benchmarks.fetching s3://bucket/prefix
 
-Puts 400 drawn covers there, fetches them as prepare and score do (in one process; a cluster has one
-such process a CPU), and deletes them again. The ratio is to one at a time.
+Writes 400 synthetic covers there, downloads them as prepare and score do (in one process; a cluster
+has one such process per CPU), and deletes them. Ratios are relative to one request at a time.
 """
 
 import argparse
@@ -25,10 +25,10 @@ IN_FLIGHT = (1, 8, 32)
 def main() -> None:
     """Measure, and print one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("place", help="a prefix to write to")
+    parser.add_argument("directory", help="a prefix to write to")
     parser.add_argument("--covers", type=int, default=400)
     args = parser.parse_args()
-    folder = storage.join(storage.absolute(args.place), f"fetching-{uuid.uuid4().hex}")
+    folder = storage.join(storage.absolute(args.directory), f"fetching-{uuid.uuid4().hex}")
     try:
         make_sample(folder, args.covers, 0)
         uris = storage.list_files(storage.join(folder, "covers"))
@@ -39,7 +39,7 @@ def main() -> None:
     finally:
         storage.delete_directory(folder)
     shown = {
-        str(n): {"a_second": round(rates[n], 1), "ratio": round(rates[n] / rates[1], 2)}
+        str(n): {"covers_per_second": round(rates[n], 1), "ratio": round(rates[n] / rates[1], 2)}
         for n in IN_FLIGHT
     }
     print(json.dumps({"covers": len(uris), "mean_bytes": sum(sizes) // len(uris), **shown}))
@@ -49,7 +49,7 @@ def _rate(plan: pa.Table, in_flight: int) -> float:
     began = time.perf_counter()
     for _, outcomes in covers.load(plan, Source(download_concurrency=in_flight), plan.num_rows):
         if not all(isinstance(outcome, Cover) for outcome in outcomes):
-            raise SystemExit("not every cover came; the rate would mean nothing")
+            raise SystemExit("some covers could not be downloaded, so the rate is meaningless")
     return int(plan.num_rows) / (time.perf_counter() - began)
 
 

@@ -1,13 +1,13 @@
-"""Peak memory of score with some albums and with ten times as many; and how soon a long catalog
-is begun, and gone on with.
+"""Peak memory of score for N and for 10 N albums; or the time until a long catalog starts to be
+scored, and until it is resumed.
 
     uv run python -m benchmarks.memory                     # 3,000 albums, then 30,000
     uv run python -m benchmarks.memory --plan 300000       # only prepare's plan, then ten times
-    uv run python -m benchmarks.memory --rows 5000000      # addresses only, ended soon after
+    uv run python -m benchmarks.memory --rows 5000000      # URLs only, stopped after a first part
 
-Runs `covergenre score` as a user does, on an embedded Ray, with an untrained model. Sampled ten
-times a second from /proc (Linux alone): memory of the driver, of all Ray workers and what they
-start, and how much of Ray's object store was ever touched. The rows repeat 50 drawn covers.
+Runs the command `covergenre score` on an embedded Ray, with an untrained model. Sampled ten times
+per second from /proc (Linux only): memory of the driver, of all Ray workers and their children, and
+used memory of Ray's object store. The rows repeat 50 synthetic covers.
 """
 
 import argparse
@@ -39,9 +39,13 @@ _TIMES = 10
 def main() -> None:
     """Measure, and print one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--albums", type=int, default=3000, help="then ten times as many")
-    parser.add_argument("--rows", type=int, help="instead: begin a catalog of so many rows")
-    parser.add_argument("--plan", type=int, help="instead: plan a dataset of so many rows")
+    parser.add_argument(
+        "--albums", type=int, default=3000, help="N; the second run has ten times as many"
+    )
+    parser.add_argument(
+        "--rows", type=int, help="instead: time to start and to resume a catalog of this many rows"
+    )
+    parser.add_argument("--plan", type=int, help="instead: memory of planning N rows for prepare")
     parser.add_argument("--plan-catalog", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.plan_catalog:
@@ -55,9 +59,9 @@ def main() -> None:
         model = write_untrained_model(str(folder / "model"))
         covers = sorted((write_sample(folder / "sample", _COVERS, 0).parent / "covers").iterdir())
         result = (
-            _begun(folder, model, covers, args.rows)
+            _time_to_start(folder, model, covers, args.rows)
             if args.rows
-            else _compared(folder, model, covers, args.albums)
+            else _compare(folder, model, covers, args.albums)
         )
     print(json.dumps(result))
 
@@ -121,12 +125,12 @@ def _plan(catalog: Path) -> dict[str, Any]:
     }
 
 
-def _compared(folder: Path, model: str, covers: list[Path], albums: int) -> dict[str, Any]:
+def _compare(folder: Path, model: str, covers: list[Path], albums: int) -> dict[str, Any]:
     peaks = []
     for count in (albums, albums * _TIMES):
         run = _Run(model, _catalog(folder / f"{count}.csv", covers, count), folder / f"out-{count}")
         if run.process.wait():
-            raise SystemExit(f"score ended with {run.process.returncode}")
+            raise SystemExit(f"score exited with code {run.process.returncode}")
         peaks.append(run.peaks())
     few, many = peaks
     return {
@@ -136,15 +140,17 @@ def _compared(folder: Path, model: str, covers: list[Path], albums: int) -> dict
     }
 
 
-def _begun(folder: Path, model: str, covers: list[Path], rows: int) -> dict[str, Any]:
+def _time_to_start(folder: Path, model: str, covers: list[Path], rows: int) -> dict[str, Any]:
     catalog, out = _catalog(folder / "catalog.csv", covers, rows), folder / "out"
     found: dict[str, Any] = {"rows": rows, "catalog_mib": catalog.stat().st_size >> 20}
-    for name in ("begun", "gone_on"):
+    for name in ("started", "resumed"):
         before = len(_parts(out))
-        run = _Run(model, catalog, out, "--part-rows", "64")  # the first tells of the beginning
+        run = _Run(
+            model, catalog, out, "--part-rows", "64"
+        )  # small, so that the first is written early
         while len(_parts(out)) == before:
             if run.process.poll() is not None:
-                raise SystemExit(f"score ended with {run.process.returncode}")
+                raise SystemExit(f"score exited with code {run.process.returncode}")
             time.sleep(_SAMPLE_SECONDS)
         found[f"{name}_after_seconds"] = round(time.monotonic() - run.began, 1)
         run.process.terminate()
@@ -160,7 +166,7 @@ def _parts(out: Path) -> list[Path]:
 
 
 class _Run:
-    """`covergenre score`, watched."""
+    """A process of `covergenre score` whose memory is sampled."""
 
     def __init__(self, model: str, catalog: Path, out: Path, *flags: str) -> None:
         command = [sys.executable, "-m", "covergenre", "score", model, str(catalog)]
@@ -173,7 +179,7 @@ class _Run:
         self._thread.start()
 
     def peaks(self) -> dict[str, int]:
-        """MiB, when it has ended."""
+        """Peaks in MiB; waits for the process to exit."""
         self._thread.join()
         return {name: kib >> 10 for name, kib in self._peaks.items()}
 
@@ -194,20 +200,20 @@ class _Run:
 
 
 def _is_worker(process: psutil.Process) -> bool:
-    """Ray's, or started by one of them, as what decodes covers is."""
+    """Whether the process is a Ray worker or a child of one, such as the decoder."""
     lines = (" ".join(one.cmdline()) for one in (process, *process.parents()))
     return any(line.startswith("ray::") and "Agent" not in line for line in lines)
 
 
 def _kib(pid: int) -> int:
-    """Memory that is a process's own: without libraries, and without the object store."""
+    """Private memory of a process: without shared libraries and the object store."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
     return int(found["RssAnon"])
 
 
 def _store_kib(pid: int) -> int:
-    """How much of the object store, a file in /dev/shm that the raylet holds, has memory."""
+    """Allocated memory of the object store, a file in /dev/shm that the raylet has open."""
     files = {}
     for link in Path(f"/proc/{pid}/fd").iterdir():
         if os.readlink(link).startswith("/dev/shm/"):

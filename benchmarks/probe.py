@@ -1,10 +1,10 @@
-"""The floor that fine-tuning has to beat: logistic regression on frozen features.
+"""The baseline that fine-tuning has to beat: logistic regression on frozen features.
 
     uv run python -m benchmarks.probe DATASET --model mobilenet_v2 --weights FILE
 
 Features are the backbone's output for each cover of a prepared dataset, with the dataset's own
-splits. One logistic regression a genre (scikit-learn, standardised features); C is chosen on dev
-by macro ROC AUC, then measured once on test. No Ray: this is the check from outside.
+splits. One logistic regression per genre (scikit-learn, standardised features); C is chosen on dev
+by macro ROC AUC, then measured once on test. Does not use Ray: an independent check.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def features(manifest: Manifest, split: str, backbone: torch.nn.Module) -> Array
 
 
 def fit_and_score(c: float, train: Arrays, other: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probabilities [rows of `other`, G] by one logistic regression a genre."""
+    """Probabilities [rows of `other`, G] by one logistic regression per genre."""
     columns = []
     for j in range(train[1].shape[1]):
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))

@@ -1,10 +1,10 @@
-"""What prepare's re-encoding does to a score: the same cover raw and prepared, side by side.
+"""Effect of re-encoding by prepare on the scores: the same covers original and re-encoded.
 
-    uv run python -m benchmarks.reencoding MODEL [FOLDER_OF_COVERS]
+    uv run python -m benchmarks.reencoding MODEL [DIRECTORY_OF_COVERS]
 
-prepare stores a cover whose longer side is over 300 pixels as a smaller JPEG; score decodes raw
-covers at once. This prints how far the scores of the two differ, over all covers and genres.
-Without a folder it draws 200 covers of 900 pixels.
+prepare stores a cover whose longer side is over 300 pixels as a smaller JPEG, while score decodes
+original covers. This prints how much their scores differ, over all covers and genres. Without a
+directory it uses 200 synthetic covers of 900 pixels.
 """
 
 import argparse
@@ -34,24 +34,24 @@ def main() -> None:
 
 
 def compare(model_uri: str, covers: Path) -> dict[str, float]:
-    """How far the scores of raw and prepared covers differ; all images of the folder `covers`."""
+    """Differences between the scores of original and re-encoded images in `covers`."""
 
     max_side = int(PrepareConfig.model_fields["max_side"].default)
     bundle = read_bundle(model_uri)
     model = to_device(load_model(bundle), "cpu")
     predictor = Predictor(model, bundle.preprocessing, "cpu", bundle.precision)
-    raw, prepared, smaller = [], [], 0
+    original, prepared, changed = [], [], 0
     for path in sorted(path for path in covers.iterdir() if path.is_file()):
         data = path.read_bytes()
         reencoded = validate_and_reencode(data, max_side)
-        smaller += reencoded != data
-        raw.append(decode(data, bundle.preprocessing))
+        changed += reencoded != data
+        original.append(decode(data, bundle.preprocessing))
         prepared.append(decode(reencoded, bundle.preprocessing))
-    # One batch each, so that only the pixels differ.
-    difference = np.abs(predictor(np.stack(raw)) - predictor(np.stack(prepared)))
+    # Batches of equal size, so that only the pixels differ.
+    difference = np.abs(predictor(np.stack(original)) - predictor(np.stack(prepared)))
     return {
-        "covers": len(raw),
-        "re_encoded": smaller,
+        "covers": len(original),
+        "re_encoded": changed,
         "mean_score_difference": round(float(difference.mean()), 5),
         "largest_score_difference": round(float(difference.max()), 5),
     }

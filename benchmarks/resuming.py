@@ -1,9 +1,9 @@
 """Cost of resuming a run of score: listing its committed output parts, and reading their footers.
 
-    uv run python -m benchmarks.resuming PLACE             # a folder, or s3://bucket/prefix
+    uv run python -m benchmarks.resuming DIRECTORY         # local, or s3://bucket/prefix
 
-Writes 5,000 parts of 1,024 albums there, and deletes them again. A hundred million albums
-are 97,657 units; both costs grow with their number.
+Writes 5,000 output parts of 1,024 albums there, and deletes them. 100 million albums are 97,657
+parts; both times are proportional to their number.
 """
 
 import argparse
@@ -29,10 +29,10 @@ _ROWS = 1024
 def main() -> None:
     """Measure, and print one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("place", help="a folder or prefix to write to")
+    parser.add_argument("directory", help="a directory or prefix to write to")
     parser.add_argument("--parts", type=int, default=5000)
     args = parser.parse_args()
-    place = storage.join(storage.absolute(args.place), f"resuming-{uuid.uuid4().hex}")
+    place = storage.join(storage.absolute(args.directory), f"resuming-{uuid.uuid4().hex}")
     data = _part()
     names = [f"part-{part:08d}.parquet" for part in range(args.parts)]
     try:
@@ -42,7 +42,7 @@ def main() -> None:
         score.finished_parts(place)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        began = time.perf_counter()  # again: what is traced is slow
+        began = time.perf_counter()  # again, because tracing is slow
         parts = score.finished_parts(place)
         listed = time.perf_counter()
         total: Counter[str] = Counter()

@@ -1,14 +1,13 @@
-"""Scoring and training rates as a ratio to the bare model on tensors already in memory.
+"""Rates of scoring and training, relative to the bare model on tensors in memory.
 
     uv run python -m benchmarks.throughput                       # mobilenet_v2, on this machine
     uv run python -m benchmarks.throughput --model vgg16 --precision bf16 --covers 4096
 
-All in one run, so that the ratios hold where the rates do not: the bare model's forward pass and
-training step on random pixels that lie on the device, before and after covergenre's own score and
-train on drawn covers; the faster of the two counts. Train is measured in its second epoch and score
-from its first batch, so that the start of Ray's processes does not count. A ratio of 1 would mean
-that reading, decoding, moving and writing cost nothing. Where there is a GPU it uses one; nothing
-else changes.
+Everything runs in one process, so that the ratios are comparable between machines. The bare model's
+forward pass and training step on random pixels on the device are measured before and after
+covergenre's train and score on synthetic covers; the faster counts. Train is measured in its second
+epoch and score from its first batch, so that starting Ray's processes is excluded. A ratio of 1
+would mean that reading, decoding, transfers and writing cost nothing. Uses a GPU if there is one.
 """
 
 import argparse
@@ -42,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def _rate(rows: int, run: Callable[[], object], seconds: float) -> float:
-    """Images a second of `run`, which computes `rows`, over at least `seconds`; warmed up."""
+    """Images per second of `run`, which processes `rows`, over at least `seconds`."""
     for _ in range(2):
         run()
     if torch.cuda.is_available():
@@ -59,7 +58,7 @@ def _rate(rows: int, run: Callable[[], object], seconds: float) -> float:
 def bare_rates(
     name: str, precision: str, device: str, score_batch: int, train_batch: int, seconds: float
 ) -> tuple[float, float]:
-    """(forward, training) images a second of the model alone, pixels already on the device."""
+    """Images per second of the bare model (forward, training), with pixels on the device."""
     spec = Preprocessing()
     model = to_device(networks.build_model(name, len(GENRES), seed=0), device)
     networks.freeze(model, MODELS[name].freeze)
@@ -94,11 +93,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mobilenet_v2", choices=sorted(MODELS))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--covers", type=int, default=1024, help="drawn covers to train on")
-    parser.add_argument("--repeats", type=int, default=4, help="how often each of them is scored")
+    parser.add_argument("--covers", type=int, default=1024, help="synthetic covers to train on")
+    parser.add_argument(
+        "--repeats", type=int, default=4, help="number of times that each cover is scored"
+    )
     parser.add_argument("--score-batch", type=int, default=64)
     parser.add_argument("--train-batch", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each bare measurement")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="duration of each measurement of the bare model"
+    )
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,8 +119,8 @@ def main() -> None:
     start_ray()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        drawn = write_sample(root / "catalog", args.covers)
-        catalog = str(drawn)
+        synthetic_catalog = write_sample(root / "catalog", args.covers)
+        catalog = str(synthetic_catalog)
         dataset, model, labels = (str(root / name) for name in ("dataset", "model", "labels"))
         prepare(PrepareConfig(catalog=catalog, out=dataset, min_share=0.0))
         train(
@@ -133,10 +136,10 @@ def main() -> None:
             )
         )
         history = storage.read_bytes(f"{model}/history.jsonl").decode().splitlines()
-        # The first epoch waits for the workers to start; the second is the steady state.
+        # The first epoch includes the start of the workers.
         trained = json.loads(history[-1])["images_per_second"]
-        header, *rows = drawn.read_text().splitlines()
-        many = drawn.with_name("many.csv")
+        header, *rows = synthetic_catalog.read_text().splitlines()
+        many = synthetic_catalog.with_name("many.csv")
         again = [f"{time_}-{row}" for time_ in range(args.repeats) for row in rows]
         many.write_text("\n".join([header, *again]) + "\n")
         ledger = score(

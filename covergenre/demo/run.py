@@ -1,4 +1,4 @@
-"""demo: the whole job on a drawn sample, in minutes, on a laptop."""
+"""The commands `demo` (all stages on a synthetic catalog, in minutes) and `sample`."""
 
 import logging
 import re
@@ -29,46 +29,50 @@ _SYNTHETIC_COVER = re.compile(r"covers/synthetic_\d+\.jpg")
 
 
 def make_sample(out: str, albums: int, seed: int) -> str:
-    """Write a drawn catalog to the folder `out`; what the user is told.
+    """Write a synthetic catalog to the directory `out`; returns the message to print.
 
-    `out` is new, empty, or holds a sample that was interrupted (its catalog comes last).
+    `out` must be new, empty, or contain an interrupted sample (whose catalog is written last).
     """
-    place = storage.absolute(out)
-    held = storage.list_sizes(place)
-    if not all(name == "README.md" or _SYNTHETIC_COVER.fullmatch(name) for name in held):
-        raise StorageError(f"{out}: is not empty; choose another --out, or empty it")
-    if not storage.is_uri(place):
-        write_sample(Path(place), albums, seed)
+    directory = storage.absolute(out)
+    existing = storage.list_sizes(directory)
+    if not all(name == "README.md" or _SYNTHETIC_COVER.fullmatch(name) for name in existing):
+        raise StorageError(
+            f"{out}: is not empty; choose another --out, or empty it", code="not_empty"
+        )
+    if not storage.is_uri(directory):
+        write_sample(Path(directory), albums, seed)
     else:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(16) as pool:
             catalog = write_sample(Path(folder), albums, seed)
             others = [f for f in Path(folder).rglob("*") if f.is_file() and f != catalog]
 
             def upload(file: Path) -> None:
-                storage.put(storage.join(place, str(file.relative_to(folder))), file.read_bytes())
+                storage.put(
+                    storage.join(directory, str(file.relative_to(folder))), file.read_bytes()
+                )
 
             list(pool.map(upload, others))
-            upload(catalog)  # last, so that a sample with a catalog is a whole one
-    path = storage.join(place, "catalog.csv")
-    about = plural(albums, "drawn cover shows", "drawn covers show")
-    return f"catalog {path}\n  {about} no real album"
+            upload(catalog)  # last: a sample that has a catalog is complete
+    path = storage.join(directory, "catalog.csv")
+    about = plural(albums, "synthetic cover")
+    return f"catalog {path}\n  {about}, showing no real albums"
 
 
 def run_demo(out: str, *, verbose: bool) -> None:
-    """Sample, prepare, train, evaluate, score; says where to look."""
+    """Run sample, prepare, train, evaluate and score; print the paths of the results."""
     began = time.monotonic()
     root = storage.absolute(out)
 
-    def place(name: str) -> str:
+    def path_of(name: str) -> str:
         return storage.join(root, name)
 
     for name, albums, seed in (("catalog", _ALBUMS, 0), ("new-albums", _UNLABELLED, 1)):
-        if not storage.exists(place(f"{name}/catalog.csv")):
-            logger.info(make_sample(place(name), albums, seed))
+        if not storage.exists(path_of(f"{name}/catalog.csv")):
+            logger.info(make_sample(path_of(name), albums, seed))
     prepared = prepare(
         PrepareConfig(
-            catalog=place("catalog/catalog.csv"),
-            out=place("dataset"),
+            catalog=path_of("catalog/catalog.csv"),
+            out=path_of("dataset"),
             group_by="artist",
             shard_rows=256,
         ),
@@ -77,8 +81,8 @@ def run_demo(out: str, *, verbose: bool) -> None:
     logger.info(prepared.summary())
     trained = train(
         TrainConfig(
-            dataset=place("dataset"),
-            out=place("model"),
+            dataset=path_of("dataset"),
+            out=path_of("model"),
             model="tiny",
             epochs=_EPOCHS,
             learning_rate=2e-3,
@@ -89,13 +93,13 @@ def run_demo(out: str, *, verbose: bool) -> None:
     )
     logger.info(trained.summary())
     evaluated = evaluate(
-        EvaluateConfig(model=place("model"), dataset=place("dataset"), out=place("metrics")),
+        EvaluateConfig(model=path_of("model"), dataset=path_of("dataset"), out=path_of("metrics")),
         verbose=verbose,
     )
     logger.info(evaluated.summary())
     labelled = score(
         ScoreConfig(
-            model=place("model"), catalog=place("new-albums/catalog.csv"), out=place("labels")
+            model=path_of("model"), catalog=path_of("new-albums/catalog.csv"), out=path_of("labels")
         ),
         verbose=verbose,
     )
@@ -103,25 +107,25 @@ def run_demo(out: str, *, verbose: bool) -> None:
     minutes = (time.monotonic() - began) / 60
     albums, genres = prepared.manifest.counts["albums"], len(prepared.manifest.genres)
     auc, over = evaluated.metrics["roc_auc_macro"], macro_over(evaluated.metrics)
-    made = (
-        ("catalog/catalog.csv", f"catalog: {_ALBUMS:,} labelled albums, drawn by a program"),
+    results = (
+        ("catalog/catalog.csv", f"catalog: {_ALBUMS:,} synthetic albums with genres"),
         (
             "dataset",
             f"dataset: {plural(albums, 'album')}, {plural(genres, 'genre')}, no artist in two"
             " splits",
         ),
-        ("model", f"MODEL: the best of {plural(trained.epochs, 'epoch')} of the model `tiny`"),
-        ("metrics", f"metrics: macro ROC AUC {auc:.3f} over {over}, on albums it has not seen"),
+        ("model", f"model: the best of {plural(trained.epochs, 'epoch')} of `tiny`"),
+        ("metrics", f"metrics: macro ROC AUC {auc:.3f} over {over}, on the test split"),
         ("labels", f"labels: {plural(labelled.ledger['scored'], 'new album')} labelled"),
     )
-    pictures = (
-        ("metrics/_report/covers.png", "covers, their genres, and what the model says"),
+    plots = (
+        ("metrics/_report/covers.png", "covers with their genres and scores"),
         ("metrics/_report/curves.png", "precision-recall and ROC curves"),
-        ("metrics/_report/genres.png", "how well it tells each genre"),
+        ("metrics/_report/genres.png", "metrics by genre"),
         ("model/loss.png", "the loss by epoch"),
-        ("dataset/_report/label_distribution.png", "how common each genre is"),
+        ("dataset/_report/label_distribution.png", "share of albums per genre"),
     )
-    lines = [f"The whole job took {minutes:.1f} minutes, in {root}"]
-    for title, entries in (("Made:", made), ("Worth looking at:", pictures)):
+    lines = [f"Finished in {minutes:.1f} minutes. Output directory: {root}"]
+    for title, entries in (("Results:", results), ("Plots:", plots)):
         lines += ["", title, *(f"  {name:32}{about}" for name, about in entries)]
     click.echo("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Drawn covers: a palette and a motif for each genre of the sample, and how they make a picture."""
+"""Draws synthetic covers: each genre has palettes and motifs."""
 
 import colorsys
 import functools
@@ -14,7 +14,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, ImageStat
 Color = tuple[int, int, int]
 Point = tuple[float, float]
 
-# Each palette: ground, three accents, ink.
+# Each palette: background, three accents, ink.
 PALETTES: dict[str, tuple[str, ...]] = {
     "Ambient": (
         "#c9d6df #8fb3c4 #e8d5cf #f4efe6 #44596b",
@@ -81,7 +81,7 @@ class Album:
     variant: int
     """Which of the motif's three forms: 0, 1 or 2."""
     hue: float
-    """The artist's taste: added to the hue of every colour, in turns."""
+    """Shift of the hue of all colours, in full turns; characteristic of the artist."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Palette:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A square picture drawn on in units of its side: (0, 0) is top left, (1, 1) bottom right."""
+    """A square canvas with coordinates from (0, 0), top left, to (1, 1), bottom right."""
 
     image: Image.Image
     draw: ImageDraw.ImageDraw
@@ -133,7 +133,7 @@ class Sheet:
         self.draw.polygon([(x * self.size, y * self.size) for x, y in points], fill=color)
 
     def blend(self, colors: NDArray[np.uint8]) -> None:
-        """Fill with `colors`, [rows, columns, RGB], each melting into its neighbours."""
+        """Fill with `colors`, [rows, columns, RGB], interpolated smoothly."""
         smooth = Image.fromarray(colors).resize((self.size, self.size), Image.Resampling.BICUBIC)
         self.image.paste(smooth)
 
@@ -152,14 +152,16 @@ class Sheet:
 
 
 def film_grain(side: int) -> NDArray[np.float32]:
-    """Film grain, [2 * side, 2 * side, 1], deviation 1; each cover takes a part of it."""
+    """Film grain, [2 * side, 2 * side, 1], standard deviation 1; each cover uses a crop of it."""
     noise = np.random.default_rng(0).standard_normal((2 * side, 2 * side, 1))
     return noise.astype(np.float32)
 
 
 def draw_cover(album: Album, rnd: Random, side: int, grain: NDArray[np.float32]) -> Image.Image:
     """The album's cover, RGB, `side` pixels a side."""
-    size = 2 * side  # drawn twice as large, then halved: Pillow's shapes have hard edges
+    size = (
+        2 * side
+    )  # drawn at twice the size and downscaled, because Pillow does not antialias shapes
     palette = _palette(album.palette, album.hue, rnd)
     image = Image.new("RGB", (size, size), palette.ground)
     sheet = Sheet(image, ImageDraw.Draw(image), size)
@@ -178,7 +180,7 @@ def draw_cover(album: Album, rnd: Random, side: int, grain: NDArray[np.float32])
 
 
 def _palette(genre: str, hue: float, rnd: Random) -> Palette:
-    """One of the genre's palettes, a little off."""
+    """One of the palettes of the genre, with small random changes."""
     turn = hue + rnd.gauss(0, 0.025)
     strength, light = rnd.uniform(0.7, 1.15), rnd.uniform(0.85, 1.1)
 
@@ -202,7 +204,7 @@ def _mix(a: Color, b: Color, share: float) -> Color:
 
 
 def _light(color: Color) -> float:
-    """How light a colour is, 0 to 255."""
+    """Luminance, 0 to 255."""
     red, green, blue = color
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
@@ -213,7 +215,7 @@ def _by_light(palette: Palette) -> list[Color]:
 
 
 def _wave(y: float, height: float, rnd: Random, steps: int = 40) -> list[Point]:
-    """A rolling line from the left edge to the right one, about `y`."""
+    """A wavy line from the left to the right edge, around `y`."""
     turns, start = rnd.uniform(0.6, 2.2), rnd.random()
     bend = rnd.uniform(-0.5, 0.5)
     return [
@@ -228,7 +230,7 @@ def _wave(y: float, height: float, rnd: Random, steps: int = 40) -> list[Point]:
 
 
 def _fade(sheet: Sheet, top: Color, bottom: Color) -> None:
-    """Fill from `top` down to `bottom`."""
+    """Fill with a vertical gradient from `top` to `bottom`."""
     sheet.blend(np.array([[_mix(top, bottom, i / 7)] for i in range(8)], dtype=np.uint8))
 
 
@@ -524,7 +526,7 @@ MOTIFS: dict[str, Callable[[Sheet, Palette, Random, int], None]] = {
 
 @dataclass(frozen=True)
 class Words:
-    """How the title and the artist stand on covers of a motif."""
+    """Typography of title and artist for a motif."""
 
     y: float
     """Middle of the title."""
@@ -549,7 +551,7 @@ WORDS = {
 
 
 def _caption(sheet: Sheet, palette: Palette, rnd: Random, album: Album) -> None:
-    """The title, and the artist below it, in a colour that can be read there."""
+    """Draw the title, and the artist below it, in a legible colour."""
     words = WORDS[album.motif]
     x = {"l": 0.07, "m": 0.5, "r": 0.93}[words.anchor] * sheet.size
     y = words.y * sheet.size
@@ -560,7 +562,7 @@ def _caption(sheet: Sheet, palette: Palette, rnd: Random, album: Album) -> None:
         if words.spaced:
             cased = " ".join(cased)
         widest = 0.84 / (_font(100).getlength(cased) / 100)
-        # Whole pixels, so that few sizes of the font are ever made.
+        # Whole pixels, so that few font sizes are created.
         font = _font(max(6, int(sheet.size * min(height, widest))))
         lines.append((y, cased, font))
         y += words.size * sheet.size * 0.5 + 0.045 * sheet.size
@@ -571,7 +573,7 @@ def _caption(sheet: Sheet, palette: Palette, rnd: Random, album: Album) -> None:
     behind = ImageStat.Stat(sheet.image.crop(box))
     red, green, blue = behind.mean
     backdrop = 0.299 * red + 0.587 * green + 0.114 * blue
-    if max(behind.stddev) > 38:  # too restless to read on: lay a strip under the words
+    if max(behind.stddev) > 38:  # too busy to read: draw a strip under the text
         strip = rnd.choice((palette.ground, palette.ink))
         sheet.draw.rectangle(box, fill=strip)
         backdrop = _light(strip)
