@@ -229,7 +229,7 @@ def _own_commands() -> dict[str, click.Command]:
     return {
         "sample": command(
             sample,
-            "Write a catalog of drawn covers, to try things on.",
+            "Write a catalog of synthetic covers, for testing.",
             option(
                 "--out",
                 required=True,
@@ -284,7 +284,7 @@ def _own_commands() -> dict[str, click.Command]:
         ),
         "demo": command(
             demo,
-            "Do the whole job on a drawn sample, in minutes.",
+            "Run all stages on a synthetic catalog, in minutes.",
             option(
                 "--out",
                 default="covergenre-demo",
