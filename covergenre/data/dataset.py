@@ -162,12 +162,12 @@ def _row_groups(table: pa.Table) -> Iterable[tuple[int, int]]:
             yield start, min(start + TABLE_GROUP_ROWS, table.num_rows)
         return
     sizes = pa.compute.binary_length(table["image"]).to_pylist()
-    start, held = 0, 0
+    start, group_bytes = 0, 0
     for row, size in enumerate(sizes):
-        if row > start and (row - start == ROW_GROUP_ROWS or held + size > ROW_GROUP_BYTES):
+        if row > start and (row - start == ROW_GROUP_ROWS or group_bytes + size > ROW_GROUP_BYTES):
             yield start, row
-            start, held = row, 0
-        held += size
+            start, group_bytes = row, 0
+        group_bytes += size
     if start < len(sizes):
         yield start, len(sizes)
 

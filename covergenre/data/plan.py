@@ -303,18 +303,18 @@ def _part_uri(uri: str, name: str, start: int) -> str:
 
 def _even(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """The same rows in tables of PART_ROWS; the last one may be shorter."""
-    held: list[pa.Table] = []
+    pending: list[pa.Table] = []
     rows = 0
     for part in parts:
         others = [name for name in part.column_names if name not in (*ROWS.names, *FIRST.names)]
-        held.append(part.select([*ROWS.names, *others]))
+        pending.append(part.select([*ROWS.names, *others]))
         rows += part.num_rows
         while rows >= PART_ROWS:
-            table = _concatenated(held)
+            table = _concatenated(pending)
             yield table.slice(0, PART_ROWS).combine_chunks()
-            held, rows = [table.slice(PART_ROWS)], rows - PART_ROWS
+            pending, rows = [table.slice(PART_ROWS)], rows - PART_ROWS
     if rows:
-        yield _concatenated(held).combine_chunks()
+        yield _concatenated(pending).combine_chunks()
 
 
 def _concatenated(parts: list[pa.Table]) -> pa.Table:

@@ -77,7 +77,7 @@ class Prepared:
     remark: str = ""
 
     def summary(self) -> str:
-        """What the user is told at the end."""
+        """The result as lines of text for the user."""
         m, counts = self.manifest, self.manifest.counts
         splits = ", ".join(f"{m.rows(split):,} {split}" for split in schema.SPLITS)
         lines = [

@@ -86,9 +86,9 @@ def test_missing_values_of_every_column(write: Write) -> None:
     assert column(catalog, "cover")[1] is None
     assert column(catalog, "genres") == [[], ["Rock"], []]
     assert column(catalog, "artist") == [None] * 3
-    kept = read(path, missing_values=("nan",))
-    assert column(kept, "genres") == [[], ["None", "Rock"], []]
-    assert column(kept, "artist") == ["N/A", "<NA>", "null"]
+    catalog = read(path, missing_values=("nan",))
+    assert column(catalog, "genres") == [[], ["None", "Rock"], []]
+    assert column(catalog, "artist") == ["N/A", "<NA>", "null"]
 
 
 def test_missing_values_can_be_set() -> None:

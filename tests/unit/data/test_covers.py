@@ -64,7 +64,7 @@ def test_every_outcome_of_a_row(cover_files: dict[str, str]) -> None:
     rows = {
         "a": b"AAA",
         "b": b"BBB",
-        "empty": b"",  # told by decoding, as any bad image is
+        "empty": b"",  # found by decoding, like other invalid images
         "missing": "missing_file",
         "folder": "unreadable_file",
     }
@@ -141,9 +141,9 @@ def test_data_uri_is_decoded_and_not_copied_to_messages(tmp_path: Path) -> None:
     assert covers.local_cover(plan) is None
 
 
-@pytest.mark.parametrize("place", ["folder", "s3"])
-def test_backslashes_are_tried_as_slashes(place: str, tmp_path: Path, s3: str) -> None:
-    base = str(tmp_path) if place == "folder" else f"{s3}/windows"
+@pytest.mark.parametrize("storage_kind", ["local", "s3"])
+def test_backslashes_are_tried_as_slashes(storage_kind: str, tmp_path: Path, s3: str) -> None:
+    base = str(tmp_path) if storage_kind == "local" else f"{s3}/windows"
     for name in ("covers/1.jpg", "covers/2\\.jpg", "3\\x.jpg", "3/x.jpg"):
         storage.put(f"{base}/{name}", name.encode())
     wanted = {
@@ -356,24 +356,24 @@ def test_repeated_rows_in_and_out_of_parquet(
 
 
 @pytest.mark.parametrize(
-    "places",
+    "positions",
     [
         [(2, 3), (0, 0), (1, 1), (1, 2), (0, 3), (2, 0), (0, 1)],
         [(0, 0), (1, 1), (2, 2)],  # consecutive rows, but not of one file
         [(0, 0), (0, 0), (0, 1)],
     ],
 )
-def test_several_files_and_another_column(places: list[tuple[int, int]], tmp_path: Path) -> None:
+def test_several_files_and_another_column(positions: list[tuple[int, int]], tmp_path: Path) -> None:
     uris = []
     for n in range(3):
         uris.append(str(tmp_path / f"{n}.parquet"))
         pq.write_table(pa.table({"photo": [b"%d-%d" % (n, row) for row in range(4)]}), uris[-1])
     rows = [
         {"album_id": str(n), "source": file, "source_row": row}
-        for n, (file, row) in enumerate(places)
+        for n, (file, row) in enumerate(positions)
     ]
     found = outcomes(*rows, source=Source(tuple(uris), "photo"))
-    assert [shown(outcome) for outcome in found] == [b"%d-%d" % place for place in places]
+    assert [shown(outcome) for outcome in found] == [b"%d-%d" % position for position in positions]
 
 
 # A prepared dataset

@@ -311,8 +311,8 @@ def test_other_paths_are_not_datasets(tmp_path: Path) -> None:
     refused(tmp_path, "_manifest.json", code="no_manifest")
     (tmp_path / "file").write_bytes(b"x")
     refused(tmp_path / "file", code="no_manifest")
-    for place in ("none", "", "file"):
-        assert not dataset.is_dataset(str(tmp_path / place))
+    for name in ("none", "", "file"):
+        assert not dataset.is_dataset(str(tmp_path / name))
 
 
 Change = Callable[[dict[str, Any]], object]

@@ -86,7 +86,7 @@ def test_multi_hot_raises_for_unknown_genres() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top", "kept"),
+    ("top", "selected_names"),
     [
         (1, ("Rock",)),
         (2, ("Jazz", "Rock")),  # Jazz and Pop tie; Jazz sorts first
@@ -95,8 +95,8 @@ def test_multi_hot_raises_for_unknown_genres() -> None:
         (99, ("Folk", "Jazz", "Pop", "Rock")),
     ],
 )
-def test_most_common_genres_are_selected(top: int, kept: tuple[str, ...]) -> None:
-    assert selected(top=top).genres.names == kept
+def test_most_common_genres_are_selected(top: int, selected_names: tuple[str, ...]) -> None:
+    assert selected(top=top).genres.names == selected_names
 
 
 def test_ties_are_ordered_by_name() -> None:
@@ -111,11 +111,11 @@ def test_ties_are_ordered_by_name() -> None:
 def test_counts_are_of_all_genres() -> None:
     selection = selected(top=1)
     assert list(selection.counts.items()) == [("Rock", 4), ("Jazz", 3), ("Pop", 3), ("Folk", 1)]
-    assert selection.labelled == 5  # the album without genre is no part of any share
+    assert selection.labelled == 5  # albums without genres do not count
 
 
 @pytest.mark.parametrize(
-    ("min_share", "kept"),
+    ("min_share", "selected_names"),
     [
         (0.2, ("Folk", "Jazz", "Pop", "Rock")),  # exactly 1 of 5
         (0.21, ("Jazz", "Pop", "Rock")),
@@ -124,8 +124,10 @@ def test_counts_are_of_all_genres() -> None:
         (0.8, ("Rock",)),
     ],
 )
-def test_min_share_is_relative_to_labelled_albums(min_share: float, kept: tuple[str, ...]) -> None:
-    assert selected(min_share=min_share).genres.names == kept
+def test_min_share_is_relative_to_labelled_albums(
+    min_share: float, selected_names: tuple[str, ...]
+) -> None:
+    assert selected(min_share=min_share).genres.names == selected_names
 
 
 @pytest.mark.parametrize("percent", range(1, 101))
@@ -172,7 +174,7 @@ def test_errors_of_select() -> None:
 
 
 def test_reasons_of_unselected_albums() -> None:
-    kept = Genres(("Jazz", "Rock"))
+    vocabulary = Genres(("Jazz", "Rock"))
     expected = {  # genres -> (any, all)
         (): ("unlabelled", "unlabelled"),
         ("Jazz",): (None, None),
@@ -184,7 +186,8 @@ def test_reasons_of_unselected_albums() -> None:
     }
     for column, require_all in enumerate((False, True)):
         reasons = [
-            unselected_reason(genres, kept.names, require_all=require_all) for genres in expected
+            unselected_reason(genres, vocabulary.names, require_all=require_all)
+            for genres in expected
         ]
         assert reasons == [pair[column] for pair in expected.values()]
         assert {reason for reason in reasons if reason} <= set(REASONS)
@@ -195,7 +198,7 @@ def test_reasons_of_unselected_albums() -> None:
 
 def test_predicted_genres_reach_their_threshold() -> None:
     genres = Genres(("Folk", "Jazz", "Rock"))
-    thresholds = {"Rock": 0.9, "Folk": 0.5, "Jazz": 0.1}  # by name, not by place
+    thresholds = {"Rock": 0.9, "Folk": 0.5, "Jazz": 0.1}  # by name, not by position
     scores = np.array([[0.5, 0.05, 0.95], [0.49, 0.1, 0.89], [0, 0, 0], [1, 1, 1]], np.float32)
     labels = over_threshold(scores, genres, thresholds)
     assert labels == [["Folk", "Rock"], ["Jazz"], [], ["Folk", "Jazz", "Rock"]]
