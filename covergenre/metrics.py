@@ -1,11 +1,11 @@
-"""Arrays in, numbers out: exact multi-label metrics, by scikit-learn.
+"""Exact multi-label metrics of arrays, computed with scikit-learn.
 
-Micro: every album-genre pair is one decision, so common genres weigh more. Macro: the plain mean
-over genres. The paper's numbers are Keras's, which are micro by default; Oramas et al. report
-macro. Neither is binned into thresholds here, as Keras's AUC is: ties and all, they are exact.
+Micro: every album-genre pair is one decision, so common genres weigh more. Macro: the mean over
+genres. The paper uses Keras, whose metrics are micro by default; Oramas et al. report macro. Both
+are exact here, also with ties, not approximated with a fixed number of thresholds as in Keras.
 
-Only macro shows whether a model has learned anything from covers: one that scores every album with
-the share of albums that have each genre has a macro ROC AUC of 0.5, but good micro metrics.
+Only macro metrics show whether a model has learned anything from covers: predicting for every
+album the share of albums with each genre has a macro ROC AUC of 0.5, but good micro metrics.
 """
 
 import math
@@ -82,14 +82,14 @@ def multilabel_metrics(
 
 
 def macro_auc_standard_error(truth: NDArray[np.bool_], scores: NDArray[Any]) -> float:
-    """Standard error of the macro ROC AUC of scores that say nothing about the genres.
+    """Standard error of the macro ROC AUC of scores that are independent of the genres.
 
-    That is, if every assignment of the albums' rows of `scores` to their rows of `truth` were
-    equally likely. A genre's AUC is linear in the ranks of its positive albums (Mann & Whitney
-    1947), and so is the mean of several, whose variance is that of Hoeffding's combinatorial
-    central limit theorem (1951), (n - 1) * sum(cov(truth) * cov(ranks)): exact, with ties and with
-    genres that depend on each other. For one genre with P positive and N negative albums, and no
-    ties, it is the (P + N + 1) / (12 P N) of the Mann-Whitney U test. Every genre must have both.
+    That is, if every permutation of the rows of `scores` were equally likely. A genre's AUC is
+    linear in the ranks of its positive albums (Mann & Whitney 1947), and so is the mean of several,
+    whose variance is that of Hoeffding's combinatorial central limit theorem (1951),
+    (n - 1) * sum(cov(truth) * cov(ranks)): exact, with ties and with genres that depend on each
+    other. For one genre with P positive and N negative albums, and no ties, it is the
+    (P + N + 1) / (12 P N) of the Mann-Whitney U test. Every genre must have both.
     """
     albums, genres = truth.shape
     positives = truth.sum(axis=0)
@@ -100,22 +100,21 @@ def macro_auc_standard_error(truth: NDArray[np.bool_], scores: NDArray[Any]) -> 
 
 
 def _midranks(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Rank of each value, from 1; equal values have the mean of their ranks."""
+    """Rank of each value, from 1; equal values get the mean of their ranks."""
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks: NDArray[np.float64] = np.cumsum(counts) - (counts - 1) / 2
     return ranks[which]
 
 
 def dev_metrics(record: Mapping[str, Any]) -> Metrics:
-    """The metrics of the dev split in the record of an epoch of training, by their own names."""
+    """Metrics of the dev split in a training epoch's record, without the prefix `dev_`."""
     return {key.removeprefix("dev_"): v for key, v in record.items() if key.startswith("dev_")}
 
 
 def macro_over(metrics: Mapping[str, Any], most: int = 3) -> str:
-    """What the macro means in `metrics` are over: `6 genres`, `5 of 6 genres, without Country`.
+    """Genres that the macro means are over: `6 genres`, or `5 of 6 genres, without Country`.
 
-    Of the names left out at most `most` are given. Empty where `metrics` are of a version that did
-    not keep them.
+    At most `most` of the names left out are listed. Empty if `metrics` has no `macro_genres`.
     """
     used = metrics.get("macro_genres")
     if used is None:
@@ -128,22 +127,22 @@ def macro_over(metrics: Mapping[str, Any], most: int = 3) -> str:
 
 
 def chance_warning(metrics: Mapping[str, Any], split: str) -> str:
-    """A sentence where `metrics` of `split` are no better than chance; else empty.
+    """A warning if `metrics` of `split` are no better than chance, else empty.
 
-    See multilabel_metrics for what is tested.
+    See multilabel_metrics for the test.
     """
     auc, error = metrics["roc_auc_macro"], metrics.get("chance_standard_error")
     if metrics.get("macro_genres") == 0:
         return (
-            f"the {split} split cannot tell this model from chance: it has no genre that some"
-            " albums have and others have not"
+            f"the {split} split cannot show whether the model is better than chance: it has no"
+            " genre that some albums have and others do not"
         )
     if auc is None or error is None or metrics["better_than_chance"]:
         return ""
     return (
-        f"no better than chance on the {split} split: macro ROC AUC {auc:.3f}, where scores without"
-        f" any skill have 0.5 with a standard error of {error:.3f}; micro metrics can look better:"
-        " they reward knowing which genres are common"
+        f"no better than chance on the {split} split: macro ROC AUC {auc:.3f}, where random scores"
+        f" have 0.5 with a standard error of {error:.3f}; micro metrics can still look good: they"
+        " reward knowing which genres are common"
     )
 
 
@@ -161,10 +160,13 @@ def base_rate_loss(positives: Sequence[int] | NDArray[Any], albums: int) -> floa
 
 
 def _precision_recall(truth: NDArray[np.bool_], decided: NDArray[np.bool_]) -> dict[str, float]:
-    """Precision is 0 where nothing was decided, recall 0 where nothing was true (Keras's rule)."""
+    """Precision is 0 if nothing was predicted, recall 0 if nothing is true (as in Keras)."""
     hits = int((truth & decided).sum())
-    said, real = int(decided.sum()), int(truth.sum())
-    return {"precision": hits / said if said else 0.0, "recall": hits / real if real else 0.0}
+    predicted, actual = int(decided.sum()), int(truth.sum())
+    return {
+        "precision": hits / predicted if predicted else 0.0,
+        "recall": hits / actual if actual else 0.0,
+    }
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -172,7 +174,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def nan_to_none(value: Any) -> Any:
-    """`value` with NaN as None, all the way down: JSON has no NaN."""
+    """`value` with every NaN replaced by None, recursively: JSON has no NaN."""
     if isinstance(value, dict):
         return {key: nan_to_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Pictures of a data set, a training run and an evaluation: plain data in, PNG bytes out.
+"""Plots of a dataset, a training run and an evaluation: plain data in, PNG bytes out.
 
 Bytes, so that the caller can store a picture wherever its other files go. matplotlib is imported
 where it is used: it is slow to import, and pyplot, which keeps every figure alive, is never used.
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 120
-MOST_BARS = 40
-MOST_CURVES = 20
-MOST_POINTS = 1000
-"""Points drawn of one curve; a curve of millions of decisions looks the same with these."""
-LONGEST_NAME = 30
-"""Characters of a genre name; the rest of a longer one is cut off."""
+MAX_BARS = 40
+MAX_CURVES = 20
+MAX_POINTS = 1000
+"""Points plotted per curve: enough for a curve of millions of decisions."""
+MAX_NAME_LENGTH = 30
+"""Characters of a genre name; longer names are truncated."""
 TOP_GENRES = 3
 """Predicted genres shown under a cover."""
 
@@ -85,15 +85,15 @@ def label_distribution(counts: Mapping[str, int], albums: int, selected: Collect
     """Percent of albums that have each genre, before filtering: Figure 1 of the paper.
 
     `counts`: genre -> albums that have it; `albums`: all albums, with a genre or not;
-    `selected`: the genres that are kept, drawn in colour. Returns a PNG with at most the
-    `MOST_BARS` most common genres.
+    `selected`: the selected genres, in colour. Returns a PNG with at most the
+    `MAX_BARS` most common genres.
     """
     if not counts or albums < 1:
-        return _message("Genres before filtering", "no genre to show")
+        return _message("Genres before filtering", "no genres")
     from matplotlib.patches import Patch
 
     ranked = sorted(counts, key=lambda genre: (-counts[genre], genre))
-    shown = ranked[:MOST_BARS]
+    shown = ranked[:MAX_BARS]
     percents = [100 * counts[genre] / albums for genre in shown]
     chosen = set(selected)
     with _figure(9, 1.4 + 0.25 * len(shown)) as (figure, png):
@@ -104,13 +104,13 @@ def label_distribution(counts: Mapping[str, int], albums: int, selected: Collect
         axes = figure.add_subplot()
         colors = [BLUE if genre in chosen else GREY for genre in shown]
         _bars(axes, [_name(genre) for genre in shown], percents, colors)
-        for place, (genre, percent) in enumerate(zip(shown, percents, strict=True)):
-            _beside(axes, percent, place, f"{percent:.1f} %  ({counts[genre]:,})")
-        # Room for the text beside the longest bar, but no tick beyond all albums.
+        for bar, (genre, percent) in enumerate(zip(shown, percents, strict=True)):
+            _beside(axes, percent, bar, f"{percent:.1f} %  ({counts[genre]:,})")
+        # Room for the text beside the longest bar, but no tick above 100 %.
         longest = max(percents) * 1.22 or 1
         axes.set_xlim(0, longest)
         axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(100, longest)])
-        axes.set_xlabel("albums that have the genre, in percent")
+        axes.set_xlabel("albums with the genre, in percent")
         kept = len(chosen & set(ranked))
         figure.legend(
             handles=[
@@ -124,16 +124,16 @@ def label_distribution(counts: Mapping[str, int], albums: int, selected: Collect
 
 
 def genres_by_split(by_split: Mapping[str, Mapping[str, int]], albums: Mapping[str, int]) -> bytes:
-    """Percent of the albums of each split that have each genre; few or none are marked.
+    """Percent of the albums of each split that have each genre; marks genres with few or none.
 
     by_split: genre -> split -> albums that have it; albums: split -> albums. Returns a PNG with at
-    most the `MOST_BARS` least common genres.
+    most the `MAX_BARS` least common genres.
     """
     splits = [split for split in albums if albums[split]]
     if not by_split or not splits:
-        return _message("Genres by split", "no genre to show")
+        return _message("Genres by split", "no genres")
     ranked = sorted(by_split, key=lambda genre: (-sum(by_split[genre].values()), genre))
-    shown = ranked[-MOST_BARS:]
+    shown = ranked[-MAX_BARS:]
     height = 0.8 / len(splits)
     with _figure(9, 1.6 + 0.2 * len(splits) * len(shown)) as (figure, png):
         title = "Genres by split"
@@ -201,7 +201,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]]) -> bytes:
     }
     with _figure(10.5, 4.2) as (figure, png):
         both = figure.subplots(1, 2)
-        dot = 4 if len(epochs) <= 40 else 0  # a single epoch is nothing but its dots
+        dot = 4 if len(epochs) <= 40 else 0  # a single epoch has no line, only dots
         for axes, (title, lines) in zip(both, panels.items(), strict=True):
             drawn = 0
             for key, label, color, dashes in lines:
@@ -221,7 +221,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]]) -> bytes:
             if best is not None:
                 label = f"best epoch: {best}"
                 axes.axvline(best, color=MUTED, lw=1, ls="--", zorder=0, label=label)
-            # Below the axes, where no line can run into it.
+            # Below the axes, where it overlaps no line.
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
         both[1].set_ylim(0, 1.02)
         if drawn and (over := _macro_over(history[-1])):
@@ -230,21 +230,21 @@ def loss_curve(history: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _macro_over(record: Mapping[str, Any]) -> str:
-    """What the macro means in an epoch's record are over, short enough for half of a figure."""
+    """Genres that the macro means of an epoch's record are over, as a short text."""
     dev = dev_metrics(record)
     names = [_name(genre, 16) for genre in dev.get("genres_without_auc", ())]
     return macro_over(dev | {"genres_without_auc": names}, most=2)
 
 
 def genre_bars(per_genre: Mapping[str, Mapping[str, float | None]]) -> bytes:
-    """ROC AUC and PR AUC of each genre, with what a blind guess would reach.
+    """ROC AUC and PR AUC of each genre, with the value of a random guess.
 
     `per_genre`: genre -> `roc_auc`, `pr_auc`, `positives` (albums that have the genre) and
     `prevalence` (their share of all albums, which is the PR AUC of a blind guess). None or NaN
-    is shown as n/a. Returns a PNG with at most the `MOST_BARS` most common genres.
+    is shown as n/a. Returns a PNG with at most the `MAX_BARS` most common genres.
     """
     if not per_genre:
-        return _message("Scores by genre", "no genre to show")
+        return _message("Scores by genre", "no genres")
     values = {
         genre: {key: _number(v) for key, v in row.items()} for genre, row in per_genre.items()
     }
@@ -256,7 +256,7 @@ def genre_bars(per_genre: Mapping[str, Mapping[str, float | None]]) -> bytes:
         return 0 if math.isnan(of(genre, "positives")) else int(of(genre, "positives"))
 
     ranked = sorted(values, key=lambda genre: (-positives(genre), genre))
-    shown = ranked[:MOST_BARS]
+    shown = ranked[:MAX_BARS]
     with _figure(10.5, 1.6 + 0.25 * len(shown)) as (figure, png):
         title = "Scores by genre, most common first"
         if len(ranked) > len(shown):
@@ -269,7 +269,7 @@ def genre_bars(per_genre: Mapping[str, Mapping[str, float | None]]) -> bytes:
             _bars(axes, names, [0 if math.isnan(score) else score for score in scores], color)
             for place, score in enumerate(scores):
                 text = "n/a" if math.isnan(score) else f"{score:.2f}"
-                # In a column of their own, where no mark for chance can cross them.
+                # In a separate column, where they overlap no mark.
                 _beside(axes, 1, place, text)
             axes.set_xlim(0, 1.1)
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
@@ -290,7 +290,7 @@ def curves(truth: NDArray[np.bool_], scores: NDArray[np.float32], genres: Sequen
 
     `truth` and `scores`: [albums, genres], in the order of `genres`. Micro-averaged means that
     every pair of album and genre is one decision. The PR AUC in the legend is the average
-    precision. Returns a PNG with at most the `MOST_CURVES` most common genres, and of these only
+    precision. Returns a PNG with at most the `MAX_CURVES` most common genres, and of these only
     those that some albums have and some have not. Raises ValueError where shapes do not fit or a
     score is NaN.
     """
@@ -307,7 +307,7 @@ def curves(truth: NDArray[np.bool_], scores: NDArray[np.float32], genres: Sequen
     positives = truth.sum(axis=0)
     ranked = sorted(range(len(genres)), key=lambda column: (-positives[column], genres[column]))
     usable = [column for column in ranked if 0 < positives[column] < len(truth)]
-    shown = usable[:MOST_CURVES]
+    shown = usable[:MAX_CURVES]
     palette = colormaps["tab20"]
     with _figure(13, 5.2) as (figure, png):
         pr, roc = figure.subplots(1, 2)
@@ -319,7 +319,7 @@ def curves(truth: NDArray[np.bool_], scores: NDArray[np.float32], genres: Sequen
             pr, roc, truth.ravel(), scores.ravel(), "all genres, micro", color=INK, lw=3, zorder=3
         )
         for place, column in enumerate(shown):
-            # tab20 comes in pairs of a dark and a light shade: the dark ones first.
+            # tab20 has pairs of a dark and a light shade: use the dark ones first.
             color = palette(2 * place % 20 + (place >= 10))
             name = _name(genres[column])
             _curve(pr, roc, truth[:, column], scores[:, column], name, color=color, lw=1.1)
@@ -351,7 +351,7 @@ def contact_sheet(
     scores: Sequence[Mapping[str, float]],
     threshold: float = 0.5,
 ) -> bytes:
-    """Covers in a grid, and under each its true genres and the ones scored highest.
+    """Grid of covers, with the true genres and the highest scores under each.
 
     `covers`: RGB, each [height, width, 3]; `truths`: the genres of each; `scores`: genre ->
     score, 0 to 1, of each. A score's bar is green where the album has the genre, red where not;
@@ -368,11 +368,11 @@ def contact_sheet(
     rows = math.ceil(len(covers) / columns)
     side, gap, top, words = 2.2, 0.25, 0.45, 1.55  # inches
     cell_width, cell_height = side + gap, side + words
-    # A narrow sheet still has room for the legend.
+    # A narrow figure needs room for the legend.
     width = max(columns * cell_width + gap, 5)
     height = top + rows * cell_height + 0.1
     with _figure(width, height) as (figure, png):
-        # One pair of axes for all, in inches from the top left corner.
+        # One Axes for everything, in inches from the top left corner.
         figure.set_layout_engine("none")
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
@@ -380,7 +380,7 @@ def contact_sheet(
             x = gap + (i % columns) * cell_width
             y = top + (i // columns) * cell_height
             _cover(axes, x, y, side, cover)
-            _verdict(axes, x, y + side, side, truth, score, threshold)
+            _genres_under_cover(axes, x, y + side, side, truth, score, threshold)
         _legend(axes, gap, top / 2, threshold)
         axes.set_xlim(0, width)
         axes.set_ylim(height, 0)
@@ -389,12 +389,12 @@ def contact_sheet(
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[tuple[Figure, Callable[[], bytes]]]:
-    """A figure of this size in inches in our style, and the function that makes it a PNG."""
+    """A figure of this size in inches, and a function that returns it as PNG bytes."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # The font lacks some scripts and draws a box instead: no reason to alarm anyone.
+        # Characters that the font lacks are drawn as boxes; matplotlib warns of each.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
@@ -407,7 +407,7 @@ def _figure(width: float, height: float) -> Iterator[tuple[Figure, Callable[[], 
 
 
 def _message(title: str, text: str) -> bytes:
-    """A picture that says why there is nothing to see: an empty result is no reason to fail."""
+    """A figure with a text only, where there is no data: empty results are not an error."""
     with _figure(6, 2) as (figure, png):
         _title(figure, title)
         axes = figure.add_subplot()
@@ -421,23 +421,23 @@ def _title(figure: Figure, text: str) -> None:
 
 
 def _note(axes: Axes, text: str) -> None:
-    """`text` in the middle of the axes."""
+    """Write `text` in the centre of the axes."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
 
 
-def _name(genre: str, longest: int = LONGEST_NAME) -> str:
-    """A genre's name in one line of at most `longest` characters."""
+def _name(genre: str, longest: int = MAX_NAME_LENGTH) -> str:
+    """A genre's name on one line, truncated to `longest` characters."""
     line = " ".join(genre.split())
     return line if len(line) <= longest else line[: longest - 1].rstrip() + "…"
 
 
 def _number(value: float | None) -> float:
-    """NaN for None and for infinity, neither of which can be drawn."""
+    """`value`, or NaN if it is None or infinite: matplotlib omits NaN."""
     return value if value is not None and math.isfinite(value) else math.nan
 
 
 def _series(history: Sequence[Mapping[str, float | None]], key: str) -> NDArray[np.float64]:
-    """The values of `key` by epoch, [epochs]; NaN where there is none."""
+    """The values of `key` by epoch, float64 [epochs]; NaN where it is missing."""
     return np.array([_number(row.get(key)) for row in history], dtype=np.float64)
 
 
@@ -465,7 +465,7 @@ def _beside(axes: Axes, value: float, row: int, text: str) -> None:
         fontsize=8,
         color=MUTED,
     )
-    label.set_in_layout(False)  # inside the axes anyway, and measuring dozens of them is slow
+    label.set_in_layout(False)  # measuring dozens of them is slow, and they are inside the axes
 
 
 def _curve(
@@ -488,19 +488,19 @@ def _curve(
     wrong, right, _ = roc_curve(truth, scores)
     pr_auc, roc_auc = average_precision_score(truth, scores), roc_auc_score(truth, scores)
     label = f"{pr_auc:.2f} / {roc_auc:.2f}  {name}"
-    points = _thinned(len(recall))
+    points = _sampled_indices(len(recall))
     pr.plot(recall[points], precision[points], drawstyle="steps-post", label=label, **look)
-    points = _thinned(len(wrong))
+    points = _sampled_indices(len(wrong))
     roc.plot(wrong[points], right[points], **look)
 
 
-def _thinned(length: int) -> NDArray[np.intp]:
-    """At most `MOST_POINTS` places, evenly spread, first and last among them."""
-    return np.linspace(0, length - 1, min(length, MOST_POINTS)).astype(np.intp)
+def _sampled_indices(length: int) -> NDArray[np.intp]:
+    """At most `MAX_POINTS` evenly spaced indices, including the first and the last."""
+    return np.linspace(0, length - 1, min(length, MAX_POINTS)).astype(np.intp)
 
 
 def _cover(axes: Axes, x: float, y: float, side: float, cover: NDArray[np.uint8]) -> None:
-    """The cover in a square at (x, y), whole, whatever its proportions."""
+    """Draw the cover in a square at (x, y), with its aspect ratio."""
     height, width = cover.shape[:2]
     scale = side / max(height, width)
     left, top = x + (side - width * scale) / 2, y + (side - height * scale) / 2
@@ -508,7 +508,7 @@ def _cover(axes: Axes, x: float, y: float, side: float, cover: NDArray[np.uint8]
     axes.imshow(cover, extent=extent, aspect="auto", interpolation="antialiased")
 
 
-def _verdict(
+def _genres_under_cover(
     axes: Axes,
     x: float,
     y: float,
@@ -517,12 +517,12 @@ def _verdict(
     score: Mapping[str, float],
     threshold: float,
 ) -> None:
-    """What the album is, and what the model says, below a cover that ends at y."""
+    """Write the true genres and the highest scores below a cover that ends at y."""
     from matplotlib.patches import Rectangle
 
     def write(top: float, text: str, room: float, **look: Any) -> None:
         drawn = axes.text(x, top, text, va="center", fontsize=7.5, clip_on=True, **look)
-        # Cut off where the room ends: wide letters must not run into what is beside them.
+        # Clipped: wide letters must not overlap the next column.
         drawn.set_clip_path(Rectangle((x, y), room, 10, transform=axes.transData))
 
     lines = [_name(genre) for genre in truth] or ["no genre"]
@@ -552,12 +552,12 @@ def _verdict(
 
 
 def _legend(axes: Axes, x: float, y: float, threshold: float) -> None:
-    """What the colours under the covers mean."""
+    """Explain the colours under the covers."""
     from matplotlib.patches import Rectangle
 
     for offset, color, text in (
-        (0.0, GREEN, "the album has it"),
-        (1.45, RED, "it has not"),
+        (0.0, GREEN, "true genre"),
+        (1.45, RED, "not a true genre"),
         (2.5, GREY, f"faint: score below {threshold:.2f}"),
     ):
         axes.add_patch(Rectangle((x + offset, y - 0.06), 0.12, 0.12, color=color, lw=0))

@@ -259,7 +259,7 @@ def test_curves_leave_out_genres_that_have_none(figures: list[Figure]) -> None:
     truth[:, 3], truth[:, 4] = False, True
     plots.curves(truth, scores, [f"Genre {i:02d}" for i in range(30)])
     named = [text for text in words(figures[0]) if "Genre" in text]
-    assert len(named) == plots.MOST_CURVES
+    assert len(named) == plots.MAX_CURVES
     assert not any(name in text for text in named for name in ("Genre 03", "Genre 04"))
     assert "PR AUC / ROC AUC: 20 of 30 genres" in words(figures[0])
 

@@ -90,7 +90,7 @@ def test_huge_loss_ends_a_long_epoch_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "losses", [[8.0] * 4, [1.0] * 4, [16.0, 1.0, 1.0, 1.0], [1.0, 1.0, 9, 9.1]]
 )
-def test_verdict_does_not_depend_on_how_often_losses_are_gathered(
+def test_genres_under_cover_does_not_depend_on_how_often_losses_are_gathered(
     losses: list[float], tmp_path: Path
 ) -> None:
     """Nor, then, on where a run was resumed."""
