@@ -63,7 +63,7 @@ def s3() -> Iterator[str]:
     """A bucket on moto's S3 server, or with COVERGENRE_TEST_S3 on the store that AWS_* names."""
     import boto3
 
-    from covergenre.io.s3 import forget
+    from covergenre.io.s3_client import reset_clients
 
     bucket = f"covergenre-{uuid.uuid4().hex[:12]}"
     with contextlib.ExitStack() as stack:
@@ -84,9 +84,9 @@ def s3() -> Iterator[str]:
             patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         client = boto3.session.Session().client("s3")
         client.create_bucket(Bucket=bucket)
-        forget()
+        reset_clients()
         yield f"s3://{bucket}"
-        forget()
+        reset_clients()
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
             for found in page.get("Contents", ()):
                 client.delete_object(Bucket=bucket, Key=found["Key"])
@@ -100,15 +100,15 @@ def flaky_s3(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Fl
     This process, and others that it starts, use the proxy; a Ray that runs already does not.
     Timeouts are short: retries are tested, not their duration.
     """
-    from covergenre.io import s3 as store
+    from covergenre.io import s3_client
 
     with FlakyProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        for name in ("_READ_SECONDS", "_LOOK_READ_SECONDS", "_FIRST_WAIT_SECONDS"):
-            monkeypatch.setattr(store, name, 0.5 if "READ" in name else 0.01)
-        store.forget()
+        for name in ("READ_SECONDS", "PROBE_READ_SECONDS", "FIRST_WAIT_SECONDS"):
+            monkeypatch.setattr(s3_client, name, 0.5 if "READ" in name else 0.01)
+        s3_client.reset_clients()
         yield s3, proxy
-    store.forget()
+    s3_client.reset_clients()
 
 
 @pytest.fixture

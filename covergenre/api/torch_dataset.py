@@ -19,7 +19,7 @@ from covergenre.data import dataset, image_decoding
 from covergenre.data.dataset import Manifest
 from covergenre.data.image_decoding import CoverError
 from covergenre.errors import ConfigError, DatasetError, ImageError, did_you_mean
-from covergenre.io import s3, storage
+from covergenre.io import s3_client, storage
 from covergenre.schema import DATASET, SPLITS
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class _RowGroups:
         """(the row group that has the row of a file, index in the row group)"""
         with self._lock:
             if self._process != os.getpid():  # forked: connections are not to be shared
-                s3.forget()
+                s3_client.reset_clients()
                 self._process = os.getpid()
             if uri not in self._starts:
                 counts = dataset.row_group_rows(uri)

@@ -1,11 +1,9 @@
-"""Covers at URLs: http(s) ones a few at a time from each host, waiting longer after each failure,
-and data: URIs, which hold the cover themselves.
+"""Covers at http(s) URLs, with limited concurrency for each host and retries, and in data: URIs.
 
-Sizes, times and addresses have limits, because catalogs come from outside.
+Sizes, times and addresses are limited, because catalogs are untrusted input.
 """
 
 import math
-import random
 import re
 import socket
 import threading
@@ -27,22 +25,23 @@ from covergenre import __version__
 from covergenre.data.http_proxies import Proxy, basic_authorization, proxy_for
 from covergenre.data.image_decoding import MAX_BYTES, CoverError
 from covergenre.errors import ConfigError
+from covergenre.io.retries import with_retries
 from covergenre.io.urls import redacted
 
 _ATTEMPTS = 6
 _FIRST_WAIT_SECONDS = 0.5
-_LONGEST_WAIT_SECONDS = 15.0
+_MAX_WAIT_SECONDS = 15.0
 _TIMEOUT = urllib3.Timeout(connect=5.0, read=15.0)
-_SECONDS_A_COVER = 60.0
-"""A server that sends a byte now and then never runs into the timeout of a read."""
+_SECONDS_PER_COVER = 60.0
+"""For all attempts together; the read timeout alone does not end a slow trickle of bytes."""
 _DOWN_SECONDS = 10.0
 _REDIRECTS = 5
 _CHUNK_BYTES = 1 << 16
-_WORTH_TRYING_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+_RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 _DENIED = (401, 403, 451)
-_NOT_CODED = frozenset({"", "identity", "none", "binary", "utf-8", "aws-chunked"})
-"""Content-Encoding of a body that is not encoded: none, and what servers write there by mistake
-(S3 keeps aws-chunked, which was the encoding of the upload)."""
+_NO_ENCODING = frozenset({"", "identity", "none", "binary", "utf-8", "aws-chunked"})
+"""Content-Encodings that mean no encoding: none, and values that servers send by mistake (S3 keeps
+aws-chunked, the encoding of the upload)."""
 _URL = re.compile(
     r"(https?)://(?:([^/?#\\]*)@)?(\[[^]]*\]|[^/?#\\:@]*)([^/?#\\]*)(.*)", re.I | re.S
 )
@@ -52,16 +51,16 @@ _ASCII = "".join(map(chr, range(33, 127)))
 
 
 class _RefusedError(HTTPError):
-    """The address must not be asked."""
+    """Requests to this address are not allowed."""
 
 
-class _AgainError(Exception):
-    """The attempt failed, the next may not."""
+class _RetryableError(Exception):
+    """The attempt failed; the next one may succeed."""
 
-    def __init__(self, why: str, wait: float = 0.0, *, proxy: Proxy | None = None) -> None:
-        """proxy: the one that did not answer, where it was not the cover's host."""
+    def __init__(self, why: str, retry_after: float = 0.0, *, proxy: Proxy | None = None) -> None:
+        """proxy: set if it is the proxy, not the cover's host, that does not respond."""
         super().__init__(why)
-        self.wait = wait
+        self.retry_after = retry_after
         self.proxy = proxy
 
 
@@ -76,13 +75,13 @@ def is_data(cover: str) -> bool:
 
 
 def data_cover(uri: str) -> bytes:
-    """The bytes that a data: URI holds. Raises CoverError."""
+    """The content of a data: URI. Raises CoverError."""
     head, comma, text = uri.partition(",")
     if not comma:
-        raise CoverError("unreadable_file", f"{redacted(uri)}: not a data: URI; it has no comma")
+        raise CoverError("unreadable_file", f"{redacted(uri)}: not a valid data: URI (no comma)")
     data = unquote_to_bytes(text)
     if head.rpartition(";")[2].strip().lower() == "base64":
-        # Padding is not needed, and often lost; the alphabet may be that of URLs.
+        # Padding is optional, and the alphabet may be that of base64url.
         data = re.sub(rb"[\s=]+", b"", data).translate(bytes.maketrans(b"-_", b"+/"))
         try:
             data = b64decode(data + b"=" * (-len(data) % 4), validate=True)
@@ -99,9 +98,9 @@ def web_covers(
 ) -> Callable[[str], bytes]:
     """A function from an http(s) URL to a cover's bytes; it raises CoverError.
 
-    in_flight: requests at a time to one host. allow_private: also ask addresses of private
-    networks and of this machine (link-local ones, where clouds keep credentials, never). contact:
-    sent in User-Agent. The proxies of the environment are used; see proxies.py.
+    in_flight: concurrent requests to one host. allow_private: also send requests to addresses of
+    private networks and of this machine; never to link-local ones, where clouds serve credentials.
+    contact: sent in User-Agent. Proxies are taken from the environment; see http_proxies.py.
     """
     pools = _Pools(in_flight, allow_private)
     agent = f"covergenre/{__version__}" + (f" (+{contact})" if contact else "")
@@ -114,34 +113,33 @@ def web_covers(
         try:
             target = _parse(url)
             proxy = proxy_for(str(target.scheme), str(target.host), target.port)
-        except (LocationValueError, UnicodeError) as error:  # whose text is the URL itself
-            raise CoverError("unreadable_file", f"{redacted(url)}: no valid address") from error
+        except (LocationValueError, UnicodeError) as error:  # its text is the URL
+            raise CoverError("unreadable_file", f"{redacted(url)}: not a valid URL") from error
         except ConfigError as error:
             raise CoverError("fetch_failed", f"{redacted(url)}: {error}") from error
         host = str(target.netloc)
-        deadline = time.monotonic() + _SECONDS_A_COVER
-        # A host that is gone is not asked over and over for each of its covers.
+        deadline = time.monotonic() + _SECONDS_PER_COVER
+        # A host that is down gets one attempt for each of its covers.
         down = is_down(host) or (proxy is not None and is_down(proxy.url))
-        for attempt in range(1 if down else _ATTEMPTS):
-            try:
-                return _attempt(pools, url, target, agent, deadline)
-            except _AgainError as error:
-                why = str(error)
-                at_fault = error.proxy.url if error.proxy else host
-                # Full jitter: workers that were refused together do not come back together.
-                longest = min(_FIRST_WAIT_SECONDS * 2**attempt, _LONGEST_WAIT_SECONDS)
-                wait = max(random.uniform(0, longest), error.wait)
-                if time.monotonic() + wait > deadline:
-                    break
-                time.sleep(wait)
-        failed[at_fault] = time.monotonic()
-        raise CoverError("fetch_failed", f"{redacted(url)}: {why}")
+        try:
+            return with_retries(
+                lambda: _attempt(pools, url, target, agent, deadline),
+                lambda error: isinstance(error, _RetryableError),
+                first_wait=_FIRST_WAIT_SECONDS,
+                max_wait=_MAX_WAIT_SECONDS,
+                timeout=_SECONDS_PER_COVER,
+                max_attempts=1 if down else _ATTEMPTS,
+                min_wait=lambda error: getattr(error, "retry_after", 0.0),
+            )
+        except _RetryableError as error:
+            failed[error.proxy.url if error.proxy else host] = time.monotonic()
+            raise CoverError("fetch_failed", f"{redacted(url)}: {error}") from error
 
     return fetch
 
 
 class _Pools:
-    """Connections: to the hosts themselves, and to each proxy."""
+    """Connection pools: direct ones, and one for each proxy."""
 
     def __init__(self, in_flight: int, allow_private: bool) -> None:
         self._in_flight = in_flight
@@ -151,12 +149,12 @@ class _Pools:
         self._proxied: dict[Proxy, urllib3.ProxyManager] = {}
 
     def of(self, target: Url) -> tuple[urllib3.PoolManager, Proxy | None]:
-        """Connections to `target`, by way of which proxy. Raises _RefusedError and ConfigError."""
+        """(connections to `target`, the proxy they use). Raises _RefusedError and ConfigError."""
         host = str(target.host)
         proxy = proxy_for(str(target.scheme), host, target.port)
         if proxy is None:
-            return self._direct, None  # which looks at the address itself
-        # A name is resolved by the proxy; what is an address without that is judged here.
+            return self._direct, None  # it checks the address when it connects
+        # The proxy resolves names; hosts that are IP addresses are checked here.
         if (address := _literal_address(host)) is not None:
             _check_address(address, self._allow_private)
         elif host == "localhost" or host.endswith(
@@ -176,7 +174,7 @@ class _Pools:
 
 
 def _attempt(pools: _Pools, url: str, target: Url, agent: str, deadline: float) -> bytes:
-    """The bytes of `url`, parsed as `target`, redirects followed."""
+    """The content of `url`, which was parsed as `target`; redirects are followed."""
     auth = target.auth
     for _ in range(_REDIRECTS + 1):
         headers = {"User-Agent": agent}
@@ -188,18 +186,18 @@ def _attempt(pools: _Pools, url: str, target: Url, agent: str, deadline: float) 
                 response.read1(_CHUNK_BYTES, decode_content=False)
                 before, target = target, _redirected(url, target, location)
                 if target.auth or _origin(target) != _origin(before):
-                    auth = target.auth  # a password is for the host that it was meant for
+                    auth = target.auth  # a password goes to its own host only
                 continue
             _check_status(url, response, proxy)
             return _decoded(url, response, _body(url, response, deadline))
-        except HTTPError as error:  # a body that is cut short, or stalls
-            raise _AgainError(f"{error}{_by_way_of(proxy)}") from error
+        except HTTPError as error:  # a body that is truncated, or stalls
+            raise _RetryableError(f"{error}{_via(proxy)}") from error
         finally:
-            # One that was read to its end went back to the pool before; any other has to be made
-            # anew.
+            # A connection whose response was read to its end is in the pool already; any other
+            # cannot be used again.
             response.close()
             response.release_conn()
-    raise _AgainError(f"more than {_REDIRECTS} redirects")
+    raise _RetryableError(f"more than {_REDIRECTS} redirects")
 
 
 def _ask(
@@ -220,8 +218,8 @@ def _ask(
         raise CoverError("fetch_failed", f"{redacted(url)}: {error}") from error
     except _RefusedError as error:
         raise CoverError("address_refused", f"{redacted(url)}: {error}") from error
-    except (LocationValueError, UnicodeError) as error:  # whose text is the URL itself
-        raise CoverError("unreadable_file", f"{redacted(url)}: no valid address") from error
+    except (LocationValueError, UnicodeError) as error:  # its text is the URL
+        raise CoverError("unreadable_file", f"{redacted(url)}: not a valid URL") from error
     except SSLError as error:
         raise CoverError("unreadable_file", f"{redacted(url)}: {error}") from error
     except ProxyError as error:
@@ -230,35 +228,37 @@ def _ask(
             _check_proxy_status(url, int(match[1]), proxy)
         cause = error.original_error.__cause__ or error.original_error
         why = getattr(cause, "strerror", None) or str(cause)
-        raise _AgainError(f"the proxy {proxy.host} does not answer: {why}", proxy=proxy) from error
+        raise _RetryableError(
+            f"the proxy {proxy.host} does not respond: {why}", proxy=proxy
+        ) from error
     except HTTPError as error:
-        raise _AgainError(f"{error}{_by_way_of(proxy)}") from error
+        raise _RetryableError(f"{error}{_via(proxy)}") from error
     if proxy and response.status == 407:
         response.close()
         _check_proxy_status(url, response.status, proxy)
     return response, proxy
 
 
-def _by_way_of(proxy: Proxy | None) -> str:
-    return f" by way of the proxy {proxy.host}" if proxy else ""
+def _via(proxy: Proxy | None) -> str:
+    return f" through the proxy {proxy.host}" if proxy else ""
 
 
 def _check_proxy_status(url: str, status: int, proxy: Proxy) -> None:
-    """Raises for the answer of a proxy that did not pass on the request."""
-    answer = f"the proxy {proxy.host} answers HTTP {status}"
+    """Raises for the response of a proxy that did not forward the request."""
+    answer = f"the proxy {proxy.host} responds HTTP {status}"
     if status == 407:
-        hint = "give its user and password in the variable: http://USER:PASSWORD@HOST:PORT"
+        hint = "set its user and password in the variable: http://USER:PASSWORD@HOST:PORT"
         raise CoverError("fetch_failed", f"{redacted(url)}: {answer}; {hint}")
     if status in _DENIED:
         raise CoverError("access_denied", f"{redacted(url)}: {answer}")
-    raise _AgainError(answer)
+    raise _RetryableError(answer)
 
 
 def _parse(url: str) -> Url:
     """The http(s) `url` in ASCII: the host by IDNA, the rest percent-encoded.
 
-    A host that is an IP address in whatever spelling (127.1, 0x7f000001) is written in the usual
-    one, so that what is checked is what is asked. Raises LocationValueError or UnicodeError.
+    IP addresses in any notation (127.1, 0x7f000001) are normalised, so that the address that is
+    checked is the one that is used. Raises LocationValueError or UnicodeError.
     """
     match = _URL.fullmatch(url)
     if match is None:
@@ -278,8 +278,8 @@ def _parse(url: str) -> Url:
 
 
 def _redirected(url: str, target: Url, location: str) -> Url:
-    """Where `location`, a header in the answer of `target`, leads."""
-    # http.client reads headers as Latin-1; servers write UTF-8, too.
+    """The URL of `location`, the header of a response from `target`."""
+    # http.client decodes headers as Latin-1; some servers send UTF-8.
     raw = location.encode("latin-1")
     try:
         text = raw.decode()
@@ -289,13 +289,14 @@ def _redirected(url: str, target: Url, location: str) -> Url:
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
     if scheme and scheme[1].lower() not in ("http", "https"):
         raise CoverError(
-            "unsupported_scheme", f"{redacted(url)}: redirects to {scheme[1].lower()}:, not to http"
+            "unsupported_scheme",
+            f"{redacted(url)}: redirects to {scheme[1].lower()}:, not http(s)",
         )
     try:
         return _parse(urljoin(target.url, text))
-    except ValueError as error:  # of urljoin; UnicodeError and LocationValueError are some, too
+    except ValueError as error:  # of urljoin; UnicodeError and LocationValueError are ValueErrors
         raise CoverError(
-            "unreadable_file", f"{redacted(url)}: redirects to no valid address"
+            "unreadable_file", f"{redacted(url)}: redirects to an invalid URL"
         ) from error
 
 
@@ -305,13 +306,13 @@ def _origin(target: Url) -> tuple[str | None, str | None, int | None]:
 
 def _check_status(url: str, response: urllib3.BaseHTTPResponse, proxy: Proxy | None) -> None:
     status = response.status
-    if status in (200, 203):  # 203: a proxy has changed it on the way, as to a smaller image
+    if status in (200, 203):  # 203: changed by a proxy, for example to a smaller image
         return
-    answer = f"HTTP {status}{_by_way_of(proxy)}"
+    answer = f"HTTP {status}{_via(proxy)}"
     detail = f"{redacted(url)}: {answer}"
-    if status in _WORTH_TRYING_AGAIN:
+    if status in _RETRYABLE_STATUSES:
         after = response.headers.get("Retry-After", "")
-        raise _AgainError(answer, float(after) if after.isdecimal() else 0.0)
+        raise _RetryableError(answer, float(after) if after.isdecimal() else 0.0)
     if status in (404, 410):
         raise CoverError("missing_file", detail)
     if status in _DENIED:
@@ -319,19 +320,19 @@ def _check_status(url: str, response: urllib3.BaseHTTPResponse, proxy: Proxy | N
     if status in (204, 205):
         raise CoverError("empty_file", detail)
     if status == 206:
-        raise CoverError("unreadable_file", f"{detail}: a part, where all of it was asked for")
+        raise CoverError("unreadable_file", f"{detail}: a partial response to a request for all")
     raise CoverError("unreadable_file", detail)
 
 
 def _body(url: str, response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
-    """The body as it was sent."""
+    """The body, not yet decoded."""
     data = bytearray()
     while chunk := response.read1(_CHUNK_BYTES, decode_content=False):
         data += chunk
         if len(data) > MAX_BYTES:
             raise _too_large(url)
         if time.monotonic() > deadline:
-            raise CoverError("fetch_failed", f"{redacted(url)}: took over {_SECONDS_A_COVER:g} s")
+            raise CoverError("fetch_failed", f"{redacted(url)}: took over {_SECONDS_PER_COVER:g} s")
     return bytes(data)
 
 
@@ -340,13 +341,13 @@ def _too_large(url: str) -> CoverError:
 
 
 def _decoded(url: str, response: urllib3.BaseHTTPResponse, data: bytes) -> bytes:
-    """`data` without the response's content encodings, which some servers apply unasked.
+    """`data` without the content encodings of `response`: some servers apply them unrequested.
 
-    No more is decoded than a cover may have, whatever a small body claims to hold.
+    Decoding stops at the size limit of covers, so that a small body cannot expand without bound.
     """
     codings = response.headers.get("Content-Encoding", "").lower().split(",")
     for coding in reversed([coding.strip() for coding in codings]):
-        if coding in _NOT_CODED or not data:
+        if coding in _NO_ENCODING or not data:
             continue
         if coding not in _DECODERS:
             raise CoverError(
@@ -358,21 +359,21 @@ def _decoded(url: str, response: urllib3.BaseHTTPResponse, data: bytes) -> bytes
             raise _too_large(url) from error
         except (EOFError, zlib.error) as error:
             raise CoverError(
-                "unreadable_file", f"{redacted(url)}: its Content-Encoding is {coding}, it is not"
+                "unreadable_file", f"{redacted(url)}: not in its Content-Encoding, {coding}"
             ) from error
     return data
 
 
 class _TooLongError(Exception):
-    """More than the limit comes out of a decoder."""
+    """The decoded data is over the limit."""
 
 
-# These raise EOFError or zlib.error where the data is not what it is said to be.
+# Decoders raise EOFError or zlib.error if the data is not in their encoding.
 
 
 def _gunzip(data: bytes, limit: int) -> bytes:
     found = bytearray()
-    while True:  # a file may have several members, and garbage after them
+    while True:  # a file may have several members, and trailing garbage
         member = zlib.decompressobj(wbits=31)
         found += member.decompress(data, limit + 1 - len(found))
         _check_ended(len(found), limit, member.eof)
@@ -390,7 +391,7 @@ def _inflate(data: bytes, limit: int) -> bytes:
 
     try:
         return inflate(zlib.MAX_WBITS)
-    except zlib.error:  # the zlib header is left out by some
+    except zlib.error:  # some servers leave out the zlib header
         return inflate(-zlib.MAX_WBITS)
 
 
@@ -440,7 +441,7 @@ _DECODERS: dict[str, Callable[[bytes, int], bytes]] = {
 
 
 def _direct_pool(in_flight: int, allow_private: bool) -> urllib3.PoolManager:
-    """Connections whose address is looked at before they are made, after redirects too."""
+    """Connections that check the address before they are made, also after redirects."""
 
     def connect(connection: HTTPConnection) -> socket.socket:
         host, port = connection.host.strip("[]"), connection.port or connection.default_port
@@ -451,7 +452,7 @@ def _direct_pool(in_flight: int, allow_private: bool) -> urllib3.PoolManager:
         for *_, address in found:
             _check_address(address[0], allow_private)
         try:
-            # By number: a second look-up of the name might give another address.
+            # By address: resolving the name again might give another one.
             timeout = connection.timeout
             return socket.create_connection(
                 (str(found[0][4][0]), port), timeout if isinstance(timeout, float | int) else 5.0
@@ -479,7 +480,7 @@ def _direct_pool(in_flight: int, allow_private: bool) -> urllib3.PoolManager:
 
 
 def _literal_address(host: str) -> IPv4Address | IPv6Address | None:
-    """The IP address that a URL's `host` is, in whatever spelling; None for a name."""
+    """The IP address that a URL's `host` is, in any notation; None for a name."""
     host = host.strip("[]").rstrip(".").partition("%")[0]
     try:
         return ip_address(host)
@@ -492,12 +493,12 @@ def _literal_address(host: str) -> IPv4Address | IPv6Address | None:
 
 
 def _check_address(address: object, allow_private: bool) -> None:
-    if not _may_ask(str(address), allow_private):
-        hint = "" if allow_private else "; --allow-private-addresses would ask it"
-        raise _RefusedError(f"{address} is not on the public internet{hint}")
+    if not _is_allowed(str(address), allow_private):
+        hint = "" if allow_private else "; to allow it, use --allow-private-addresses"
+        raise _RefusedError(f"{address} is not a public address{hint}")
 
 
-def _may_ask(address: str, allow_private: bool) -> bool:
+def _is_allowed(address: str, allow_private: bool) -> bool:
     ip = ip_address(address.partition("%")[0])
     if isinstance(ip, IPv6Address):
         if ip in _NAT64:

@@ -23,7 +23,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from covergenre.errors import StorageError
-from covergenre.io import s3
+from covergenre.io import s3, s3_filesystem
 from covergenre.io.urls import PathOrUri, redacted
 
 _CHUNK_BYTES = 8 * 2**20
@@ -134,7 +134,7 @@ def filesystem(uri: PathOrUri) -> tuple[fs.FileSystem, str]:
         s3.check(bucket)
     except OSError as error:
         raise StorageError(f"{redacted(f's3://{bucket}')}: {error}") from error
-    return s3.filesystem(), path
+    return s3_filesystem.filesystem(), path
 
 
 @lru_cache(maxsize=1)

@@ -269,8 +269,8 @@ def test_a_redirect_does_not_lead_to_a_clouds_credentials(server: _Server) -> No
     ],
 )
 def test_which_addresses_may_be_asked(ip: str, public: bool, private: bool) -> None:
-    assert http._may_ask(ip, allow_private=False) == public
-    assert http._may_ask(ip, allow_private=True) == private
+    assert http._is_allowed(ip, allow_private=False) == public
+    assert http._is_allowed(ip, allow_private=True) == private
 
 
 # Redirects
@@ -595,7 +595,7 @@ def test_proxy_that_does_not_answer_is_named(
             http.web_covers(4, False)("http://covers.invalid/x")
         assert caught.value.reason == "fetch_failed"
         place = proxy.url.removeprefix("http://")
-        assert f"the proxy {place} does not answer: Connection refused" in caught.value.detail
+        assert f"the proxy {place} does not respond: Connection refused" in caught.value.detail
         assert "hidden" not in caught.value.detail
 
 

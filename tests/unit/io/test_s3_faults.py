@@ -2,11 +2,9 @@
 
 import os
 import random
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -14,8 +12,9 @@ from flaky_proxy import FAULTS, FlakyProxy
 
 from covergenre.data import dataset
 from covergenre.errors import StorageError
-from covergenre.io import s3 as store
-from covergenre.io import storage
+from covergenre.io import retries, s3_client, storage
+from covergenre.io import s3 as s3_module
+from covergenre.io.s3_errors import CUSTOMER_KEY_FILE
 
 Flaky = tuple[str, FlakyProxy]
 FORMS = sorted(set(FAULTS))
@@ -76,14 +75,16 @@ def test_an_upload_that_failed_leaves_the_object_as_it_was(
     bucket, proxy = calm_s3
     uri = f"{bucket}/kept"
     storage.put(uri, b"old")
-    said = r"kept: cannot write: the store answers SlowDown$"
+    monkeypatch.setattr(s3_client, "READ_SECONDS", 60.0)  # nothing stalls here but a busy machine
+    s3_client.reset_clients()
+    said = r"kept: cannot write: the store responds SlowDown$"
     for kind in ("CREATE", "PART", "COMPLETE"):
         proxy.next[kind] = ["slow_down"] * 10
         with monkeypatch.context() as patch, pytest.raises(StorageError, match=said):
-            patch.setattr(store, "_PATIENCE_SECONDS", 0.0)
+            patch.setattr(s3_client, "RETRY_TIMEOUT_SECONDS", 0.0)
             storage.put(uri, LARGE)
         proxy.next[kind] = []
-        store.forget()
+        s3_client.reset_clients()
         assert storage.read_bytes(uri) == b"old"
 
     def torn() -> object:
@@ -91,7 +92,7 @@ def test_an_upload_that_failed_leaves_the_object_as_it_was(
         raise OSError("the source is gone")
 
     with pytest.raises(OSError, match="the source is gone"):
-        store.write(uri.removeprefix("s3://"), torn())  # type: ignore[arg-type]
+        s3_module.write(uri.removeprefix("s3://"), torn())  # type: ignore[arg-type]
     assert storage.read_bytes(uri) == b"old"
     assert proxy.counts["ABORT", ""] == 3  # of four, one was never begun
 
@@ -164,7 +165,7 @@ def test_a_list_comes_in_pages_and_goes_as_a_whole(
     flaky_s3: Flaky, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket, proxy = flaky_s3
-    monkeypatch.setattr(store, "_PAGE_KEYS", 2)
+    monkeypatch.setattr(s3_module, "_PAGE_KEYS", 2)
     names = [f"{n // 10}/{n:02}" for n in range(81)]
     each(len(names), lambda n: storage.put(f"{bucket}/pages/{names[n]}", b""))
     assert list(storage.list_sizes(f"{bucket}/pages")) == names
@@ -183,8 +184,8 @@ def test_every_object_is_under_the_customers_key(
     place = f"{bucket}/keyed"
     key = tmp_path / "key"
     key.write_bytes(random.Random(3).randbytes(32))
-    monkeypatch.setenv(store.CUSTOMER_KEY_FILE, str(key))
-    store.forget()
+    monkeypatch.setenv(CUSTOMER_KEY_FILE, str(key))
+    s3_client.reset_clients()
     proxy.keyed.clear()
     storage.put(f"{place}/x", b"cover")
     storage.put(f"{place}/large", LARGE)
@@ -202,14 +203,14 @@ def test_every_object_is_under_the_customers_key(
         return  # moto takes the key and does not ask for it
     for other in (None, bytes(32)):
         if other is None:
-            monkeypatch.delenv(store.CUSTOMER_KEY_FILE)
+            monkeypatch.delenv(CUSTOMER_KEY_FILE)
         else:
             key.write_bytes(other)
-            monkeypatch.setenv(store.CUSTOMER_KEY_FILE, str(key))
-        store.forget()
+            monkeypatch.setenv(CUSTOMER_KEY_FILE, str(key))
+        s3_client.reset_clients()
         with pytest.raises(StorageError) as caught:
             storage.read_bytes(f"{place}/x")
-        assert store.CUSTOMER_KEY_FILE in str(caught.value), str(caught.value)
+        assert CUSTOMER_KEY_FILE in str(caught.value), str(caught.value)
 
 
 @pytest.mark.parametrize("held", [b"short", b"%" * 44, None], ids=["short", "no base64", "gone"])
@@ -219,13 +220,13 @@ def test_what_is_no_key_is_told(
     key = tmp_path / "key"
     if held is not None:
         key.write_bytes(held)
-    monkeypatch.setenv(store.CUSTOMER_KEY_FILE, str(key))
-    store.forget()
-    with pytest.raises(StorageError, match=store.CUSTOMER_KEY_FILE) as caught:
+    monkeypatch.setenv(CUSTOMER_KEY_FILE, str(key))
+    s3_client.reset_clients()
+    with pytest.raises(StorageError, match=CUSTOMER_KEY_FILE) as caught:
         storage.put(f"{s3}/no-key", b"x")
     assert str(key) in str(caught.value) and "\n" not in str(caught.value)
     monkeypatch.undo()
-    store.forget()
+    s3_client.reset_clients()
 
 
 # Credentials that expire
@@ -247,7 +248,7 @@ def test_expired_credentials_are_taken_up_anew(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    store.forget()
+    s3_client.reset_clients()
     if not os.environ.get("COVERGENRE_TEST_S3"):  # moto knows every key
         storage.put(f"{bucket}/expiring", b"before")
     proxy.refused["old"] = code
@@ -258,14 +259,13 @@ def test_expired_credentials_are_taken_up_anew(
         if len(waits) == 3:  # whoever renews them is a bit late
             hand_out(*good)
 
-    # Of that module alone: other threads sleep, too.
-    monkeypatch.setattr(store, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic))
+    monkeypatch.setattr(retries, "_sleep", wait)
     storage.put(f"{bucket}/expiring", b"after")
     assert storage.read_bytes(f"{bucket}/expiring") == b"after"
     assert len(waits) == 3
     # Never renewed, it is one line.
     proxy.refused[good[0]] = code
-    monkeypatch.setattr(store, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(s3_client, "RETRY_TIMEOUT_SECONDS", 0.0)
     with pytest.raises(StorageError, match="credentials") as caught:
         storage.put(f"{bucket}/expiring", b"never")
     assert "\n" not in str(caught.value) and good[1] not in str(caught.value)
