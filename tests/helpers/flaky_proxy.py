@@ -1,16 +1,16 @@
-"""A proxy in front of an S3 store that fails one request in five, each time in another way.
+"""A proxy in front of an S3 store that makes one request in five fail, in different ways.
 
     python flaky_proxy.py http://127.0.0.1:9000 [--one-in 5] [--seed 0]
 
-prints its own address, and at its end (Ctrl-C) what it did to which requests. Of each kind of
-request every 40 have the same faults, in an order that the seed gives:
+prints its URL and, after Ctrl-C, how many faults it caused for each kind of request. Each 40
+requests of a kind have the same faults, in an order that depends on the seed:
 
     slow_down     503 SlowDown
-    reset         the connection is reset before the store hears of the request
+    reset         the connection is reset before the store gets the request
     lost          the store carries it out; then the connection is reset
-    stall         silence, until the client gives up; the store hears nothing
-    lost_stall    the store carries it out; then silence
-    short         the answer's body is cut in half (a body there is; else `lost`)
+    stall         no response, until the client gives up; the store gets no request
+    lost_stall    the store carries it out; then no response
+    short         the response's body is cut in half (`lost` if it has none)
 """
 
 import argparse
@@ -32,7 +32,7 @@ _OF_A_CONNECTION = {"connection", "expect", "keep-alive", "transfer-encoding"}
 
 
 class FlakyProxy:
-    """Runs while it is entered; `url` is its address, on this machine alone."""
+    """Runs while its `with` block does; `url` is on this machine only."""
 
     def __init__(
         self, upstream: str, *, one_in: int = 5, seed: int = 0, stall_seconds: float = 3600
@@ -41,15 +41,15 @@ class FlakyProxy:
         self.one_in = one_in
         """0: no fault at all."""
         self.refused: dict[str, str] = {}
-        """Access key -> the error code that whoever comes with it gets."""
+        """Access key -> the error code of the responses to its requests."""
         self.next: dict[str, list[str]] = defaultdict(list)
-        """Kind of request -> faults ("" is none) of the next ones, before chance has its turn."""
+        """Kind of request -> faults ("" is none) of the next requests, before random ones."""
         self.keyed: Counter[tuple[str, bool]] = Counter()
-        """(kind of request, whether it brought a customer's key) -> how many."""
+        """(kind of request, whether it had a customer's key) -> how many."""
         self.counts: Counter[tuple[str, str]] = Counter()
         """(kind of request, fault, or "" where it went through) -> how many."""
         self.stall_seconds = stall_seconds
-        """After so long it is the proxy that ends a stall: for those who have no time to wait."""
+        """The proxy ends a stall after so long."""
         self.over = threading.Event()
         self._random = random.Random(seed)
         self._decks: dict[str, list[str]] = defaultdict(list)
