@@ -1,7 +1,7 @@
-"""HTTP proxies, as the environment names them: http_proxy, https_proxy, all_proxy and no_proxy.
+"""HTTP proxies from the environment: http_proxy, https_proxy, all_proxy and no_proxy.
 
-The variables count in either case, the lower one first; HTTP_PROXY does not in a CGI script, where
-a client could set it (httpoxy).
+The names are read in lower or upper case; lower case has precedence. HTTP_PROXY is ignored in a CGI
+script, where a client could set it (httpoxy).
 """
 
 import re
@@ -20,7 +20,7 @@ from covergenre.errors import ConfigError
 
 @dataclass(frozen=True)
 class Proxy:
-    """A proxy, and how this process identifies itself to it."""
+    """A proxy and the credentials for it."""
 
     url: str
     """Without a user and password."""
@@ -31,9 +31,9 @@ class Proxy:
 
 
 def proxy_for(scheme: str, host: str, port: int | None = None) -> Proxy | None:
-    """The proxy to ask for URLs of this scheme ("http" or "https") and host; None: ask the host.
+    """The proxy for URLs of this scheme ("http" or "https") and host; None: connect directly.
 
-    port: where the URL names one. Raises ConfigError where the variable holds no valid proxy URL.
+    port: the URL's, if any. Raises ConfigError if the variable is not a valid proxy URL.
     """
     found = getproxies_environment()
     if bypasses(found.get("no", ""), host, port or (443 if scheme == "https" else 80)):
@@ -43,7 +43,7 @@ def proxy_for(scheme: str, host: str, port: int | None = None) -> Proxy | None:
 
 
 def check_proxies(schemes: Iterable[str]) -> None:
-    """Raises ConfigError where the variable that counts for one of `schemes` is not valid."""
+    """Raises ConfigError if the variable for one of `schemes` is not a valid proxy URL."""
     for scheme in schemes:
         proxy_for(scheme, "host.invalid")
 

@@ -1,4 +1,4 @@
-"""Hashes of tables by their content: chunks, offsets and what lies under a null do not count."""
+"""Hashes of tables by their values: independent of chunks, offsets and the bytes under nulls."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,14 +8,14 @@ import pyarrow.compute as pc
 
 
 def hash_rows(digest: Any, rows: pa.Table) -> None:
-    """Add the content of `rows` to a hash of hashlib."""
+    """Update `digest`, a hash of hashlib, with the values of `rows`."""
     for column in rows.columns:
         for content in _content(column.combine_chunks()):
             digest.update(content)
 
 
 def _content(column: pa.Array) -> Iterator[bytes | pa.Buffer]:
-    """The values alone: neither chunks and offsets nor what lies under a null."""
+    """The bytes of the values, without chunks, offsets and what is under nulls."""
     if pa.types.is_list(column.type) and pa.types.is_string(column.type.value_type):
         yield pc.fill_null(pc.list_value_length(column), -1).to_numpy().tobytes()
         column = pc.list_flatten(column)

@@ -1,4 +1,4 @@
-"""Parquet files from outside, read without running code that they name."""
+"""Untrusted Parquet files, read without running code that they name."""
 
 import base64
 import re
@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _EXTENSION = b"ARROW:extension:name"
-_EXTENSION_IGNORED = b"arrow.extension.name"  # as long, and without a meaning to Arrow
+_EXTENSION_IGNORED = b"arrow.extension.name"  # of the same length, and ignored by Arrow
 
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 8  # the length of the footer, and _MAGIC
@@ -23,7 +23,7 @@ CANONICAL_EXTENSIONS = {
 
 
 def opened(file: pa.NativeFile, **settings: Any) -> pq.ParquetFile:
-    """`file` as Parquet, each column of an extension type as its storage type.
+    """`file` opened as Parquet; columns of extension types have their storage types.
 
     Arrow would call the Python code that this process has registered for an extension type, and
     Ray's types unpickle what they find in the file. settings: pq.ParquetFile's.
@@ -40,16 +40,16 @@ def extension_name(field: pa.Field) -> str | None:
 
 
 def _without_extensions(file: pa.NativeFile) -> pq.FileMetaData:
-    """The footer, with the key that marks extension types replaced in the Arrow schema it holds.
+    """The footer, with the key that marks extension types replaced in its Arrow schema.
 
-    The footer is changed as bytes: to read it with Arrow makes the types that it names.
+    The footer is changed as bytes, because Arrow instantiates the types when it reads them.
     """
     size = file.size()
     file.seek(max(size - _TAIL_BYTES, 0))
     length = int.from_bytes(file.read(4), "little")
     if length + _TAIL_BYTES > size or file.read() != _MAGIC:
         file.seek(0)
-        return pq.read_metadata(file)  # says what is wrong with it
+        return pq.read_metadata(file)  # raises the reason
     file.seek(size - _TAIL_BYTES - length)
     footer, schemas = _ARROW_SCHEMA.subn(_ignore_extensions, file.read())
     if schemas != footer.count(b"ARROW:schema"):
