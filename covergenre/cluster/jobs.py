@@ -8,7 +8,6 @@ repeated.
 import asyncio
 import logging
 import os
-import random
 import re
 import shlex
 import subprocess
@@ -20,6 +19,16 @@ from collections.abc import Callable, Sequence
 from http.client import BadStatusLine
 from pathlib import Path
 from typing import Any
+
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_chain,
+    wait_random,
+)
 
 from covergenre.errors import ConfigError, CovergenreError, essential_line
 from covergenre.io.urls import redacted
@@ -39,7 +48,7 @@ _REQUEST_TIMEOUT_SECONDS = (10.0, 60.0)
 _RETRYABLE_STATUS = {408, 429, 500, 502, 503, 504}
 _COMMAND_NOT_FOUND = 127
 
-Sleep = Callable[[float], object]
+Sleep = Callable[[float], None]
 _NEVER_SENT = (".git", ".venv", "__pycache__")
 
 
@@ -144,42 +153,49 @@ def _start(client: Any, job: str, entrypoint: Sequence[str], folder: Path, there
 
 
 def _follow(client: Any, job: str, sleep: Sleep) -> Any:
-    """Print the job's log until it ends; gives what Ray then knows of it.
+    """Print the job's log until it ends; returns Ray's record of the job.
 
-    A connection that breaks, as ssh's do, is made anew: the job goes on without. Raises
-    CovergenreError where the job's state cannot be had.
+    A broken connection, as of ssh, is made again: the job is not affected. Raises CovergenreError
+    where the job's state cannot be read.
     """
     from aiohttp import ClientError
 
     shown = [0]
-    retries = _Retries(sleep)
-    while True:
-        trouble = ""
+    info: Any = None
+
+    def poll() -> None:
+        nonlocal info
+        error: Exception | None = None
         try:
             asyncio.run(_tail(client, job, shown))
-        except (OSError, RuntimeError, ClientError) as error:
-            trouble = essential_line(str(error) or type(error).__name__)
+        except (OSError, RuntimeError, ClientError) as caught:
+            error = caught
+        info = _job_info(client, job)
+        if error is not None:
+            reason = essential_line(str(error) or type(error).__name__)
+            raise _TemporaryError(f"cannot be read ({reason})") from error
+
+    while True:
+        wait = _POLL_SECONDS
         try:
-            info = client.get_job_info(job)
-        except CovergenreError as error:
-            raise CovergenreError(
-                f"job {job}: lost the connection ({error}), and the job may go on; see the commands"
-                " above"
-            ) from error
-        except (OSError, RuntimeError, ValueError) as error:
-            raise CovergenreError(f"job {job}: {essential_line(str(error))}") from error
-        ended = info.status.is_terminal()
-        if trouble:
-            again = retries.wait(f"job {job}: its log cannot be read ({trouble})")
-            if not again and ended:
-                return info
-            if not again:  # its state is known, and that is what counts
-                sleep(_RETRY_WAITS_SECONDS[-1])
-        elif ended:
+            _retrying(sleep, f"job {job}: its log")(poll)
+        except _TemporaryError:  # the exit code matters more than the log
+            wait = _RETRY_WAITS_SECONDS[-1]
+        if info.status.is_terminal():
             return info
-        else:
-            retries = _Retries(sleep)
-            sleep(_POLL_SECONDS)
+        sleep(wait)
+
+
+def _job_info(client: Any, job: str) -> Any:
+    try:
+        return client.get_job_info(job)
+    except CovergenreError as error:
+        raise CovergenreError(
+            f"job {job}: lost the connection to the job ({error}), which may still be running; see"
+            " the commands above"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CovergenreError(f"job {job}: {essential_line(str(error))}") from error
 
 
 async def _tail(client: Any, job: str, shown: list[int]) -> None:
@@ -193,25 +209,29 @@ async def _tail(client: Any, job: str, shown: list[int]) -> None:
         sys.stdout.flush()
 
 
-class _Retries:
-    """The waits between attempts at one thing: they grow, and end after two minutes."""
+class _TemporaryError(Exception):
+    """A request failed, and the same request may succeed later; its text says how it failed."""
 
-    def __init__(self, sleep: Sleep) -> None:
-        self._sleep = sleep
-        self._waits = iter(_RETRY_WAITS_SECONDS)
-        self._began = time.monotonic()
-        self._told = False
 
-    def wait(self, reason: str) -> bool:
-        """Wait before a further attempt, after having said why, once; False: there were enough."""
-        seconds = next(self._waits, None)
-        if seconds is None or time.monotonic() - self._began > _RETRY_TIMEOUT_SECONDS:
-            return False
-        if not self._told:
-            logger.info(f"{reason}; trying again for up to {_RETRY_TIMEOUT_SECONDS:.0f} s")
-            self._told = True
-        self._sleep(seconds * random.uniform(0.5, 1))
-        return True
+def _retrying(sleep: Sleep, what: str) -> Retrying:
+    """Repeats a block that raises _TemporaryError, for up to two minutes; logs the first retry."""
+
+    def log(state: RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            logger.info(
+                f"{what} {state.outcome.exception()}; retrying for up to"
+                f" {_RETRY_TIMEOUT_SECONDS:.0f} s"
+            )
+
+    waits = _RETRY_WAITS_SECONDS
+    return Retrying(
+        sleep=sleep,
+        retry=retry_if_exception_type(_TemporaryError),
+        wait=wait_chain(*(wait_random(seconds / 2, seconds) for seconds in waits)),
+        stop=stop_after_attempt(len(waits) + 1) | stop_after_delay(_RETRY_TIMEOUT_SECONDS),
+        before_sleep=log,
+        reraise=True,
+    )
 
 
 def _client(address: str, sleep: Sleep) -> Any:
@@ -228,34 +248,38 @@ def _client(address: str, sleep: Sleep) -> Any:
 
     class Client(JobSubmissionClient):
         def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
+            try:
+                response: requests.Response = _retrying(sleep, "submit: the dashboard")(
+                    self._try_request, method, endpoint, **kwargs
+                )
+            except _TemporaryError as error:
+                raise CovergenreError(
+                    f"{shown}: the dashboard {error}; gave up, try again later"
+                ) from error
+            return response
+
+        def _try_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
             nonlocal answered
-            retries = _Retries(sleep)
-            while True:
-                cause: Exception | None = None
-                try:
-                    response = super()._do_request(
-                        method, endpoint, timeout=_REQUEST_TIMEOUT_SECONDS, **kwargs
-                    )
-                except AuthenticationError as error:
-                    raise ConfigError(
-                        f"{shown}: the cluster wants its token; set RAY_AUTH_MODE=token, and"
-                        " RAY_AUTH_TOKEN_PATH to its file (~/.ray/auth_token unless set)"
-                    ) from error
-                except requests.RequestException as error:
-                    if not _is_temporary(error, answered):
-                        raise
-                    reason, cause = _reason(error), error
-                else:
-                    answered = True
-                    if not _is_temporary_answer(response):
-                        return response
-                    is_page = "html" in response.headers.get("Content-Type", "")
-                    text = response.reason if is_page else essential_line(response.text)
-                    reason = f"answers {response.status_code}: {text}"
-                if not retries.wait(f"submit: the dashboard {reason}"):
-                    raise CovergenreError(
-                        f"{shown}: the dashboard {reason}; gave up, try again later"
-                    ) from cause
+            try:
+                response: requests.Response = super()._do_request(
+                    method, endpoint, timeout=_REQUEST_TIMEOUT_SECONDS, **kwargs
+                )
+            except AuthenticationError as error:
+                raise ConfigError(
+                    f"{shown}: the cluster requires its token; set RAY_AUTH_MODE=token, and"
+                    " RAY_AUTH_TOKEN_PATH to its file (default: ~/.ray/auth_token)",
+                    code="token_required",
+                ) from error
+            except requests.RequestException as error:
+                if not _is_temporary(error, answered):
+                    raise
+                raise _TemporaryError(_reason(error)) from error
+            answered = True
+            if _is_temporary_answer(response):
+                is_page = "html" in response.headers.get("Content-Type", "")
+                text = response.reason if is_page else essential_line(response.text)
+                raise _TemporaryError(f"answers {response.status_code}: {text}")
+            return response
 
     for name in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)

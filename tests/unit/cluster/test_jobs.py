@@ -122,7 +122,7 @@ def test_a_job_is_sent_and_followed(
     ((job, request),) = dashboard.jobs.items()
     assert request["entrypoint"] == "python x"
     assert f"ray job stop --address {dashboard.url} {job}" in err
-    assert "trying again" not in err
+    assert "retrying" not in err
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_request_that_fails_for_the_moment_is_repeated(
     out, err = capsys.readouterr().out, caplog.text
     assert (code, out) == (0, dashboard.log)
     assert len(dashboard.jobs) == 1
-    (told,) = [line for line in err.splitlines() if "trying again" in line]
+    (told,) = [line for line in err.splitlines() if "retrying" in line]
     if path != "tail":
         assert said in told
     # aiohttp repeats some of the requests for the log itself.
@@ -202,7 +202,7 @@ def test_a_job_whose_state_cannot_be_had_is_given_up_in_one_line(
 ) -> None:
     dashboard.fails["GET", "/api/jobs/"] = [(503, "<html>\n</html>")] * 100
     line, _ = failed(dashboard, folder)
-    assert "lost the connection" in line and "may go on" in line and "503" in line
+    assert "lost the connection" in line and "may still be running" in line and "503" in line
 
 
 def test_a_log_that_cannot_be_read_does_not_hide_how_the_job_ended(
@@ -223,7 +223,7 @@ def test_no_answer_in_time_is_repeated(
     dashboard.fails["POST", "/api/jobs/"] = ["silent"]
     code, waits = run(dashboard, folder, wait=False)
     assert (code, len(waits)) == (0, 1)
-    assert "the dashboard does not answer in time; trying again" in caplog.text
+    assert "the dashboard does not answer in time; retrying" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_another_service_is_no_dashboard(
 def test_a_cluster_that_wants_a_token_is_one_line(dashboard: FakeDashboard, folder: Path) -> None:
     dashboard.fails["GET", "/api/version"] = [(401, "no token")]
     line, waits = failed(dashboard, folder)
-    assert "wants its token; set RAY_AUTH_MODE=token" in line
+    assert "requires its token; set RAY_AUTH_MODE=token" in line
     assert waits == []
 
 
