@@ -442,4 +442,4 @@ def test_submission_without_the_token_is_refused(lab: Lab) -> None:
     covergenre = str(Path(sys.prefix, "bin/covergenre"))
     done = stranger.run(covergenre, "submit", "score", "m", "c", "--out", "s3://lab/x")
     assert done.returncode == 2
-    assert "the cluster wants its token" in done.stderr
+    assert "the cluster requires its token" in done.stderr
