@@ -95,7 +95,8 @@ class Preprocessing:
             if getattr(spec, name) != getattr(cls(), name):
                 raise ModelError(
                     f"preprocessing: {name} {getattr(spec, name)!r} is not supported by this"
-                    " version of covergenre; install the version that trained the model"
+                    " version of covergenre; install the version that trained the model",
+                    code="preprocessing_unsupported",
                 )
         return spec
 

@@ -475,10 +475,11 @@ def test_preprocessing_survives_json() -> None:
         ("filter", "bicubic"),
     ],
 )
-def test_a_step_that_this_version_cannot_do_is_refused(name: str, value: object) -> None:
+def test_unsupported_preprocessing_is_refused(name: str, value: object) -> None:
     with pytest.raises(ModelError) as caught:
         Preprocessing.from_json(Preprocessing().to_json() | {name: value})
-    assert f"{name} {value!r} needs another version of covergenre" in str(caught.value)
+    assert caught.value.code == "preprocessing_unsupported"
+    assert f"{name} {value!r}" in str(caught.value)
 
 
 def test_a_missing_or_unknown_step_is_refused() -> None:
@@ -910,7 +911,7 @@ def test_what_is_opened_is_a_list() -> None:
     assert opened == {*image_decoding.FORMATS, "MPO"}
 
 
-def test_the_docs_name_what_becomes_of_a_cover() -> None:
+def test_docs_list_every_reason_format_and_limit() -> None:
     """docs/covers.md: every reason that decoding can give, every format, the limits."""
     root = Path(__file__).parents[3]
     text = (root / "docs" / "covers.md").read_text()
@@ -925,7 +926,7 @@ def test_the_docs_name_what_becomes_of_a_cover() -> None:
     }
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {name for line in rows for name in re.findall(r"`(\w+)`", line)} & set(REASONS) == given
-    (formats,) = re.findall(r"Opened are (.+?)\.\s", text, re.S)
+    (formats,) = re.findall(r"Supported formats: (.+?)\.\s", text, re.S)
     names = re.sub(r"\s*\(.+?\)", "", formats)
     assert set(re.split(r",\s|\sand\s", names)) == set(image_decoding.FORMATS)
     assert f"{image_decoding.MAX_BYTES / 1e6:.0f} MB" in text
