@@ -89,7 +89,7 @@ def others(names: set[str]) -> set[str]:
 
 def test_packages_import_lower_packages_only() -> None:
     # In a process of its own, as import-linter disables the loggers of its process.
-    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
