@@ -659,7 +659,7 @@ def test_stage_functions_pass_settings_on_and_return_results(
         evaluate_stage: Evaluated("e", "dev", metrics),
         score_stage: Labelled("l", {"rows": 3, "scored": 2}),
     }
-    calls: list[object] = []
+    calls: list[Any] = []
     for stage, result in results.items():
         monkeypatch.setattr(type(result), "summary", lambda self: f"summary of <{type(self)}>")
 
