@@ -1,7 +1,10 @@
-"""A pause for Ray Data's scheduling loop."""
+"""Private APIs of Ray, each with the reason for its use. Checked with Ray 2.60."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
+import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
@@ -19,3 +22,34 @@ class Pause(ExecutionCallback):
     def on_execution_step(self, executor: StreamingExecutor) -> None:
         """Called after each round."""
         time.sleep(_SECONDS)
+
+
+def run_torch_trainer(train_loop: Callable[..., None], **options: Any) -> None:
+    """TorchTrainer(train_loop, **options).fit(); ^C ends it at once, with its workers.
+
+    Ray Train's own handler of SIGINT waits for its controller, for any length of time, while the
+    workers continue to train.
+    """
+    from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):
+        controller: Any = None
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            self.controller = controller
+
+    trainer = Trainer(train_loop, **options)
+    try:
+        trainer.fit()
+    except KeyboardInterrupt:
+        if trainer.controller is not None:
+            ray.kill(trainer.controller)
+        raise
+
+
+def is_startup_timeout(error: BaseException) -> bool:
+    """Whether a TorchTrainer failed because the workers' machines did not start in time."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    failure = getattr(error, "controller_failure", None)
+    return isinstance(failure, WorkerGroupStartupTimeoutError)

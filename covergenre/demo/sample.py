@@ -151,19 +151,21 @@ def write_untrained_model(out: str, genres: Sequence[str] = GENRES) -> str:
     """
     from safetensors.torch import save
 
-    from covergenre.models.bundle import write_bundle
+    from covergenre.models.bundle import BundleContents, write_bundle
     from covergenre.models.networks import build_model
 
     bundle = write_bundle(
         out,
-        weights=save(build_model("tiny", len(genres), seed=0).state_dict()),
-        model="tiny",
-        genres=Genres(tuple(genres)),
-        preprocessing=Preprocessing(),
-        precision="fp32",
-        config={},
-        thresholds=dict.fromkeys(genres, 0.5),
-        others={},
+        BundleContents(
+            weights=save(build_model("tiny", len(genres), seed=0).state_dict()),
+            model="tiny",
+            genres=Genres(tuple(genres)),
+            preprocessing=Preprocessing(),
+            precision="fp32",
+            thresholds=dict.fromkeys(genres, 0.5),
+            training={},
+            other_files={},
+        ),
     )
     return bundle.uri
 

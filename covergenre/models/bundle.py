@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from covergenre import __version__
@@ -58,31 +59,38 @@ class Bundle:
     """sha256 of each file."""
 
 
-def write_bundle(
-    out: str,
-    *,
-    weights: bytes,
-    model: str,
-    genres: Genres,
-    preprocessing: Preprocessing,
-    precision: str,
-    config: Mapping[str, Any],
-    thresholds: Mapping[str, float],
-    others: Mapping[str, bytes],
-) -> Bundle:
-    """Write a MODEL folder; bundle.json comes last, so half a folder is no MODEL.
+@dataclass(frozen=True, kw_only=True)
+class BundleContents:
+    """What `write_bundle` writes."""
 
-    others: further files (history, metrics, pictures, README.md) by name.
-    """
+    weights: bytes
+    """Of backbone and head, as safetensors."""
+    model: str
+    """Name in the registry."""
+    genres: Genres
+    preprocessing: Preprocessing
+    precision: str
+    """fp32 or bf16."""
+    thresholds: Mapping[str, float]
+    """Of each genre."""
+    training: Mapping[str, Any]
+    """Settings and inputs of the training run, as JSON values."""
+    other_files: Mapping[str, bytes]
+    """Further files (history, metrics, plots, README.md) by name."""
+
+
+def write_bundle(out: str, contents: BundleContents) -> Bundle:
+    """Write a model directory. bundle.json is written last: without it the directory is
+    incomplete."""
+    model, precision = contents.model, contents.precision
+    config = {"model": model, "precision": precision, "train": dict(contents.training)}
     files = {
-        "model.safetensors": weights,
-        "genres.json": storage.json_bytes(list(genres.names)),
-        "preprocessing.json": storage.json_bytes(preprocessing.to_json()),
-        "decision.json": storage.json_bytes({"thresholds": dict(thresholds)}),
-        "config.json": storage.json_bytes(
-            {"model": model, "precision": precision, "train": dict(config)}
-        ),
-        **others,
+        "model.safetensors": contents.weights,
+        "genres.json": storage.json_bytes(list(contents.genres.names)),
+        "preprocessing.json": storage.json_bytes(contents.preprocessing.to_json()),
+        "decision.json": storage.json_bytes({"thresholds": dict(contents.thresholds)}),
+        "config.json": storage.json_bytes(config),
+        **contents.other_files,
     }
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     value = {
@@ -109,7 +117,7 @@ def is_bundle(uri: str) -> bool:
     return storage.exists(storage.join(uri, "bundle.json"))
 
 
-def read_bundle(uri: str) -> Bundle:
+def read_bundle(uri: str | Path) -> Bundle:
     """What the MODEL folder at `uri` is. Raises ModelError where it is none, or was changed.
 
     Only files that are named above are opened. A folder that holds a pickle beside them is refused:

@@ -5,7 +5,9 @@ Shapes: B albums of a batch, C = 3 colours, H x W pixels, D features, G genres.
 
 from collections import OrderedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -45,21 +47,25 @@ class CoverModel(nn.Module):
 
 
 class BatchDropout(nn.Dropout):
-    """Dropout whose mask is drawn for all rows of a step, of which a worker uses its own: with one
-    random state on every worker, a row's mask depends neither on their number nor on its worker."""
+    """Dropout that computes the same with any number of workers.
 
-    first: int = 0
-    size: int | None = None
-    """Place of the first row in the step, and the step's rows; None: the batch is the step."""
+    Every worker generates the mask of all rows of a step, from the same random state, and applies
+    the part of it that belongs to its rows.
+    """
+
+    offsets: Tensor | None = None
+    """Position of each row of the batch in the step; None: plain dropout."""
+    size: int = 0
+    """Rows of the step."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch names it
         """As nn.Dropout, of [rows, ...]."""
-        if not self.training or self.p == 0 or self.size is None:
+        if not self.training or self.p == 0 or self.offsets is None:
             return super().forward(input)
-        keep = torch.rand((self.size, *input.shape[1:]), device=input.device) >= self.p
-        keep = keep[self.first : self.first + len(input)]
-        if len(keep) < len(input):  # a worker without rows computes one that does not count
+        if not len(self.offsets):  # a worker without rows computes one that does not count
             return input
+        keep = torch.rand((self.size, *input.shape[1:]), device=input.device) >= self.p
+        keep = keep[self.offsets.to(input.device)]
         return input * keep.to(input.dtype) / (1 - self.p)
 
 
@@ -135,11 +141,11 @@ def training_mode(model: CoverModel, *, freeze_batch_norm: bool, rows: int) -> N
                 module.train(not (keep or frozen or rows < 2))
 
 
-def share_dropout(model: CoverModel, first: int, size: int) -> None:
-    """Tell every BatchDropout which rows of a step of `size` rows the next batch has."""
+def share_dropout(model: CoverModel, offsets: NDArray[np.int64], size: int) -> None:
+    """Set the positions of the next batch's rows in a step of `size` rows, for BatchDropout."""
     for module in model.modules():
         if isinstance(module, BatchDropout):
-            module.first, module.size = first, size
+            module.offsets, module.size = torch.tensor(offsets), size
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int, int]:

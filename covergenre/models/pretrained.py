@@ -43,9 +43,7 @@ class LoadedWeights:
 
     origin: str
     """torchvision's name of the weights, "none", or the file's path or URI without any secret."""
-    loaded: int
-    """Tensors that were copied."""
-    left_out: tuple[str, ...]
+    missing: tuple[str, ...]
     """Tensors of the backbone that the file lacks: they keep their random weights."""
 
 
@@ -63,16 +61,16 @@ def load_backbone_weights(
     fit; StorageError where a path or s3:// address cannot be read.
     """
     if weights == "none":
-        return LoadedWeights("none", 0, ())
+        return LoadedWeights("none", ())
     if weights == "imagenet":
         origin, entries = _imagenet(model.name)
     else:
         origin = _without_secrets(weights)
         entries = _parse(_read(weights, origin), origin)
     tensors = _backbone_tensors(entries, origin)
-    left_out = _check(model, tensors, origin, allow_partial)
+    missing = _check(model, tensors, origin, allow_partial)
     model.backbone.load_state_dict(tensors, strict=False)
-    return LoadedWeights(origin, len(tensors), left_out)
+    return LoadedWeights(origin, missing)
 
 
 def _imagenet(name: str) -> tuple[str, Mapping[Any, object]]:

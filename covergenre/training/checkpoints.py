@@ -1,17 +1,18 @@
-"""Checkpoints of a training run: written whole, known by their content, the newest good one used.
+"""Checkpoint files of a training run: written atomically, verified by hash when they are read.
 
     FOLDER/step-<steps done>-<sha256>.safetensors   weights and Adam's state; in its header, as
-                                                    JSON, all else that training needs to go on
-    FOLDER/best-<steps done>-<sha256>.safetensors   the weights of the best epoch so far, alone
+                                                    JSON, everything else that resuming needs
+    FOLDER/best-<steps done>-<sha256>.safetensors   the weights of the best epoch so far
+    FOLDER/quarantine/<name>                        a damaged checkpoint
 
-One atomic put each. The name carries the first digits of the content's hash: a damaged file is
-not the file that its name says, and the one before it is taken. They are no checkpoints of Ray
-Train's, which are folders of several objects, without hashes, and at the mercy of a crash between
-two of them.
+Each is one atomic put, and its name has the first digits of its hash: where the content does not
+match, the checkpoint before it is used. Ray Train's checkpoints are not used: they are folders of
+several files without hashes, and a crash can leave half of one.
 """
 
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,22 +25,27 @@ from covergenre.io import storage
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
 _KEPT = 2
 """The newest, and the one before in case that is damaged."""
 _HASH_DIGITS = 16
-_PIECE_BYTES = 8 * 2**20
+_CHUNK_BYTES = 8 * 2**20
 _HEADER = "covergenre"
+_QUARANTINE = "quarantine"
+_DOWNLOADS = 2
+"""Of a checkpoint, before a wrong hash counts as damage of the file and not of its transfer."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file of the folder, read and found whole."""
+    """A checkpoint that was downloaded and is intact."""
 
     name: str
     step: int
     """Steps done, of the whole run."""
     file: Path
-    """A local copy."""
+    """The local copy."""
 
     def state(self) -> dict[str, Any]:
         """What `save` was given as `state`."""
@@ -50,7 +56,7 @@ class Checkpoint:
             return state
 
     def tensors(self) -> "dict[str, torch.Tensor]":
-        """What `save` was given as `tensors`, on the CPU; read where they are used."""
+        """What `save` was given as `tensors`, on the CPU."""
         from safetensors.torch import load_file
 
         return load_file(self.file)
@@ -63,7 +69,7 @@ def save(
     tensors: "Mapping[str, torch.Tensor]",
     state: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write a checkpoint; its name. kind: "step" or "best". Tensors may be on any device."""
+    """Write a checkpoint and return its name. kind: "step" or "best". Tensors on any device."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -73,7 +79,7 @@ def save(
         file = Path(temporary, "checkpoint")
         try:
             save_file(on_cpu, file, metadata)
-        except (OSError, SafetensorError) as error:  # the disk is full, say
+        except (OSError, SafetensorError) as error:  # the disk is full, for example
             raise StorageError(f"{file}: cannot write: {str(error).splitlines()[0]}") from error
         name = f"{kind}-{step:09d}-{_digest(file)}.safetensors"
         storage.put_file(storage.join(folder, name), file)
@@ -81,44 +87,64 @@ def save(
 
 
 def latest_step(folder: str) -> int:
-    """Steps done by the newest checkpoint, whole or not; 0 where there is none."""
+    """Steps done by the newest checkpoint, intact or not; 0 where there is none."""
     names = _names(folder)
     return _step_of(names[-1]) if names else 0
 
 
-def newest(folder: str, into: Path, log: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint, copied below `into`; None where there is none.
+def newest(
+    folder: str, into: Path, log: Callable[[str], None] = logger.warning
+) -> Checkpoint | None:
+    """Download the newest intact checkpoint to the local folder `into`; None where there is none.
 
-    Damaged ones are deleted, and `log` gets a line.
+    Damaged ones are moved to FOLDER/quarantine, and `log` gets a line about each.
     """
     for name in reversed(_names(folder)):
-        found = fetch(folder, name, into)
-        if found is not None:
-            return found
-        uri = storage.join(folder, name)
-        log(f"{uri}: damaged (sha256); the checkpoint before it is used")
-        storage.delete_file(uri)
+        file, intact = _download(folder, name, into)
+        if file is None:
+            continue
+        if intact:
+            return Checkpoint(name, _step_of(name), file)
+        quarantined = storage.join(folder, _QUARANTINE, name)
+        storage.put_file(quarantined, file)
+        storage.delete_file(storage.join(folder, name))
+        file.unlink()
+        log(
+            f"{storage.join(folder, name)}: checkpoint is damaged (sha256 does not match); moved to"
+            f" {quarantined}, the one before it is used"
+        )
     return None
 
 
 def fetch(folder: str, name: str, into: Path) -> Checkpoint | None:
-    """The file `name`, copied below `into`; None where it is damaged or gone."""
-    file = into / name
-    uri = storage.join(folder, name)
-    if not storage.exists(uri):
+    """Download the checkpoint `name` to the local folder `into`; None where it is damaged or
+    missing."""
+    file, intact = _download(folder, name, into)
+    if file is None:
         return None
-    storage.get_file(uri, file)
-    if _digest(file) != name.rpartition("-")[2].partition(".")[0]:
+    if not intact:
         file.unlink()
         return None
     return Checkpoint(name, _step_of(name), file)
 
 
+def _download(folder: str, name: str, into: Path) -> tuple[Path | None, bool]:
+    """(local copy or None where the file is missing, whether it is intact)."""
+    file, uri = into / name, storage.join(folder, name)
+    for _ in range(_DOWNLOADS):
+        if not storage.exists(uri):
+            return None, False
+        storage.get_file(uri, file)
+        if _digest(file) == name.rpartition("-")[2].partition(".")[0]:
+            return file, True
+    return file, False
+
+
 def prune(folder: str, best: set[str | None]) -> None:
-    """Delete all but the newest checkpoints and the weights that they name as the `best`."""
+    """Delete all but the newest checkpoints, and the weights that they name as the `best`."""
     keep = {*_names(folder)[-_KEPT:], *best}
     for name in storage.list_sizes(folder):
-        if name not in keep:
+        if name not in keep and not name.startswith(f"{_QUARANTINE}/"):
             storage.delete_file(storage.join(folder, name))
 
 
@@ -131,12 +157,14 @@ def _step_of(name: str) -> int:
     try:
         return int(name.split("-")[1])
     except (IndexError, ValueError):
-        raise StorageError(f"{name}: no name of a checkpoint; remove it") from None
+        raise StorageError(
+            f"{name}: not the name of a checkpoint; remove the file", code="checkpoint_name"
+        ) from None
 
 
 def _digest(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as opened:
-        while piece := opened.read(_PIECE_BYTES):
-            digest.update(piece)
+        while chunk := opened.read(_CHUNK_BYTES):
+            digest.update(chunk)
     return digest.hexdigest()[:_HASH_DIGITS]

@@ -1,8 +1,7 @@
-"""Shards -> Ray Data -> batches, inside a training worker, in the planned order.
+"""Shards -> Ray Data -> batches, inside a training worker, in the order of training.
 
-Each worker runs one ordered pipeline for its part of all epochs: windows of encoded rows are read
-by few tasks, decoded by many, and arrive one step at a time. The row numbers travel with the
-pixels, so that a batch can be checked against the plan.
+Each worker runs one ordered pipeline for its rows of all epochs: a few tasks read the rows that the
+rank owns, many decode them, and they arrive step by step. The row numbers travel with the pixels.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from covergenre import schema
 from covergenre.cluster.ray_runtime import data_context
 from covergenre.data import dataset
 from covergenre.data.genres import Genres
@@ -25,10 +25,10 @@ EVAL_BATCH = 32
 """Rows of a batch of the dev split. VGG16 holds 26 MB of activations an image at its widest, so 64
 would need more memory than a training step."""
 
-_READS_AT_A_TIME = 2  # the window in use and the next: each holds its shards in memory
-_CPUS_A_READ = 0.25
-READING_CPUS = _READS_AT_A_TIME * _CPUS_A_READ
-"""CPUs that a worker's readers hold all the while."""
+_CONCURRENT_READS = 2  # the current window and the next: each is in memory while it is used
+_CPUS_PER_READ = 0.25
+READING_CPUS = _CONCURRENT_READS * _CPUS_PER_READ
+"""CPUs that a worker's readers occupy throughout training."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,27 @@ class Batch:
     """Decoded rows, in order."""
 
     rows: NDArray[np.int64]
-    """Place of each in the catalog."""
+    """Row number of each in the catalog."""
+    offsets: NDArray[np.int64]
+    """Position of each in its training step."""
     pixels: NDArray[np.uint8]
     """[batch, side, side, 3]"""
     targets: NDArray[np.float32]
     """Multi-hot, [batch, genres]"""
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> "Batch":
+        return Batch(self.rows[part], self.offsets[part], self.pixels[part], self.targets[part])
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What one rank reads in a whole training run."""
+    """What one rank reads in a training run."""
 
     train: tuple[str, ...]
-    """Shards of the training split."""
+    """URIs of the training split's shards."""
     train_rows: tuple[int, ...]
     dev: tuple[str, ...]
     dev_rows: tuple[int, ...]
@@ -60,26 +68,29 @@ class TrainingData:
     rank: int
     world: int
 
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return sampler.steps_in_epoch(sum(self.train_rows), self.batch_size)
+    def windows(self, epoch: int) -> list[sampler.Window]:
+        """The windows of an epoch, in order."""
+        return sampler.windows(
+            self.train_rows, seed=self.seed, epoch=epoch, shards_per_window=self.shards_per_window
+        )
 
     def dev_range(self) -> tuple[int, int]:
-        """This rank's contiguous part of the dev split; the parts together are all of it."""
+        """This rank's rows of the dev split, from and to; the ranks together have every row."""
         total = sum(self.dev_rows)
         return total * self.rank // self.world, total * (self.rank + 1) // self.world
 
 
-# One row a step's share: no block boundary can cut a batch.
-_ENCODED = pa.schema(
+# One row for each rank's share of a step in a window: no block boundary can cut a share.
+_SHARES = pa.schema(
     [
         pa.field("step", pa.int64()),
         pa.field("rows", pa.list_(pa.int64())),
+        pa.field("offsets", pa.list_(pa.int64())),
         pa.field("targets", pa.large_binary()),
         pa.field("images", pa.large_list(pa.large_binary())),
     ]
 )
+_DEV = -1  # instead of a window or a step: the dev split
 
 
 class BatchStream:
@@ -88,24 +99,24 @@ class BatchStream:
     def __init__(
         self, data: TrainingData, epochs: Sequence[tuple[int, int]], *, first_step: int = 0
     ) -> None:
-        """epochs: (epoch, how many steps of it), in order; of the first, from `first_step` on."""
+        """epochs: (epoch, number of steps), in order; the first begins at step `first_step`."""
         import ray.data
         from ray.data import TaskPoolStrategy
 
         items = [
             {"epoch": epoch, "first": first, "steps": steps, "window": window}
             for (epoch, steps), first in zip(epochs, chain([first_step], repeat(0)), strict=False)
-            for window in [*_window_numbers(data, epoch, first, steps), _DEV]
+            for window in [*_windows_of_steps(data, epoch, range(first, steps)), _DEV]
         ]
         self._data = data
         with data_context(ordered=True):
             windows = ray.data.from_items(items, override_num_blocks=len(items))
         decoded = windows.map_batches(
-            partial(_read, data=data),
+            partial(read_items, data=data),
             batch_size=None,
             batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=_READS_AT_A_TIME),
-            num_cpus=_CPUS_A_READ,
+            compute=TaskPoolStrategy(size=_CONCURRENT_READS),
+            num_cpus=_CPUS_PER_READ,
         ).map_batches(
             partial(_decode, spec=data.preprocessing),
             batch_size=None,
@@ -114,101 +125,86 @@ class BatchStream:
         blocks: Iterable[Any] = decoded.iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=4
         )
-        self._parts = (part for block in blocks for part in block.to_batches(max_chunksize=1))
+        self._shares = (share for block in blocks for share in block.to_batches(max_chunksize=1))
 
-    def step(self, step: int) -> tuple[Batch, int]:
-        """(this rank's share of the next step, rows of the whole step). The share may be empty."""
-        data = self._data
-        mine, size = sampler.share(
-            sum(data.train_rows), data.batch_size, step, data.rank, data.world
-        )
-        return self._take(mine, step), size
+    def step(self, epoch: int, step: int) -> Batch:
+        """This rank's share of the next step, `step` of `epoch`; it may be empty."""
+        windows = _windows_of_steps(self._data, epoch, range(step, step + 1))
+        shares = [self._next(step) for _ in windows]
+        return shares[0] if len(shares) == 1 else _concatenated(shares)
 
     def dev(self) -> Iterator[Batch]:
         """This rank's part of the dev split, in order."""
         start, stop = self._data.dev_range()
         while start < stop:
-            batch = self._take(min(EVAL_BATCH, stop - start), _DEV)
-            start += len(batch.rows)
+            batch = self._next(_DEV)
+            start += len(batch)
             yield batch
 
-    def _take(self, rows: int, step: int) -> Batch:
-        """The next `rows` rows. A step that straddles two windows comes in two parts."""
-        parts: list[Batch] = []
-        have = 0
-        while have < rows:
-            part = next(self._parts)
-            if part["step"][0].as_py() != step:
-                raise AssertionError(f"step {part['step'][0]} came where {step} was planned")
-            parts.append(self._batch(part))
-            have += len(parts[-1].rows)
-        if have != rows:
-            raise AssertionError(f"step {step}: {have} rows came where {rows} were planned")
-        if not parts:
-            side = self._data.preprocessing.side
-            empty = np.empty((0, len(self._data.genres)), np.float32)
-            return Batch(np.empty(0, np.int64), np.empty((0, side, side, 3), np.uint8), empty)
-        if len(parts) == 1:
-            return parts[0]
-        return Batch(
-            np.concatenate([p.rows for p in parts]),
-            np.concatenate([p.pixels for p in parts]),
-            np.concatenate([p.targets for p in parts]),
-        )
-
-    def _batch(self, part: pa.RecordBatch) -> Batch:
+    def _next(self, step: int) -> Batch:
+        share = next(self._shares)
+        if share["step"][0].as_py() != step:
+            raise AssertionError(f"step {share['step'][0]} came instead of step {step}")
         side = self._data.preprocessing.side
-        pixels = np.frombuffer(part["pixels"][0].as_buffer(), np.uint8)
-        targets = np.frombuffer(part["targets"][0].as_buffer(), np.float32)
+        pixels = np.frombuffer(share["pixels"][0].as_buffer(), np.uint8)
+        targets = np.frombuffer(share["targets"][0].as_buffer(), np.float32)
         return Batch(
-            part["rows"].flatten().to_numpy(),
+            share["rows"].flatten().to_numpy(),
+            share["offsets"].flatten().to_numpy(),
             pixels.reshape(-1, side, side, 3),
             targets.reshape(-1, len(self._data.genres)),
         )
 
 
-_DEV = -1  # in place of a window or a step: the dev split
-
-
-def _windows(data: TrainingData, epoch: int) -> list[sampler.Window]:
-    return sampler.windows(
-        data.train_rows, seed=data.seed, epoch=epoch, shards_per_window=data.shards_per_window
+def _concatenated(batches: Sequence[Batch]) -> Batch:
+    return Batch(
+        np.concatenate([b.rows for b in batches]),
+        np.concatenate([b.offsets for b in batches]),
+        np.concatenate([b.pixels for b in batches]),
+        np.concatenate([b.targets for b in batches]),
     )
 
 
-def _window_numbers(data: TrainingData, epoch: int, first: int, steps: int) -> list[int]:
-    """The windows that steps `first` to `steps` of an epoch need."""
-    start, stop = first * data.batch_size, steps * data.batch_size
-    return [w.index for w in _windows(data, epoch) if w.start < stop and w.start + w.rows > start]
+def _windows_of_steps(data: TrainingData, epoch: int, steps: range) -> list[int]:
+    """Indices of the windows that have rows of `steps` of an epoch, in order."""
+    return [
+        window.index
+        for window in data.windows(epoch)
+        if (found := window.steps(data.batch_size))
+        and found.start < steps.stop
+        and found.stop > steps.start
+    ]
 
 
-def _read(items: pa.Table, data: TrainingData) -> Iterator[pa.Table]:
-    """(epoch, window) -> this rank's encoded rows of it, a share of a step at a time."""
+def read_items(items: pa.Table, data: TrainingData) -> Iterator[pa.Table]:
+    """(epoch, first, steps, window) -> the rank's encoded rows of the window, step by step."""
     for item in items.to_pylist():
         if item["window"] == _DEV:
             yield from _read_dev(data)
-            continue
-        window = _windows(data, item["epoch"])[item["window"]]
-        picks = sampler.picks(
-            window,
-            data.train_rows,
-            seed=data.seed,
-            epoch=item["epoch"],
-            batch_size=data.batch_size,
-            rank=data.rank,
-            world=data.world,
-            first_step=item["first"],
-        )
-        tables = [_read_shard(data.train[s], 0, data.train_rows[s]) for s in window.shards]
-        table = pa.concat_tables(tables)
-        base = np.zeros(len(data.train), np.int64)  # where each shard begins in `table`
-        base[list(window.shards)] = np.cumsum([0, *(t.num_rows for t in tables[:-1])])
-        at = base[picks.shard] + picks.row
-        at = at[picks.step < item["steps"]]
-        edges = np.flatnonzero(np.diff(picks.step[: len(at)])) + 1
-        for part in np.split(np.arange(len(at)), edges):
-            if len(part):
-                yield _encoded(table.take(at[part]), int(picks.step[part[0]]), data.genres)
+        else:
+            window = data.windows(item["epoch"])[item["window"]]
+            yield from _read_window(window, item["epoch"], item["first"], item["steps"], data)
+
+
+def _read_window(
+    window: sampler.Window, epoch: int, first: int, steps: int, data: TrainingData
+) -> Iterator[pa.Table]:
+    samples = sampler.samples(
+        window,
+        seed=data.seed,
+        epoch=epoch,
+        batch_size=data.batch_size,
+        rank=data.rank,
+        world=data.world,
+    )
+    parts = sampler.owned(window, data.train_rows, data.rank, data.world)
+    tables = [_read_shard(data.train[part.shard], part.start, part.stop) for part in parts]
+    table = pa.concat_tables(tables) if tables else _SHARD_COLUMNS.empty_table()
+    for step in window.steps(data.batch_size):
+        if first <= step < steps:
+            low, high = np.searchsorted(samples.step, (step, step + 1))
+            rows = table.take(pa.array(samples.row[low:high]))
+            yield _encoded(rows, step, samples.offset[low:high], data.genres)
 
 
 def _read_dev(data: TrainingData) -> Iterator[pa.Table]:
@@ -223,36 +219,43 @@ def _read_dev(data: TrainingData) -> Iterator[pa.Table]:
         # Batches are cut across shards, so that their rows do not depend on where shards end.
         while sum(t.num_rows for t in pending) >= EVAL_BATCH:
             table = pa.concat_tables(pending)
-            yield _encoded(table.slice(0, EVAL_BATCH), _DEV, data.genres)
+            yield _encoded_dev(table.slice(0, EVAL_BATCH), data.genres)
             pending = [table.slice(EVAL_BATCH)]
     rest = pa.concat_tables(pending) if pending else None
     if rest is not None and rest.num_rows:
-        yield _encoded(rest, _DEV, data.genres)
+        yield _encoded_dev(rest, data.genres)
+
+
+_SHARD_COLUMNS = pa.schema([schema.DATASET.field(name) for name in ("row", "image", "genres")])
 
 
 def _read_shard(uri: str, start: int, stop: int) -> pa.Table:
-    return dataset.read_rows(uri, start, stop, ["row", "image", "genres"])
+    return dataset.read_rows(uri, start, stop, _SHARD_COLUMNS.names)
 
 
-def _encoded(table: pa.Table, step: int, genres: Genres) -> pa.Table:
+def _encoded_dev(table: pa.Table, genres: Genres) -> pa.Table:
+    return _encoded(table, _DEV, np.arange(table.num_rows), genres)
+
+
+def _encoded(table: pa.Table, step: int, offsets: NDArray[np.int64], genres: Genres) -> pa.Table:
     targets = genres.multi_hot(table["genres"].to_pylist())
     return pa.table(
         [
             [step],
             [table["row"].to_numpy()],
+            [offsets],
             [targets.tobytes()],
             [table["image"].to_pylist()],
         ],
-        schema=_ENCODED,
+        schema=_SHARES,
     )
 
 
-def _decode(parts: pa.Table, spec: Preprocessing) -> Iterator[pa.Table]:
-    for row in range(parts.num_rows):
-        images = parts["images"][row].as_py()
-        pixels = np.stack([decode(image, spec) for image in images])
+def _decode(shares: pa.Table, spec: Preprocessing) -> Iterator[pa.Table]:
+    for i in range(shares.num_rows):
+        pixels = b"".join(decode(image, spec).tobytes() for image in shares["images"][i].as_py())
         yield (
-            parts.slice(row, 1)
+            shares.slice(i, 1)
             .drop_columns(["images"])
-            .append_column("pixels", pa.array([pixels.tobytes()], pa.large_binary()))
+            .append_column("pixels", pa.array([pixels], pa.large_binary()))
         )

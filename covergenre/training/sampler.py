@@ -1,13 +1,18 @@
 """The order of training samples: a pure function of (rows of each shard, seed, epoch).
 
-Shards are shuffled, cut into windows of a few, and the rows of a window are shuffled together.
-Step s holds places s*B to (s+1)*B of that order, over all workers; each rank takes a contiguous
-part of every step. So the samples of a step depend on neither the number of workers nor on
-timing, and any step can be entered directly.
+Shards are shuffled and cut into windows of a few; the rows of a window are shuffled together. Step
+s trains on positions s*B to (s+1)*B of that order, whatever the number of workers, so training can
+resume at any step with any number of workers.
 
-    places   0 ............... B ............... 2B ......... total
-    step     [      step 0     ][     step 1     ][ short last ]
-    rank     [ rank 0 | rank 1 ][ rank 0 | rank 1 ][ r0 | r1   ]
+Each rank owns a contiguous part of the rows of a window, reads only those, and computes those of
+them that are in a step. The shuffle is stratified so that a rank's share of every step is nearly
+equal: a window's rows are cut into 64 strata, and the order takes one row of each stratum, then
+another of each, and so on. Within such a round of 64, the two halves of the window alternate, and
+so do the two halves of each half, and so on (a scrambled van der Corput sequence).
+
+    rows of a window     [ stratum 0 | stratum 1 | ... | stratum 63 ]   ranks own contiguous parts
+    positions            [ round 0: a row of each | round 1: a row of each | ... ]
+    steps                [     step 0     |     step 1     |     step 2     | ... ]
 """
 
 from collections.abc import Sequence
@@ -15,6 +20,50 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+_STRATA_BITS = 6  # 64 strata: their tree has 63 inner nodes, one random bit each
+_STRATA = 2**_STRATA_BITS
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a training run."""
+
+    rows: int
+    """Of an epoch."""
+    batch_size: int
+    epochs: tuple[int, ...]
+    """Steps of each epoch: all alike, but --max-steps may end the last one early."""
+
+    @classmethod
+    def of(cls, rows: int, batch_size: int, epochs: int, max_steps: int | None) -> "Steps":
+        """The steps of `epochs` epochs, or of fewer where max_steps ends training before."""
+        an_epoch = -(-rows // batch_size)
+        total = min(epochs * an_epoch, max_steps or epochs * an_epoch)
+        starts = range(0, total, an_epoch)
+        return cls(rows, batch_size, tuple(min(an_epoch, total - start) for start in starts))
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return sum(self.epochs)
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of the whole run."""
+        return sum(map(self.rows_in, self.epochs))
+
+    def rows_in(self, steps: int) -> int:
+        """Rows in the first `steps` steps of an epoch."""
+        return min(steps * self.batch_size, self.rows)
+
+    def size(self, step: int) -> int:
+        """Rows of step `step` of an epoch; the last step may be short."""
+        return self.rows_in(step + 1) - self.rows_in(step)
+
+    def rows_before(self, epoch: int, step: int) -> int:
+        """Rows of the whole run before step `step` of epoch `epoch`."""
+        return sum(map(self.rows_in, self.epochs[:epoch])) + self.rows_in(step)
 
 
 @dataclass(frozen=True)
@@ -24,25 +73,41 @@ class Window:
     index: int
     shards: tuple[int, ...]
     start: int
-    """Place of its first row in the epoch's order."""
+    """Position of its first row in the epoch's order."""
     rows: int
+
+    def steps(self, batch_size: int) -> range:
+        """The steps that have rows of this window."""
+        if not self.rows:
+            return range(0)
+        return range(self.start // batch_size, (self.start + self.rows - 1) // batch_size + 1)
 
 
 @dataclass(frozen=True)
-class Picks:
-    """Rows to read from a window, in order."""
+class Part:
+    """Contiguous rows of one shard."""
 
-    shard: NDArray[np.int64]
+    shard: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A rank's samples of a window, in order of training."""
+
     row: NDArray[np.int64]
-    """Row within that shard."""
+    """Index among the rows that the rank owns: see `owned`."""
     step: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    """Position in the step."""
 
 
 def windows(
     shard_rows: Sequence[int], *, seed: int, epoch: int, shards_per_window: int
 ) -> list[Window]:
-    """The windows of an epoch, in order; together they hold every shard once."""
-    order = _shuffled(len(shard_rows), (seed, epoch, 0))
+    """The windows of an epoch, in order; together they have every shard once."""
+    order = np.argsort(_random_bits(len(shard_rows), seed, epoch, 0), kind="stable")
     out: list[Window] = []
     start = 0
     for index, first in enumerate(range(0, len(order), shards_per_window)):
@@ -53,48 +118,64 @@ def windows(
     return out
 
 
-def picks(
-    window: Window,
-    shard_rows: Sequence[int],
-    *,
-    seed: int,
-    epoch: int,
-    batch_size: int,
-    rank: int = 0,
-    world: int = 1,
-    first_step: int = 0,
-) -> Picks:
-    """What `rank` of `world` reads from `window`, from `first_step` on, in order."""
-    shard = np.repeat(np.array(window.shards, np.int64), [shard_rows[s] for s in window.shards])
-    row = np.concatenate([np.arange(shard_rows[s], dtype=np.int64) for s in window.shards])
-    # + 1: the shards' own shuffle has stream 0
-    order = _shuffled(window.rows, (seed, epoch, window.index + 1))
-    total = sum(shard_rows)
-    place = window.start + np.arange(window.rows, dtype=np.int64)
-    step = place // batch_size
-    size = np.minimum(batch_size, total - step * batch_size)
-    offset = place - step * batch_size
-    mine = (offset >= size * rank // world) & (offset < size * (rank + 1) // world)
-    mine &= step >= first_step
-    return Picks(shard[order][mine], row[order][mine], step[mine])
+def owned(window: Window, shard_rows: Sequence[int], rank: int, world: int) -> list[Part]:
+    """The rows of `window` that `rank` of `world` reads and computes."""
+    first, last = _owned_range(window, rank, world)
+    parts: list[Part] = []
+    start = 0
+    for shard in window.shards:
+        rows = shard_rows[shard]
+        low, high = max(first - start, 0), min(last - start, rows)
+        if low < high:
+            parts.append(Part(shard, low, high))
+        start += rows
+    return parts
 
 
-def steps_in_epoch(total_rows: int, batch_size: int) -> int:
-    """Steps of one pass; the last may be short."""
-    return -(-total_rows // batch_size)
+def samples(
+    window: Window, *, seed: int, epoch: int, batch_size: int, rank: int = 0, world: int = 1
+) -> Samples:
+    """What `rank` of `world` computes of `window`."""
+    first, last = _owned_range(window, rank, world)
+    order = _stratified_order(window.rows, seed, epoch, window.index)
+    # Rounds begin at multiples of 64 of the epoch's order, as steps of 32, 64, 128 and so on do.
+    order = np.roll(order, -(window.start % _STRATA))
+    position = window.start + np.flatnonzero((order >= first) & (order < last))
+    step, offset = np.divmod(position, batch_size)
+    return Samples(order[position - window.start] - first, step, offset)
 
 
-def share(total_rows: int, batch_size: int, step: int, rank: int, world: int) -> tuple[int, int]:
-    """(rows of `step` that `rank` computes, rows of the whole step)."""
-    size = min(batch_size, total_rows - step * batch_size)
-    return size * (rank + 1) // world - size * rank // world, size
+def _owned_range(window: Window, rank: int, world: int) -> tuple[int, int]:
+    return window.rows * rank // world, window.rows * (rank + 1) // world
 
 
-def _shuffled(n: int, key: tuple[int, int, int]) -> NDArray[np.int64]:
-    """A permutation of range(n), the same on every machine and in every release of numpy.
+def _stratified_order(rows: int, seed: int, epoch: int, window: int) -> NDArray[np.int64]:
+    """A random order of range(rows) in which every run of positions has its fair share of any
+    contiguous part of range(rows), as the module's docstring describes."""
+    rounds = -(-rows // _STRATA)
+    index = np.arange(rows, dtype=np.int64)
+    stratum = index * _STRATA // max(rows, 1)
+    starts = np.searchsorted(stratum, np.arange(_STRATA))
+    # Random streams: 0 is of the order of the shards; then two of each window.
+    bits = _random_bits(_STRATA * rounds, seed, epoch, 2 * window + 1).reshape(_STRATA, rounds)
+    turns = np.argsort(bits, axis=1, kind="stable")  # of each stratum's rows
+    turn = turns[stratum, index - starts[stratum]]
+    scramble = _random_bits(rounds, seed, epoch, 2 * window + 2)[turn]
+    place = np.zeros(rows, np.uint64)  # of the row in its round: its stratum's bits, reversed
+    for level in range(_STRATA_BITS):
+        half = stratum >> (_STRATA_BITS - 1 - level)
+        node = (2**level + (half >> 1)).astype(np.uint64)
+        flip = (scramble >> node) & np.uint64(1)
+        place |= ((half & 1).astype(np.uint64) ^ flip) << np.uint64(level)
+    return np.lexsort((place, turn)).astype(np.int64)
 
-    Generator.permutation may change between releases; Philox's raw stream may not.
+
+def _random_bits(n: int, seed: int, epoch: int, stream: int) -> NDArray[np.uint64]:
+    """`n` random integers, the same on every machine and in every release of numpy.
+
+    Generator's methods may change between releases; Philox's raw stream may not.
     """
-    seed, epoch, stream = key
-    bits = np.random.Philox(counter=[0, 0, stream, epoch], key=[seed, 0]).random_raw(n)
-    return np.argsort(bits, kind="stable").astype(np.int64)
+    bits: NDArray[np.uint64] = np.random.Philox(
+        counter=[0, 0, stream, epoch], key=[seed, 0]
+    ).random_raw(n)
+    return bits

@@ -11,14 +11,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from training_runs import BATCH_SIZE, EPOCHS, losses, train_config
+from training_runs import EPOCHS, losses, train_config
 
 from covergenre.errors import StorageError, TrainingDivergedError
 from covergenre.io import storage
 from covergenre.io.storage import read_json
 from covergenre.models.bundle import load_model, read_bundle
-from covergenre.stages import train as train_module
 from covergenre.stages.train import train
+from covergenre.training import supervisor
 from covergenre.training.checkpoints import fetch
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -92,13 +92,13 @@ def test_killed_training_worker_repeats_and_skips_no_sample(
     with Watcher(out, 4, lambda: kill_workers(1)) as watcher:
         train(settings)
     assert watcher.acted.is_set()
-    assert "going on from step" in caplog.text
+    assert "workers failed" in caplog.text
     np.testing.assert_allclose(losses(out), losses(trained_model), atol=1e-4)
 
 
 @pytest.fixture
 def interrupted(dataset: Path, trained_model: Path, tmp_path: Path) -> Iterator[Path]:
-    """Where a run was to write that ^C ended in its second epoch."""
+    """The output directory of a run that ^C ended in its second epoch."""
     out = tmp_path / "m"
     with (
         Watcher(out, steps_an_epoch(trained_model) + 4, interrupt),
@@ -113,8 +113,9 @@ def interrupted(dataset: Path, trained_model: Path, tmp_path: Path) -> Iterator[
 def test_interrupted_run_resumes_on_request(
     dataset: Path, trained_model: Path, interrupted: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(StorageError, match=r"unfinished run \(its last checkpoint.*--resume"):
+    with pytest.raises(StorageError, match="--resume") as caught:
         train(train_config(dataset, interrupted))
+    assert caught.value.code == "unfinished_run"
     with pytest.raises(StorageError, match="other settings"):
         train(train_config(dataset, interrupted, batch_size=8, resume=True))
     newest = checkpoints(interrupted)[-1]
@@ -123,8 +124,7 @@ def test_interrupted_run_resumes_on_request(
     newest.write_bytes(data)
     # With another number of workers, and other steps between checkpoints.
     train(train_config(dataset, interrupted, resume=True, workers=2))
-    said = caplog.text
-    assert f"{newest.name}: damaged (sha256); the checkpoint before it is used" in said
+    assert f"quarantine/{newest.name}" in caplog.text
     np.testing.assert_allclose(losses(interrupted), losses(trained_model), atol=1e-4)
     assert not interrupted.with_name("m.training").exists()
     saved = read_json(str(interrupted / "config.json"))["train"]["settings"]
@@ -149,35 +149,31 @@ def test_run_interrupted_while_writing_the_model_resumes_without_training(
         patch.setattr(storage, "put_json", ended)  # bundle.json: all else is written
         train(train_config(dataset, out))
     assert (out / "model.safetensors").exists()
-    with pytest.raises(StorageError, match=r"unfinished run.*--resume"):
+    with pytest.raises(StorageError) as caught:
         train(train_config(dataset, out))
+    assert caught.value.code == "unfinished_run"
     *_, best = sorted(checkpoints(out)[0].parent.glob("best-*"))
     best.write_bytes(best.read_bytes()[:-1])
     with monkeypatch.context() as patch:
-        patch.delattr(train_module, "_run_group")
+        patch.delattr(supervisor, "_run_group")
         train(train_config(dataset, out, resume=True))
-    said = caplog.text
-    assert f"{best}: damaged or gone (sha256); the MODEL has the weights of epoch 2" in said
+    assert str(best) in caplog.text
     assert weights_id(out) == weights_id(trained_model)
     assert losses(out) == losses(trained_model)
     assert not out.with_name("m.training").exists()
 
 
 @pytest.mark.chaos
-def test_non_finite_loss_names_the_last_good_checkpoint(dataset: Path, tmp_path: Path) -> None:
+def test_non_finite_loss_names_the_last_checkpoint(dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "m"
     with pytest.raises(TrainingDivergedError) as caught:
         train(train_config(dataset, out, learning_rate=1e30, checkpoint_every=1, workers=2))
     assert not out.exists()
     folder = tmp_path / "m.training" / "checkpoints"
     (kept,) = checkpoints(out)
-    text = str(caught.value)
-    assert text.startswith("training diverged: the loss is not finite from step 2 of epoch 1 on, ")
-    assert text.endswith(
-        "; the learning rate is 1e+30; the last good checkpoint is of step 1, in"
-        f" {folder}; lower --learning-rate, and choose another --out"
-    )
-    assert caught.value.exit_code == 2
+    for fact in ("step 2 of epoch 1", "1e+30", f"step 1, in {folder}", "--learning-rate", "--out"):
+        assert fact in str(caught.value)
+    assert caught.value.code == "loss_not_finite" and caught.value.exit_code == 2
     found = fetch(str(folder), kept.name, tmp_path)
     assert found is not None and all(t.isfinite().all() for t in found.tensors().values())
 
@@ -196,23 +192,22 @@ def test_step_too_large_for_gpu_memory_accumulates_gradients(
     def on_a_small_gpu(settings: dict[str, Any]) -> None:
         from covergenre.training import worker
 
-        backward = worker._Worker._backward
+        backward = worker.Worker._backward
 
         def limited(worker: Any, part: Any, *args: Any, **others: Any) -> Any:
-            if len(part.rows) > 3:
+            if len(part) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return backward(worker, part, *args, **others)
 
-        worker._Worker._backward = limited  # type: ignore[assignment]
+        worker.Worker._backward = limited  # type: ignore[assignment]
         worker.training_loop(settings)
 
     monkeypatch.setattr("covergenre.training.worker.training_loop", on_a_small_gpu)
     out = tmp_path / "m"
     train(train_config(dataset, out, workers=2))
     said = caplog.text + capfd.readouterr().err
-    assert said.count(f"gradients accumulated; the batch stays {BATCH_SIZE}") == 1, said
-    assert "a step does not fit the GPU's memory: computing it 3 covers at a time" in said
-    assert "Traceback" not in said and "workers were lost" not in said
+    assert said.count("computing 3 covers at a time") == 1, said
+    assert "Traceback" not in said and "workers failed" not in said
     # The same sums in another order. Adam divides by what is nearly nothing at first, and so the
     # last digits grow from step to step.
     np.testing.assert_allclose(losses(out)[:9], losses(trained_model)[:9], atol=1e-6)

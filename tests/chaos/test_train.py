@@ -315,13 +315,13 @@ def lose_nodes(dataset: Path, out: Path, times: int, seed: int) -> None:
             await_step(driver, step + 8)
             if not replaced:
                 nodes.join()
-            now = driver.output().count("workers were lost")
+            now = driver.output().count("workers failed")
             what = "workers lost" if now > lost else "no worker was on it"
             if now > lost and not replaced:
-                grown = driver.output().count("there is room for 2 workers: regrouping")
+                grown = driver.output().count("there is room for 2 workers: resizing")
                 step = latest_step(out)
-                await_output(driver, "there is room for 2 workers: regrouping", grown + 1)
-                what += ", later regrouped for 2"
+                await_output(driver, "there is room for 2 workers: resizing", grown + 1)
+                what += ", later resized to 2"
                 await_step(driver, step + 8)
             lost, step = now, latest_step(out)
             print(

@@ -231,5 +231,5 @@ def test_training_starts_on_one_machine_and_grows(
     )
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "waiting for machines" in trained.stderr
-    assert "workers were lost" not in trained.stderr, trained.stderr
-    assert "there is room for 2 workers: regrouping" in trained.stderr, trained.stderr
+    assert "workers failed" not in trained.stderr, trained.stderr
+    assert "there is room for 2 workers: resizing" in trained.stderr, trained.stderr

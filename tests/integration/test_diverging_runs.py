@@ -12,6 +12,7 @@ from covergenre.data.dataset import read_manifest
 from covergenre.errors import TrainingDivergedError
 from covergenre.metrics import base_rate_loss, dev_metrics, macro_over
 from covergenre.stages.train import Trained, train
+from covergenre.training.losses import largest_loss
 
 
 def command(dataset: Path, out: Path, *flags: str) -> list[str]:
@@ -31,9 +32,9 @@ def test_far_too_high_a_learning_rate_fails_in_one_line_without_a_model(
     line = said.err.splitlines()[-1]
     manifest = read_manifest(str(dataset))
     baseline = base_rate_loss(manifest.genre_counts("train"), manifest.rows("train"))
-    assert "training diverged: " in line
-    assert f"has a loss of {baseline:.3g} (limit {10 * baseline:.3g})" in line
-    assert "the learning rate is 1000; there is no checkpoint yet; lower --learning-rate" in line
+    limit = largest_loss(baseline)
+    for fact in ("diverged", f"{baseline:.3g}", f"{limit:.3g}", " 1000;", "--learning-rate"):
+        assert fact in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -43,8 +44,9 @@ def test_dev_loss_that_diverges_alone_fails_without_a_model(
     """As batch norm can make it, with its running statistics: scores are 0 or 1, logits tell."""
     scale_dev_logits(monkeypatch, 1e6)
     config = TrainConfig(dataset=str(dataset), out=str(tmp_path / "m"), model="tiny", epochs=1)
-    with pytest.raises(TrainingDivergedError, match=r"the dev loss after epoch 1 is \S+e\+0"):
+    with pytest.raises(TrainingDivergedError, match="dev loss") as caught:
         train(config)
+    assert caught.value.code == "loss_too_large"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -615,9 +615,10 @@ def test_batch_smaller_than_the_number_of_workers_is_refused(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = Workers(count=2, use_gpu=True, cpus=0.5, per_node=2)  # one for each GPU
-    monkeypatch.setattr("covergenre.stages.train._place", lambda config: two)
-    with pytest.raises(ConfigError, match="--batch-size 1: each of 2 workers needs at least one"):
+    monkeypatch.setattr("covergenre.stages.train.choose_workers", lambda config: two)
+    with pytest.raises(ConfigError, match=r"--batch-size 1: .* 2 workers") as caught:
         train(train_config(dataset, tmp_path / "m", batch_size=1))
+    assert caught.value.code == "batch_size"
 
 
 def test_empty_dev_split_is_an_error(synthetic_catalog: Path, tmp_path: Path) -> None:

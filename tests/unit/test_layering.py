@@ -33,6 +33,9 @@ AT_TOP = {
     "covergenre.models.networks": TORCH,
     "covergenre.models.pretrained": TORCH,
     "covergenre.models.summary": TORCH,
+    "covergenre.training.dev_evaluation": TORCH,
+    "covergenre.training.ranks": TORCH,
+    "covergenre.training.state": TORCH,
     "covergenre.training.worker": TORCH,
     "covergenre.cluster.ray_internals": {"ray"},
 }

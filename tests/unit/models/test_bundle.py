@@ -21,7 +21,14 @@ from covergenre.data.image_decoding import Preprocessing
 from covergenre.errors import CovergenreError, ModelError
 from covergenre.io import storage
 from covergenre.models import networks
-from covergenre.models.bundle import Bundle, is_bundle, load_model, read_bundle, write_bundle
+from covergenre.models.bundle import (
+    Bundle,
+    BundleContents,
+    is_bundle,
+    load_model,
+    read_bundle,
+    write_bundle,
+)
 from covergenre.models.networks import CoverModel, build_model
 
 GENRES = Genres(("Folk", "Jazz", "Rock"))
@@ -41,12 +48,12 @@ def write(out: Path, **others: Any) -> Bundle:
         "genres": GENRES,
         "preprocessing": Preprocessing(side=32),
         "precision": "fp32",
-        "config": {"epochs": 3},
-        "others": {"history.jsonl": b"{}\n", "README.md": b"# card\n"},
+        "training": {"epochs": 3},
+        "other_files": {"history.jsonl": b"{}\n", "README.md": b"# card\n"},
     }
     values |= others
     thresholds = dict.fromkeys(values["genres"].names, 0.5)
-    return write_bundle(str(out), **({"thresholds": thresholds} | values))
+    return write_bundle(str(out), BundleContents(**({"thresholds": thresholds} | values)))
 
 
 def outputs(model: CoverModel) -> torch.Tensor:
@@ -90,8 +97,8 @@ def test_a_model_is_loaded_as_it_was_written(
 def test_all_of_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     thresholds = {"Folk": 0.1, "Jazz": 0.25, "Rock": 0.9}
     written = write(tmp_path / "m", thresholds=thresholds, precision="bf16")
-    bundle = read_bundle(str(tmp_path / "m"))
-    assert bundle == written
+    bundle = read_bundle(tmp_path / "m")
+    assert bundle == written == read_bundle(str(tmp_path / "m"))
     assert (bundle.uri, bundle.model, bundle.genres) == (str(tmp_path / "m"), "tiny", GENRES)
     assert bundle.preprocessing == Preprocessing(side=32)
     assert (bundle.thresholds, bundle.precision) == (thresholds, "bf16")
@@ -134,8 +141,8 @@ def test_what_changes_a_score_changes_the_weights_id(tmp_path: Path) -> None:
     same = {
         "again": write(tmp_path / "again"),
         "thresholds": write(tmp_path / "t", thresholds=dict.fromkeys(GENRES.names, 0.4)),
-        "settings": write(tmp_path / "s", config={"epochs": 4}),
-        "files": write(tmp_path / "f", others={}),
+        "settings": write(tmp_path / "s", training={"epochs": 4}),
+        "files": write(tmp_path / "f", other_files={}),
     }
     for what, bundle in same.items():
         assert bundle.weights_id == base.weights_id, what
@@ -155,7 +162,7 @@ def test_thresholds_and_they_alone_change_the_decision_id(tmp_path: Path) -> Non
     base = write(tmp_path / "base")
     changes: dict[str, dict[str, Any]] = {
         "w": {"weights": weights(seed=1)},
-        "c": {"config": {}},
+        "c": {"training": {}},
         "p": {"precision": "bf16"},
         "s": {"preprocessing": Preprocessing(side=64)},
     }

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is what is read, damage is found, and a crash costs nothing old."""
+"""Checkpoints: a round trip, damage, and writers that are killed."""
 
 import random
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from covergenre.errors import StorageError
+from covergenre.io import storage
 from covergenre.training import checkpoints
 
 STATE = {"step": 3, "history": [{"epoch": 1, "best": True}]}
@@ -20,7 +21,7 @@ def save(folder: Path, step: int, kind: str = "step") -> str:
     return checkpoints.save(str(folder), kind, step, tensors, STATE if kind == "step" else None)
 
 
-def test_what_is_saved_is_read(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     name = save(tmp_path / "c", 7)
     into = tmp_path / "local"
     into.mkdir()
@@ -35,7 +36,7 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
     assert checkpoints.latest_step(str(tmp_path / "none")) == 0
 
 
-def test_the_newest_is_of_the_most_steps(tmp_path: Path) -> None:
+def test_newest_checkpoint_has_the_most_steps(tmp_path: Path) -> None:
     for step in (999, 10_000, 5):
         save(tmp_path, step)
     assert checkpoints.latest_step(str(tmp_path)) == 10_000
@@ -54,28 +55,72 @@ DAMAGES: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_the_one_before_a_damaged_one_is_used(damage: Damage, tmp_path: Path) -> None:
-    folder = str(tmp_path / "c")
-    names = [save(tmp_path / "c", step) for step in (4, 8)]
-    best = save(tmp_path / "c", 8, "best")
-    for name in (names[1], best):
-        path = tmp_path / "c" / name
-        path.write_bytes(damage(path.read_bytes()))
-    said: list[str] = []
-    found = checkpoints.newest(folder, tmp_path, said.append)
+def test_damaged_checkpoint_is_quarantined_and_the_one_before_it_used(
+    damage: Damage, tmp_path: Path
+) -> None:
+    folder = tmp_path / "c"
+    names = [save(folder, step) for step in (4, 8)]
+    damaged = damage((folder / names[1]).read_bytes())
+    (folder / names[1]).write_bytes(damaged)
+    messages: list[str] = []
+    found = checkpoints.newest(str(folder), tmp_path, messages.append)
     assert found is not None and found.name == names[0] and found.state() == STATE
-    assert said == [f"{folder}/{names[1]}: damaged (sha256); the checkpoint before it is used"]
-    assert checkpoints.latest_step(folder) == 4
-    assert checkpoints.fetch(folder, best, tmp_path) is None
+    (message,) = messages
+    assert str(folder / names[1]) in message
+    assert (folder / "quarantine" / names[1]).read_bytes() == damaged
+    assert not (folder / names[1]).exists() and not (tmp_path / names[1]).exists()
+    assert checkpoints.latest_step(str(folder)) == 4
+    checkpoints.prune(str(folder), set())
+    assert (folder / "quarantine" / names[1]).exists()
+    # Without any intact checkpoint training starts from the beginning.
+    (folder / names[0]).write_bytes(damage((folder / names[0]).read_bytes()))
+    assert checkpoints.newest(str(folder), tmp_path, messages.append) is None
+    assert checkpoints.latest_step(str(folder)) == 0 and len(messages) == 2
+    assert len(list((folder / "quarantine").iterdir())) == 2
+
+
+def corrupt_downloads(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
+    """Flip a bit in the first `count` downloads; returns the URIs of all downloads as they come."""
+    downloads: list[str] = []
+    get_file = storage.get_file
+
+    def corrupting(uri: str, file: Path) -> None:
+        get_file(uri, file)
+        downloads.append(uri)
+        if len(downloads) <= count:
+            file.write_bytes(DAMAGES["a bit of the weights"](file.read_bytes()))
+
+    monkeypatch.setattr(storage, "get_file", corrupting)
+    return downloads
+
+
+def test_corrupted_download_is_repeated_and_nothing_is_quarantined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "c"
+    names = [save(folder, step) for step in (4, 8)]
+    best = save(folder, 8, "best")
+    downloads = corrupt_downloads(monkeypatch, 1)
+    found = checkpoints.newest(str(folder), tmp_path, pytest.fail)
+    assert found is not None and found.name == names[1] and found.state() == STATE
+    assert downloads == [f"{folder}/{names[1]}"] * 2
+    downloads.clear()
+    assert checkpoints.fetch(str(folder), best, tmp_path) is not None
+    assert len(downloads) == 2
+    assert sorted(file.name for file in folder.iterdir()) == sorted([*names, best])
+
+
+def test_damaged_or_missing_best_weights_are_not_fetched(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    best = save(folder, 8, "best")
+    (folder / best).write_bytes(DAMAGES["a byte short"]((folder / best).read_bytes()))
+    assert checkpoints.fetch(str(folder), best, tmp_path) is None
     assert not (tmp_path / best).exists()
-    # And where none is whole, training begins anew.
-    path = tmp_path / "c" / names[0]
-    path.write_bytes(damage(path.read_bytes()))
-    assert checkpoints.newest(folder, tmp_path, said.append) is None
-    assert checkpoints.latest_step(folder) == 0 and len(said) == 2
+    (folder / best).unlink()
+    assert checkpoints.fetch(str(folder), best, tmp_path) is None
 
 
-def test_old_ones_are_pruned_and_the_best_kept(tmp_path: Path) -> None:
+def test_prune_keeps_two_checkpoints_and_the_best_weights(tmp_path: Path) -> None:
     best = save(tmp_path, 2, "best")
     later = save(tmp_path, 6, "best")
     names = [save(tmp_path, step) for step in (2, 4, 6, 8)]
@@ -85,10 +130,11 @@ def test_old_ones_are_pruned_and_the_best_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([later, *names[2:]])
 
 
-def test_a_name_that_is_none_is_told(tmp_path: Path) -> None:
+def test_file_with_a_wrong_name_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "step-x.safetensors").touch()
-    with pytest.raises(StorageError, match=r"step-x\.safetensors: no name of a checkpoint"):
+    with pytest.raises(StorageError, match=r"step-x\.safetensors") as caught:
         checkpoints.latest_step(str(tmp_path))
+    assert caught.value.code == "checkpoint_name"
 
 
 WRITER = """
@@ -105,10 +151,8 @@ while True:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_writer_killed_at_any_moment_leaves_the_last_good_checkpoint(
-    kills: int, tmp_path: Path
-) -> None:
-    """kill -9; nothing that can be seen is ever half written."""
+def test_killed_writer_leaves_the_last_checkpoint_intact(kills: int, tmp_path: Path) -> None:
+    """kill -9; no checkpoint is ever half written."""
     folder = tmp_path / "c"
     draw = random.Random(0)
     step = 0

@@ -1,23 +1,26 @@
-"""The order of training samples, every place of it, for many tiny datasets."""
+"""The order of training samples: every position of it, for many tiny datasets."""
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
 import pytest
 
-from covergenre.training.sampler import picks, share, steps_in_epoch, windows
+from covergenre.training.sampler import Steps, owned, samples, windows
 
-Place = tuple[int, int, int]
+Sample = tuple[int, int, int]
 """(step, shard, row of the shard)"""
+Owned = list[tuple[int, Sample]]
+"""(position in the step, sample) of a rank, in order."""
 
-SHARDS = [(1,), (7,), (5, 3, 7, 1), (4, 4, 4), (2, 9, 1, 1, 6), (3, 0, 2), (1, 1, 1, 1, 1, 1)]
+SHARDS = [(1,), (7,), (5, 3, 7, 1), (4, 4, 4), (2, 9, 1, 1, 6), (3, 0, 2), (70, 61), (1,) * 6]
 BATCHES = [1, 2, 3, 5, 8, 100]
 PER_WINDOW = [1, 2, 3, 100]
 WORLDS = [1, 2, 3, 5]
 
 
-def places(
+def samples_of_rank(
     shard_rows: tuple[int, ...],
     *,
     batch_size: int,
@@ -26,35 +29,39 @@ def places(
     world: int = 1,
     seed: int = 0,
     epoch: int = 0,
-    first_step: int = 0,
-) -> list[Place]:
-    """All that `rank` reads in an epoch, in order."""
-    out: list[Place] = []
+) -> Owned:
+    """All that `rank` computes in an epoch, in order."""
+    out: Owned = []
     for window in windows(shard_rows, seed=seed, epoch=epoch, shards_per_window=per_window):
-        part = picks(
-            window,
-            shard_rows,
-            seed=seed,
-            epoch=epoch,
-            batch_size=batch_size,
-            rank=rank,
-            world=world,
-            first_step=first_step,
+        parts = owned(window, shard_rows, rank, world)
+        rows = [(part.shard, row) for part in parts for row in range(part.start, part.stop)]
+        found = samples(
+            window, seed=seed, epoch=epoch, batch_size=batch_size, rank=rank, world=world
         )
-        triples = (part.step.tolist(), part.shard.tolist(), part.row.tolist())
-        out += zip(*triples, strict=True)
+        assert sorted(found.row.tolist()) == list(range(len(rows)))
+        steps = set(found.step.tolist())
+        assert steps <= set(window.steps(batch_size))
+        for row, step, offset in zip(
+            found.row.tolist(), found.step.tolist(), found.offset.tolist(), strict=True
+        ):
+            out.append((offset, (step, *rows[row])))
     return out
 
 
-def by_step(order: list[Place]) -> dict[int, list[Place]]:
-    steps: dict[int, list[Place]] = {}
-    for place in order:
-        steps.setdefault(place[0], []).append(place)
+def epoch_order(shard_rows: tuple[int, ...], **settings: int) -> list[Sample]:
+    """The order with one worker."""
+    return [sample for _, sample in samples_of_rank(shard_rows, **settings)]
+
+
+def by_step(order: Owned) -> dict[int, Owned]:
+    steps: dict[int, Owned] = {}
+    for offset, sample in order:
+        steps.setdefault(sample[0], []).append((offset, sample))
     return steps
 
 
 def cases() -> Iterator[tuple[tuple[int, ...], int, int, int, int]]:
-    """(rows of each shard, batch size, shards a window, seed, epoch)"""
+    """(rows of each shard, batch size, shards per window, seed, epoch)"""
     yield from (
         (*case, seed, epoch)
         for case in product(SHARDS, BATCHES, PER_WINDOW)
@@ -62,88 +69,62 @@ def cases() -> Iterator[tuple[tuple[int, ...], int, int, int, int]]:
     )
 
 
-def test_an_epoch_holds_every_row_once_and_full_steps_but_the_last() -> None:
+def test_epoch_has_every_row_once_and_full_steps_but_the_last() -> None:
     for shard_rows, batch_size, per_window, seed, epoch in cases():
-        order = places(
+        order = samples_of_rank(
             shard_rows, batch_size=batch_size, per_window=per_window, seed=seed, epoch=epoch
         )
         every = [(shard, row) for shard, rows in enumerate(shard_rows) for row in range(rows)]
-        assert sorted((shard, row) for _, shard, row in order) == every
-        total = sum(shard_rows)
-        assert [step for step, _, _ in order] == [at // batch_size for at in range(total)]
-        assert order[-1][0] == steps_in_epoch(total, batch_size) - 1
+        assert sorted((shard, row) for _, (_, shard, row) in order) == every
+        for position, (offset, (step, _, _)) in enumerate(order):
+            assert (step, offset) == divmod(position, batch_size)
 
 
-def test_the_ranks_together_take_each_step_as_one_worker_would() -> None:
+def test_ranks_together_compute_each_step_as_one_worker_does() -> None:
     for shard_rows, batch_size, per_window, seed, epoch in cases():
-        alone = by_step(
-            places(shard_rows, batch_size=batch_size, per_window=per_window, seed=seed, epoch=epoch)
-        )
+        settings = {
+            "batch_size": batch_size,
+            "per_window": per_window,
+            "seed": seed,
+            "epoch": epoch,
+        }
+        alone = by_step(samples_of_rank(shard_rows, **settings))
         for world in WORLDS:
-            parts = [
-                by_step(
-                    places(
-                        shard_rows,
-                        batch_size=batch_size,
-                        per_window=per_window,
-                        rank=rank,
-                        world=world,
-                        seed=seed,
-                        epoch=epoch,
-                    )
-                )
-                for rank in range(world)
-            ]
-            for step, rows in alone.items():
-                assert [place for part in parts for place in part.get(step, [])] == rows
-            assert {step for part in parts for step in part} == set(alone)
-
-
-def test_a_rank_reads_what_its_share_says() -> None:
-    for shard_rows, batch_size, per_window in product(SHARDS, BATCHES, PER_WINDOW):
-        total = sum(shard_rows)
-        for world in WORLDS:
-            shares = [
-                [share(total, batch_size, step, rank, world) for rank in range(world)]
-                for step in range(steps_in_epoch(total, batch_size))
-            ]
+            together: Owned = []
             for rank in range(world):
-                mine = by_step(
-                    places(
-                        shard_rows,
-                        batch_size=batch_size,
-                        per_window=per_window,
-                        rank=rank,
-                        world=world,
-                    )
-                )
-                for step, of_step in enumerate(shares):
-                    assert of_step[rank][0] == len(mine.get(step, []))
-            for step, of_step in enumerate(shares):
-                size = min(batch_size, total - step * batch_size)
-                assert {whole for _, whole in of_step} == {size}
-                own = [rows for rows, _ in of_step]
-                assert sum(own) == size
-                assert max(own) - min(own) <= 1
+                together += samples_of_rank(shard_rows, rank=rank, world=world, **settings)
+            found = {step: sorted(part) for step, part in by_step(together).items()}
+            assert found == alone
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_any_step_can_be_entered(world: int) -> None:
-    for shard_rows, batch_size, rank in product(SHARDS, BATCHES, range(world)):
-        whole = places(shard_rows, batch_size=batch_size, per_window=2, rank=rank, world=world)
-        for first in range(steps_in_epoch(sum(shard_rows), batch_size) + 1):
-            entered = places(
-                shard_rows,
-                batch_size=batch_size,
-                per_window=2,
-                rank=rank,
-                world=world,
-                first_step=first,
-            )
-            assert entered == [place for place in whole if place[0] >= first]
+def test_a_rank_owns_contiguous_rows_of_each_window() -> None:
+    """Or it would have to read more than its rows."""
+    for shard_rows, per_window, world in product(SHARDS, PER_WINDOW, WORLDS):
+        for window in windows(shard_rows, seed=0, epoch=1, shards_per_window=per_window):
+            rows = [(s, row) for s in window.shards for row in range(shard_rows[s])]
+            found = []
+            for rank in range(world):
+                parts = owned(window, shard_rows, rank, world)
+                assert len({part.shard for part in parts}) == len(parts)
+                found += [(p.shard, row) for p in parts for row in range(p.start, p.stop)]
+            assert found == rows
 
 
-def test_windows_hold_every_shard_once_end_to_end() -> None:
+@pytest.mark.parametrize("batch_size", [32, 64, 100, 128, 256])
+@pytest.mark.parametrize("world", [2, 3, 4, 8, 16, 32])
+def test_ranks_have_nearly_equal_shares_of_each_step(batch_size: int, world: int) -> None:
+    """A step takes as long as its largest share."""
+    shard_rows = (*[256] * 40, 131)
+    shares = np.zeros((sum(shard_rows) // batch_size, world), np.int64)  # of full steps
+    for rank in range(world):
+        for window in windows(shard_rows, seed=5, epoch=0, shards_per_window=8):
+            found = samples(window, seed=5, epoch=0, batch_size=batch_size, rank=rank, world=world)
+            np.add.at(shares[:, rank], found.step[found.step < len(shares)], 1)
+    assert (shares.sum(1) == batch_size).all()
+    assert shares.max(1).mean() <= -(-batch_size // world) + 0.6
+
+
+def test_windows_have_every_shard_once_end_to_end() -> None:
     for shard_rows, per_window, epoch in product(SHARDS, PER_WINDOW, range(3)):
         found = windows(shard_rows, seed=1, epoch=epoch, shards_per_window=per_window)
         assert sorted(s for w in found for s in w.shards) == list(range(len(shard_rows)))
@@ -154,11 +135,16 @@ def test_windows_hold_every_shard_once_end_to_end() -> None:
         for window in found:
             assert window.start == start
             assert window.rows == sum(shard_rows[s] for s in window.shards)
+            for batch_size in BATCHES:
+                positions = range(start, start + window.rows)
+                assert list(window.steps(batch_size)) == sorted(
+                    {p // batch_size for p in positions}
+                )
             start += window.rows
 
 
 def test_every_epoch_has_other_windows() -> None:
-    """Or the same shards would meet in every epoch, and no others."""
+    """Or the same shards would be shuffled together in every epoch."""
     orders = {
         tuple(w.shards for w in windows((1,) * 6, seed=seed, epoch=epoch, shards_per_window=2))
         for seed, epoch in product(range(3), range(4))
@@ -167,27 +153,42 @@ def test_every_epoch_has_other_windows() -> None:
 
 
 def test_rows_are_shuffled_within_a_window_and_not_beyond() -> None:
-    shard_rows = (40, 40, 40, 40)
-    order = places(shard_rows, batch_size=1, per_window=2)
+    shard_rows = (400, 400, 400, 400)
+    order = epoch_order(shard_rows, batch_size=1, per_window=2)
     for window in windows(shard_rows, seed=0, epoch=0, shards_per_window=2):
         part = order[window.start : window.start + window.rows]
         assert {shard for _, shard, _ in part} == set(window.shards)
-        # mixed: each shard is in each half of the window, about 20 of its rows
         for shard in window.shards:
-            assert 10 < sum(s == shard for _, s, _ in part[: window.rows // 2]) < 30
+            # each half of the window has half of each shard, and not in its order
             rows = [row for _, s, row in part if s == shard]
-            assert rows != sorted(rows)
+            assert 190 < sum(s == shard for _, s, _ in part[: window.rows // 2]) < 210
+            assert abs(np.corrcoef(rows, np.arange(400))[0, 1]) < 0.2  # deviation 0.05
 
 
-def rows_alone(order: list[Place]) -> list[tuple[int, int]]:
+def test_rows_of_a_shard_are_in_other_batches_in_every_epoch() -> None:
+    """Rows that are neighbours in the dataset are no more often in one batch than by chance."""
+    shard_rows, batch_size, epochs = (64,) * 8, 32, 200
+    together = np.zeros(8 * 64 - 1)
+    for epoch in range(epochs):
+        step_of = np.empty(8 * 64, np.int64)
+        for step, shard, row in epoch_order(
+            shard_rows, batch_size=batch_size, per_window=8, epoch=epoch
+        ):
+            step_of[shard * 64 + row] = step
+        together += step_of[1:] == step_of[:-1]
+    # 16 steps: by chance in one of 16 epochs, 12.5 of 200
+    assert together.mean() < 13.5 and together.max() < 40
+
+
+def rows_alone(order: list[Sample]) -> list[tuple[int, int]]:
     return [(shard, row) for _, shard, row in order]
 
 
-def test_seed_and_epoch_and_they_alone_choose_the_order() -> None:
+def test_only_seed_and_epoch_determine_the_order() -> None:
     shard_rows = (9, 8, 7, 6)
     orders = {
         (seed, epoch): rows_alone(
-            places(shard_rows, batch_size=4, per_window=2, seed=seed, epoch=epoch)
+            epoch_order(shard_rows, batch_size=4, per_window=2, seed=seed, epoch=epoch)
         )
         for seed, epoch in product((0, 1, 2, 2**40, 2**63 - 1), range(4))
     }
@@ -195,39 +196,61 @@ def test_seed_and_epoch_and_they_alone_choose_the_order() -> None:
     assert len(distinct) == len(orders)
     for (seed, epoch), order in orders.items():
         for batch_size in (1, 7, 30):  # the batch size only cuts the order
-            again = places(shard_rows, batch_size=batch_size, per_window=2, seed=seed, epoch=epoch)
+            again = epoch_order(
+                shard_rows, batch_size=batch_size, per_window=2, seed=seed, epoch=epoch
+            )
             assert rows_alone(again) == order
 
 
 def test_windows_of_one_epoch_are_shuffled_differently() -> None:
-    order = places((30, 30, 30), batch_size=1, per_window=1)
+    order = epoch_order((30, 30, 30), batch_size=1, per_window=1)
     by_window = [[row for _, _, row in order[at : at + 30]] for at in (0, 30, 60)]
     assert by_window[0] != by_window[1] != by_window[2] != by_window[0]
 
 
-def test_every_row_comes_first_about_equally_often() -> None:
-    first = [places((2, 2), batch_size=1, per_window=2, epoch=epoch)[0] for epoch in range(400)]
-    counts = [first.count((0, shard, row)) for shard in (0, 1) for row in (0, 1)]
-    assert sum(counts) == 400
-    assert all(70 < n < 130 for n in counts), counts  # 100 expected, deviation 8.7
-
-
-def test_steps_in_epoch_counts_a_short_last_step() -> None:
-    counted = [steps_in_epoch(total, 4) for total in range(10)]
-    assert counted == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
+@pytest.mark.parametrize("shard_rows", [(2, 2), (40, 40)])
+def test_every_row_comes_first_about_equally_often(shard_rows: tuple[int, ...]) -> None:
+    rows, epochs = sum(shard_rows), 100 * sum(shard_rows)
+    first = Counter(
+        rows_alone(epoch_order(shard_rows, batch_size=1, per_window=2, epoch=epoch))[0]
+        for epoch in range(epochs)
+    )
+    counts = np.array(list(first.values()))
+    assert len(counts) == rows
+    assert counts.min() > 55 and counts.max() < 150, counts  # 100 expected, deviation 10
 
 
 def test_an_empty_split_has_no_window() -> None:
     assert windows((), seed=0, epoch=0, shards_per_window=3) == []
 
 
+@pytest.mark.parametrize("total", range(1, 10))
+def test_steps_of_a_run(total: int) -> None:
+    """The last step may be short, and max_steps may end the last epoch."""
+    for max_steps in (None, 1, 3, 4, 5, 100):
+        steps = Steps.of(total, 4, epochs=2, max_steps=max_steps)
+        an_epoch = -(-total // 4)
+        assert steps.total == min(2 * an_epoch, max_steps or 100) == sum(steps.epochs)
+        assert all(count == an_epoch for count in steps.epochs[:-1])
+        sizes = [[steps.size(step) for step in range(count)] for count in steps.epochs]
+        assert steps.total_rows == sum(map(sum, sizes))
+        assert [sum(size) for size in sizes] == [steps.rows_in(count) for count in steps.epochs]
+        assert all(sum(size) == total for size in sizes if len(size) == an_epoch)
+        done = 0
+        for epoch, size in enumerate(sizes):
+            for step, rows in enumerate(size):
+                assert steps.rows_before(epoch, step) == done
+                done += rows
+
+
 def test_golden_order() -> None:
-    """A change of numpy, of Philox's use or of the arithmetic would break runs taken up again."""
-    order = places((5, 4, 6), batch_size=4, per_window=2, seed=42, epoch=3)
-    assert order[:10] == [
-        *[(0, 0, 4), (0, 1, 2), (0, 1, 0), (0, 0, 0)],
-        *[(1, 1, 3), (1, 1, 1), (1, 0, 1), (1, 0, 2)],
-        *[(2, 0, 3), (2, 2, 4)],
+    """A change of numpy, of Philox's use or of the arithmetic would break resumed runs."""
+    order = epoch_order((5, 4, 6), batch_size=4, per_window=2, seed=42, epoch=3)
+    assert order == [
+        *[(0, 0, 2), (0, 1, 3), (0, 0, 3), (0, 0, 1)],
+        *[(1, 1, 0), (1, 1, 2), (1, 0, 0), (1, 0, 4)],
+        *[(2, 1, 1), (2, 2, 3), (2, 2, 4), (2, 2, 0)],
+        *[(3, 2, 2), (3, 2, 5), (3, 2, 1)],
     ]
     raw = np.random.Philox(counter=[0, 0, 1, 3], key=[42, 0]).random_raw(2)
     assert [int(value) for value in raw] == [0xBF1422CEC878E18D, 0xD646A2B3DE59A95D]

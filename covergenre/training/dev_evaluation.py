@@ -1,0 +1,58 @@
+"""Evaluation of the dev split after an epoch, by all ranks together."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from covergenre.data.dataset import Manifest
+from covergenre.metrics import multilabel_metrics
+from covergenre.models.predictor import Predictor, to_unit
+from covergenre.training.loader import BatchStream
+from covergenre.training.ranks import Ranks
+
+DEV_METRICS = (
+    *("roc_auc_micro", "roc_auc_macro", "pr_auc_micro", "pr_auc_macro", "precision", "recall"),
+    *("macro_genres", "genres_without_auc", "chance_standard_error", "better_than_chance"),
+)
+"""The metrics in the record of an epoch, where each name is prefixed with dev_."""
+
+
+def evaluate_dev(
+    stream: BatchStream, predictor: Predictor, manifest: Manifest, ranks: Ranks
+) -> dict[str, Any]:
+    """dev_loss, and DEV_METRICS, of the whole dev split, every album once; equal on every rank.
+
+    With a loss that is not finite, dev_loss alone.
+    """
+    parts = ranks.gather(_evaluate_share(stream, predictor, len(manifest.genres), ranks.device))
+    rows, scores, targets, losses = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if len(rows) != manifest.rows("dev") or len(np.unique(rows)) != len(rows):
+        raise AssertionError(f"dev split: {len(rows)} rows were evaluated")
+    loss = float(losses.mean())
+    if not np.isfinite(loss):
+        return {"dev_loss": loss}
+    metrics = multilabel_metrics(targets, scores, manifest.genres.names)
+    return {"dev_loss": loss, **{f"dev_{name}": metrics[name] for name in DEV_METRICS}}
+
+
+def _evaluate_share(
+    stream: BatchStream, predictor: Predictor, num_genres: int, device: str
+) -> tuple[Any, ...]:
+    """(rows, scores, targets, losses) of this rank's albums, which may be none."""
+    rows, losses = [np.empty(0, np.int64)], [np.empty(0)]
+    scores, targets = ([np.empty((0, num_genres), np.float32)] for _ in range(2))
+    for batch in stream.dev():
+        logits = predictor.logits_of(to_unit(batch.pixels, device))
+        # From logits, not from scores: those of a diverged model round to 0 and 1.
+        by_pair = functional.binary_cross_entropy_with_logits(
+            logits.cpu().double(),
+            torch.from_numpy(batch.targets.astype(np.float64)),
+            reduction="none",
+        )
+        rows.append(batch.rows)
+        scores.append(logits.sigmoid().cpu().numpy())
+        targets.append(batch.targets)
+        losses.append(by_pair.mean(1).numpy())
+    return tuple(np.concatenate(column) for column in (rows, scores, targets, losses))
