@@ -1,16 +1,16 @@
-"""The MODEL folder: everything that is needed to load a model and to know what it is.
+"""The model directory: everything needed to load a model, and what it was trained with.
 
-    MODEL/bundle.json            format version, ids, every file's sha256; written last
-    MODEL/model.safetensors      weights of backbone and head
-    MODEL/genres.json            the vocabulary: column j of the scores is genre j
-    MODEL/preprocessing.json     source bytes to normalised pixels
-    MODEL/decision.json          the threshold of each genre
-    MODEL/config.json            what it was trained with
-    MODEL/history.jsonl          a line an epoch; steps.jsonl: the loss of every step
-    MODEL/metrics.json           of the best epoch, on the dev split
-    MODEL/loss.png  README.md    the loss curve and the model card
+    DIR/bundle.json            format version, ids, every file's sha256; written last
+    DIR/model.safetensors      weights of backbone and head
+    DIR/genres.json            the vocabulary: column j of the scores is genre j
+    DIR/preprocessing.json     how covers become normalised pixels
+    DIR/decision.json          the threshold of each genre
+    DIR/config.json            settings and inputs of the training run
+    DIR/history.jsonl          a line for each epoch; steps.jsonl: the loss of each step
+    DIR/metrics.json           of the best epoch, on the dev split
+    DIR/loss.png  README.md    the loss curve and the model card
 
-A MODEL is immutable: other thresholds or weights are another MODEL.
+It is immutable: other thresholds or weights make another model. No file in it ends in .parquet.
 """
 
 import hashlib
@@ -37,12 +37,12 @@ BUNDLE_FILES = frozenset({"bundle.json", *_LOADED, *_BESIDE})
 _PICKLES = (
     *(".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"),
 )
-"""Ends of the names of files that may hold a pickle; nothing of a MODEL is called so."""
+"""Extensions of files that may contain a pickle; a model directory has none."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A MODEL folder, read and checked; the weights stay on disk until `load_model`."""
+    """A model directory that was read and checked; its weights are loaded by `load_model`."""
 
     uri: str
     model: str
@@ -113,28 +113,28 @@ def _weights_id(hashes: Mapping[str, str], model: str, precision: str) -> str:
 
 
 def is_bundle(uri: str) -> bool:
-    """Whether `uri` is a finished MODEL folder."""
+    """Whether `uri` is a complete model directory."""
     return storage.exists(storage.join(uri, "bundle.json"))
 
 
 def read_bundle(uri: str | Path) -> Bundle:
-    """What the MODEL folder at `uri` is. Raises ModelError where it is none, or was changed.
+    """Read the model directory at `uri`. Raises ModelError where it is not one, or was changed.
 
-    Only files that are named above are opened. A folder that holds a pickle beside them is refused:
-    somebody might load it, and it would run whatever it says.
+    Only the files named above are opened. A directory that contains a pickle is refused: somebody
+    might load it, and loading a pickle can run any code.
     """
     uri = storage.absolute(uri)
     if not storage.exists(uri):
-        raise ModelError(f"{uri}: no such MODEL folder")
+        raise ModelError(f"{uri}: no such model directory")
     if not is_bundle(uri):
         raise ModelError(
-            f"{uri}: not a MODEL folder (no bundle.json); make one with `covergenre train`"
+            f"{uri}: not a model directory (no bundle.json); make one with `covergenre train`"
         )
     for name in storage.list_sizes(uri):
         if name.lower().endswith(_PICKLES):
             raise ModelError(
                 f"{storage.join(uri, name)}: may be a pickle, which can run code; remove it from"
-                " the MODEL if you trust the rest"
+                " the model directory if you trust the rest"
             )
     path = storage.join(uri, "bundle.json")
     value = _parsed(path, storage.read_bytes(path))
@@ -237,9 +237,11 @@ def _checked(uri: str, name: str, files: Mapping[str, str]) -> bytes:
     try:
         data = storage.read_bytes(path)
     except StorageError as error:
-        raise ModelError(f"{path}: missing from the MODEL; copy the whole folder") from error
+        raise ModelError(
+            f"{path}: missing from the model directory; copy the whole directory"
+        ) from error
     if hashlib.sha256(data).hexdigest() != files[name]:
-        raise ModelError(f"{path}: changed since it was written (sha256); a MODEL is immutable")
+        raise ModelError(f"{path}: changed since it was written (sha256); copy the model again")
     return data
 
 

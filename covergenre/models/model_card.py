@@ -1,4 +1,4 @@
-"""MODEL/README.md: what a person should know before using the model."""
+"""The model card, README.md of a model directory: what to know before using the model."""
 
 import math
 import re

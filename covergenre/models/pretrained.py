@@ -53,12 +53,12 @@ def load_backbone_weights(
     """Copy pretrained weights into `model.backbone`, in float32.
 
     weights: "imagenet" (downloaded once by torchvision), "none" (the backbone stays random), or a
-    path, file://, s3:// or http(s):// address of a file with torchvision's names: safetensors, a
-    torch state dict, or the model.safetensors of a MODEL. Entries of a classifier are passed over.
+    path, file://, s3:// or http(s):// URL of a file with torchvision's names: safetensors, a
+    torch state dict, or model.safetensors of a model directory. Classifier entries are ignored.
     allow_partial: take a file that lacks some of the backbone.
 
     Raises ModelError, and leaves the backbone as it was, where the weights cannot be had or do not
-    fit; StorageError where a path or s3:// address cannot be read.
+    fit; StorageError where a path or s3:// URL cannot be read.
     """
     if weights == "none":
         return LoadedWeights("none", ())
@@ -100,7 +100,7 @@ def _imagenet(name: str) -> tuple[str, Mapping[Any, object]]:
 
 
 def _read(weights: str, shown: str) -> bytes:
-    """The bytes of a file at any place."""
+    """The bytes of a local or remote file."""
     if weights.lower().startswith(_WEB):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "weights")
@@ -113,7 +113,9 @@ def _read(weights: str, shown: str) -> bytes:
         hint = did_you_mean(weights, ("imagenet", "none"))
         raise ModelError(f"--weights: there is no file {weights!r}{hint}")
     if storage.scheme(weights) != "s3" and storage.is_directory(weights):
-        raise ModelError(f"{weights}: is a folder; name a file (of a MODEL, its model.safetensors)")
+        raise ModelError(
+            f"{weights}: is a directory; give a file (of a model directory, model.safetensors)"
+        )
     return storage.read_bytes(weights)
 
 
@@ -154,7 +156,7 @@ def _backbone_tensors(entries: Mapping[Any, object], shown: str) -> dict[str, Te
     """The entries that may belong to a backbone, by torchvision's names, in float32."""
     tensors: dict[str, Tensor] = {}
     for key, value in entries.items():
-        # DistributedDataParallel puts "module." before every name, a MODEL "backbone."
+        # DistributedDataParallel puts "module." before every name, covergenre "backbone."
         name = str(key).removeprefix("module.").removeprefix("backbone.")
         if name.startswith(_HEADS):
             continue

@@ -237,7 +237,7 @@ def test_all_stages_on_two_hosts(lab: Lab, tmp_path: Path) -> None:
         *(covergenre, "submit", "train", f"{root}/dataset", "--out", f"{root}/model"),
         *("--model", "tiny", "--epochs", "2", "--workers", "2"),
     )
-    assert "2 CPU workers" in trained and "MODEL s3://" in trained
+    assert "2 CPU workers" in trained and "model s3://" in trained
     measured = lab.ok(
         *(covergenre, "submit", "evaluate", f"{root}/model", f"{root}/dataset"),
         *("--out", f"{root}/metrics", "--workers", "2"),

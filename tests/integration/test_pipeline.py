@@ -596,7 +596,7 @@ def test_user_error_is_one_line(
         prepare(PrepareConfig(catalog=str(synthetic_catalog), out=out, min_share=1.0))
     with pytest.raises(DatasetError, match="not a dataset"):
         train(train_config(synthetic_catalog.parent, tmp_path / "m"))
-    with pytest.raises(ModelError, match="not a MODEL"):
+    with pytest.raises(ModelError, match="not a model directory"):
         score(ScoreConfig(model=str(dataset), catalog=str(synthetic_catalog), out=out))
     with pytest.raises(ConfigError, match="workers 50"):
         score(

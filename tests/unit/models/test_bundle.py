@@ -1,4 +1,4 @@
-"""The MODEL folder: what is written is what is loaded, and nothing else passes for it."""
+"""The model directory: what is written is what is loaded, and nothing else passes for it."""
 
 import hashlib
 import io
@@ -22,6 +22,7 @@ from covergenre.errors import CovergenreError, ModelError
 from covergenre.io import storage
 from covergenre.models import networks
 from covergenre.models.bundle import (
+    BUNDLE_FILES,
     Bundle,
     BundleContents,
     is_bundle,
@@ -41,7 +42,7 @@ def weights(seed: int = 0, num_genres: int = 3) -> bytes:
 
 
 def write(out: Path, **others: Any) -> Bundle:
-    """A MODEL of random weights, as train writes it."""
+    """A model directory of random weights, as train writes it."""
     values: dict[str, Any] = {
         "weights": weights(),
         "model": "tiny",
@@ -133,6 +134,13 @@ def test_bundle_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert written[-1] == "bundle.json" and len(written) == 8
 
 
+def test_no_file_of_a_model_directory_ends_in_parquet(tmp_path: Path) -> None:
+    """`*.parquet` in an output directory always means rows for readers of tables."""
+    write(tmp_path / "m")
+    names = {*BUNDLE_FILES, *(path.name for path in (tmp_path / "m").iterdir())}
+    assert not [name for name in names if name.endswith(".parquet")]
+
+
 # Identity
 
 
@@ -187,10 +195,10 @@ def refused(place: Path, kind: type[CovergenreError] = ModelError) -> str:
 
 
 def test_what_is_no_model_folder(tmp_path: Path) -> None:
-    assert "no such MODEL folder" in refused(tmp_path / "none")
-    assert "not a MODEL folder (no bundle.json)" in refused(tmp_path)
+    assert "no such model directory" in refused(tmp_path / "none")
+    assert "not a model directory (no bundle.json)" in refused(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights())
-    assert "not a MODEL folder" in refused(tmp_path / "model.safetensors")
+    assert "not a model directory" in refused(tmp_path / "model.safetensors")
     assert not is_bundle(str(tmp_path)) and not is_bundle(str(tmp_path / "none"))
     write(tmp_path / "m")
     assert is_bundle(str(tmp_path / "m"))
@@ -206,7 +214,7 @@ def test_a_missing_or_changed_file_is_told(name: str, tmp_path: Path) -> None:
         text = refused(tmp_path / "m")
         assert text.startswith(f"/{name}: changed since it was written")
     path.unlink()
-    assert refused(tmp_path / "m").startswith(f"/{name}: missing from the MODEL")
+    assert refused(tmp_path / "m").startswith(f"/{name}: missing from the model directory")
     path.write_bytes(data)
     load_model(read_bundle(str(tmp_path / "m")))
 
@@ -216,7 +224,7 @@ def test_the_weights_may_be_read_later(tmp_path: Path) -> None:
     write(tmp_path / "m")
     (tmp_path / "m/model.safetensors").unlink()
     bundle = read_bundle(str(tmp_path / "m"))
-    with pytest.raises(ModelError, match="missing from the MODEL"):
+    with pytest.raises(ModelError, match="missing from the model directory"):
         load_model(bundle)
 
 
@@ -277,7 +285,7 @@ def test_a_model_of_another_version_is_told(tmp_path: Path) -> None:
 def test_weights_that_are_not_the_models_are_told(
     others: Callable[[], dict[str, Any]], tmp_path: Path
 ) -> None:
-    """The hashes fit, the content does not: a MODEL made by hand, or by another version."""
+    """The hashes fit, the content does not: a model directory made by hand or another version."""
     write(tmp_path / "m", **others())
     assert refused(tmp_path / "m").startswith("/model.safetensors: not the weights of ")
 
@@ -295,7 +303,7 @@ def test_steps_of_another_version_are_told(tmp_path: Path) -> None:
 
 
 def forge(place: Path, name: str, data: bytes) -> None:
-    """Put another file into a MODEL, as somebody would who can compute a hash."""
+    """Put another file into a model directory, as somebody would who can compute a hash."""
     (place / name).write_bytes(data)
     path = place / "bundle.json"
     value = json.loads(path.read_text())
@@ -458,7 +466,7 @@ def edited(value: Any, at: tuple[Any, ...], new: Any) -> Any:
 
 
 def is_as_good(name: str, at: tuple[Any, ...], new: Any) -> bool:
-    """Whether the edit makes another MODEL, or touches what is not read."""
+    """Whether the edit makes another model, or touches what is not read."""
     if name == "bundle.json":
         unread = at[:1] == ("files",) and at[1:] in (("history.jsonl",), ("README.md",))
         return at == ("covergenre",) or (unread and new in (..., "x"))

@@ -298,7 +298,7 @@ def test_no_such_file(tiny: CoverModel, tmp_path: Path, monkeypatch: pytest.Monk
         load_backbone_weights(tiny, "imagnet")
     with pytest.raises(StorageError, match="no such file"):
         load_backbone_weights(tiny, str(tmp_path / "absent.pth"))
-    with pytest.raises(ModelError, match="is a folder; name a file"):
+    with pytest.raises(ModelError, match="is a directory"):
         load_backbone_weights(tiny, str(tmp_path))
     with pytest.raises(StorageError, match="gs:// is not supported"):
         load_backbone_weights(tiny, "gs://bucket/w")
