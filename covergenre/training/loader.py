@@ -103,11 +103,7 @@ class BatchStream:
         import ray.data
         from ray.data import TaskPoolStrategy
 
-        items = [
-            {"epoch": epoch, "first": first, "steps": steps, "window": window}
-            for (epoch, steps), first in zip(epochs, chain([first_step], repeat(0)), strict=False)
-            for window in [*_windows_of_steps(data, epoch, range(first, steps)), _DEV]
-        ]
+        items = items_of_epochs(data, epochs, first_step)
         self._data = data
         with data_context(ordered=True):
             windows = ray.data.from_items(items, override_num_blocks=len(items))
@@ -173,6 +169,17 @@ def _windows_of_steps(data: TrainingData, epoch: int, steps: range) -> list[int]
         if (found := window.steps(data.batch_size))
         and found.start < steps.stop
         and found.stop > steps.start
+    ]
+
+
+def items_of_epochs(
+    data: TrainingData, epochs: Sequence[tuple[int, int]], first_step: int
+) -> list[dict[str, int]]:
+    """What `read_items` reads for these epochs: the windows of each, then the dev split."""
+    return [
+        {"epoch": epoch, "first": first, "steps": steps, "window": window}
+        for (epoch, steps), first in zip(epochs, chain([first_step], repeat(0)), strict=False)
+        for window in [*_windows_of_steps(data, epoch, range(first, steps)), _DEV]
     ]
 
 
