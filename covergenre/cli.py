@@ -107,6 +107,7 @@ def _stage_command(name: str) -> click.Command:
 
     def run(verbose: bool, **given: Any) -> None:
         settings = _settings(stage, given)
+        from covergenre.cluster import command_process
         from covergenre.cluster.ray_runtime import dashboard
 
         if address := dashboard():
@@ -115,6 +116,7 @@ def _stage_command(name: str) -> click.Command:
             arguments = click.get_current_context().meta[_ARGUMENTS]
             file = given["config"]
             sys.exit(submit(name, arguments, file, address=address, wait=True, working_dir="."))
+        command_process.install()
         run_stage = getattr(import_module(f"covergenre.stages.{name}"), name)
         click.echo(run_stage(settings, verbose=verbose).summary())
 
@@ -175,8 +177,10 @@ def _own_commands() -> dict[str, click.Command]:
         click.echo(layer_table(model, genres, freeze))
 
     def demo(out: str, verbose: bool) -> None:
+        from covergenre.cluster import command_process
         from covergenre.demo.run import run_demo
 
+        command_process.install()
         run_demo(out, verbose=verbose)
 
     def submit(
@@ -198,8 +202,10 @@ def _own_commands() -> dict[str, click.Command]:
         sys.exit(code)
 
     def doctor(address: str | None, storage: str | None, workers: int | None) -> None:
+        from covergenre.cluster import command_process
         from covergenre.cluster.doctor import doctor as look
 
+        command_process.install()
         sys.exit(look(address, storage, workers))
 
     def command(run: Callable[..., None], about: str, *params: click.Parameter) -> click.Command:
@@ -319,7 +325,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except CovergenreError as error:
         _end(str(error).replace("\n", " "), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        from covergenre.cluster.ray_runtime import end_now
+        from covergenre.cluster.command_process import end_now
 
         click.echo("covergenre: interrupted", err=True)
         end_now(130)

@@ -1,18 +1,14 @@
-"""Ray: joined where a cluster is named, embedded in this process where none is. Kept quiet."""
+"""Starts Ray: connects to the cluster of RAY_ADDRESS, or embeds a Ray in this process."""
 
-import atexit
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from covergenre.cluster import embedded
 from covergenre.cluster.embedded import EmbeddedRayDirectory
@@ -31,62 +27,90 @@ _CONNECT_SECONDS = 10
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # RFC 9113, 3.4
 _START_ATTEMPTS = 3
 """Of an embedded Ray: its processes have 15 s to start, which no setting of Ray's changes."""
-_LOOK_AT_RAY_SECONDS = 1.0
 
+
+class ProcessPolicy:
+    """What start_ray may change in this process besides starting Ray: as a library, nothing."""
+
+    restores_environment = True
+
+    def starting(self) -> contextlib.AbstractContextManager[None]:
+        """Entered around ray.init, unless verbose."""
+        return contextlib.nullcontext()
+
+    def started(self, *, embedded: bool, verbose: bool) -> None:
+        """Called once Ray runs."""
+
+
+process_policy = ProcessPolicy()
+"""Replaced by the command line: see command_process.py."""
 
 _embedded_directory: EmbeddedRayDirectory | None = None
 
 
 def start_ray(*, verbose: bool = False) -> None:
-    """Connect to the cluster of RAY_ADDRESS, or embed a Ray here; once a process.
+    """Use the Ray of this process if it has one, else connect to the cluster of RAY_ADDRESS, or
+    embed a Ray in this process.
 
-    Stages call it after they have checked what they can, so that a mistake is answered at once.
-    Ray ends with the process. Raises ConfigError or RayStartError where it does not start.
+    A Ray that the caller has initialised stays as it is. Environment variables are set while Ray
+    starts and restored then; no handler is installed. The embedded Ray ends with the process, or at
+    ray.shutdown(). Raises ConfigError or RayStartError where Ray does not start.
     """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return
     address = os.environ.get("RAY_ADDRESS", "")
     if address == "local":  # Ray's own word for an embedded one
-        address = os.environ["RAY_ADDRESS"] = ""
-    _set_environment(verbose, embedded=not address)
-    import ray
-
-    if not ray.is_initialized():
+        address = ""
+    with _environment(_settings(verbose, embedded=not address)):
         if address:
             if address != "auto":
                 _check_address(address)
             _connect(address, verbose)
         else:
             _embed(verbose)
-            threading.Thread(target=_end_with_ray, daemon=True).start()
-        if threading.current_thread() is threading.main_thread():
-            # Ray's own handler writes a stack of its C++ part.
-            signal.signal(signal.SIGTERM, _terminated)
-            # Registered after Ray's, and so called before: ^C is too late to stop anything then.
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     if not verbose:
         silence_ray_loggers()
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # cannot write its cache to HOME
+    process_policy.started(embedded=not address, verbose=verbose)
 
 
-def _set_environment(verbose: bool, *, embedded: bool) -> None:
-    """Every environment variable that this process sets for Ray, except those of one directory.
-
-    Ray reads some of them when it is imported.
-    """
-    # Under `uv run` Ray would rebuild the environment in each worker.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    # Ask for tomorrow's behaviour today, so that Ray need not warn about it.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # A task that is ended because memory runs out is tried again for ever, unless told otherwise.
-    os.environ.setdefault("RAY_task_oom_retries", "3")
+def _settings(verbose: bool, *, embedded: bool) -> dict[str, str]:
+    """Environment variables of Ray, except those that name a directory. The user's own win."""
+    settings = {
+        # Under `uv run` Ray would rebuild the environment in each worker.
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        # Today's default is deprecated, and Ray warns of that.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Without a limit Ray retries a task for ever that was killed because memory ran out.
+        "RAY_task_oom_retries": "3",
+    }
     if not verbose:
-        # log_to_driver=False does not stop the raylet's own remarks; this does.
-        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
-        # Ray Data's actor pools log an error of the C++ kind at every start, for nothing.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # Messages of the raylet, which log_to_driver=False does not stop.
+        settings["RAY_DEDUP_LOGS_SKIP_REGEX"] = ".*"
     if embedded:
-        # Processes that do nothing here, each of which imports for seconds.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
+        # Processes that an embedded Ray does not need; each takes seconds to start.
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        settings["RAY_DATA_USAGE_DISABLED"] = "1"
+    settings = {name: value for name, value in settings.items() if name not in os.environ}
+    return settings | ({"RAY_ADDRESS": ""} if embedded else {})  # it may be "local"
+
+
+_SET_BY_RAY = ("RAY_AUTH_MODE", "PYTHONBREAKPOINT")
+"""Variables that ray.init sets in this process."""
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables and restore them at the end, with those that ray.init sets."""
+    before = {name: os.environ.get(name) for name in (*variables, *_SET_BY_RAY)}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        if process_policy.restores_environment:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def _connect(address: str, verbose: bool) -> None:
@@ -102,13 +126,17 @@ def _connect(address: str, verbose: bool) -> None:
 
 def _embed(verbose: bool) -> None:
     """Raises RayStartError with the cause and the path of Ray's logs."""
-    import psutil
-
     global _embedded_directory
     if _embedded_directory is not None:  # of a Ray that was shut down
         _embedded_directory.remove()
     directory = _embedded_directory = EmbeddedRayDirectory()
-    os.environ.update(embedded.environment(directory))
+    with _environment(embedded.environment(directory)):
+        _start_embedded(directory, verbose)
+
+
+def _start_embedded(directory: EmbeddedRayDirectory, verbose: bool) -> None:
+    import psutil
+
     for attempts_left in reversed(range(_START_ATTEMPTS)):
         children = set(psutil.Process().children(recursive=True))
         try:
@@ -139,10 +167,11 @@ def _embed(verbose: bool) -> None:
                     f" {directory.logs}"
                 ) from error
         logger.info("Ray did not start in its time on this busy machine; trying again")
-        _kill(set(psutil.Process().children(recursive=True)) - children)
+        kill(set(psutil.Process().children(recursive=True)) - children)
 
 
-def _kill(processes: Iterable[Any]) -> None:
+def kill(processes: Iterable[Any]) -> None:
+    """Kill processes that may have ended already."""
     import psutil
 
     for process in processes:
@@ -153,7 +182,7 @@ def _kill(processes: Iterable[Any]) -> None:
 def _init(verbose: bool, **settings: Any) -> None:
     import ray
 
-    with contextlib.nullcontext() if verbose else _silent_stderr():
+    with contextlib.nullcontext() if verbose else process_policy.starting():
         ray.init(
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.ERROR,
@@ -191,56 +220,6 @@ def _shipped_code() -> dict[str, list[str]] | None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _terminated(*_: object) -> None:
-    logger.info("covergenre: terminated")
-    sys.exit(128 + signal.SIGTERM)
-
-
-def _end_with_ray() -> None:
-    """End this process when the Ray that it embeds has died, with a word.
-
-    Ray itself would end it a minute later, and in silence.
-    """
-    import psutil
-    import ray
-
-    children = psutil.Process().children(recursive=True)
-    servers = [child for child in children if child.name() in ("gcs_server", "raylet")]
-
-    def all_run() -> bool:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return all(server.status() != psutil.STATUS_ZOMBIE for server in servers)
-        return False
-
-    while all_run():
-        time.sleep(_LOOK_AT_RAY_SECONDS)
-    if ray.is_initialized():  # else it was told to end
-        logger.info(
-            "covergenre: the Ray of this process has died; the same command again goes on (train:"
-            " with --resume)"
-        )
-        os._exit(1)
-
-
-def end_now(code: int) -> NoReturn:
-    """End this process, and with it a Ray that it embeds, at once.
-
-    Ray's own way takes seconds at exit, and has ended an interrupted process with a code of its own
-    (1), when one of its threads still asked what was already gone.
-    """
-    import psutil
-
-    children = psutil.Process().children(recursive=True)
-    if not any(child.name() == "raylet" for child in children):
-        sys.exit(code)
-    _kill(children)
-    if _embedded_directory is not None:
-        _embedded_directory.delete()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -304,21 +283,6 @@ def _no_cluster(address: str) -> ConfigError:
         f"RAY_ADDRESS {redacted(address)}: no Ray cluster answers there; correct it, or unset it to"
         " run on this machine alone"
     )
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Drop what is written to file descriptor 2: Ray's C++ part says there that it was told to
-    log less. An error of ray.init is an exception, and comes through."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def silence_ray_loggers() -> None:

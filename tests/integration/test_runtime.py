@@ -266,3 +266,67 @@ def test_address_of_a_running_cluster_is_accepted(local_ray: None) -> None:
     import ray
 
     ray_runtime._check_address(ray.get_runtime_context().gcs_address)
+
+
+# --- Use as a library --------------------------------------------------------------------------
+
+_STATE = """
+import atexit, json, logging, os, signal, sys, threading
+
+def state():
+    return {
+        "environment": dict(os.environ),
+        "signals": [str(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)],
+        "streams": [os.readlink(f"/proc/self/fd/{number}") for number in (1, 2)],
+        "objects": [sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__],
+        "threads": [t.name for t in threading.enumerate() if "covergenre" in str(t._target)],
+        "loggers": [logging.getLogger(name).level for name in ("", "matplotlib", "covergenre")],
+    }
+"""
+
+_EMBEDS = (
+    _STATE
+    + """
+import ray
+before = state()
+from covergenre.cluster.ray_runtime import start_ray
+start_ray()
+assert ray.get(ray.remote(lambda: os.environ["RAY_task_oom_retries"]).remote()) == "3"
+assert state() == before, (before, state())
+ray.shutdown()
+"""
+)
+
+_HOSTS_OWN = (
+    _STATE
+    + """
+import ray
+ray.init(num_cpus=1, include_dashboard=False, _temp_dir=sys.argv[1])
+levels = [logging.getLogger(name).level for name in ("ray", "ray.data")]
+before, job = state(), ray.get_runtime_context().get_job_id()
+from covergenre.cluster import ray_runtime
+ray_runtime.start_ray()
+assert (state(), ray.get_runtime_context().get_job_id()) == (before, job)
+assert [logging.getLogger(name).level for name in ("ray", "ray.data")] == levels
+assert ray_runtime._embedded_directory is None
+assert ray.cluster_resources()["CPU"] == 1
+ray.shutdown()
+"""
+)
+
+
+@pytest.mark.parametrize("code", [_EMBEDS, _HOSTS_OWN], ids=["embeds", "own_ray"])
+def test_starting_ray_as_a_library_changes_nothing_else_in_the_process(
+    code: str, short: Path
+) -> None:
+    unset = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_task_oom_retries")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    command = [sys.executable, "-c", code, str(short / "ray")]
+    done = subprocess.run(
+        command,
+        env=environment | {"RAY_TMPDIR": str(short), "HOME": str(short)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""

@@ -257,7 +257,7 @@ def test_what_a_stage_raises_has_its_own_exit_code(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # An interrupted process ends at once, with the Ray that it embeds: not the one of other tests.
-    monkeypatch.setattr("covergenre.cluster.ray_runtime.end_now", sys.exit)
+    monkeypatch.setattr("covergenre.cluster.command_process.end_now", sys.exit)
     for error, code, said in (
         (ConfigError("no\nluck"), 2, "no luck"),
         (LedgerError("3 rows are gone"), 1, "3 rows are gone"),
