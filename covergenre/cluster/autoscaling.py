@@ -1,21 +1,20 @@
-"""What a cluster can have once its autoscaler has started all the machines that it may."""
+"""Resources of a cluster once its autoscaler has started as many machines as it may."""
 
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 
 def max_resources(resource: str) -> float:
-    """How much of `resource` ("CPU", "GPU") the cluster has, or can ever have.
+    """How much of `resource` ("CPU", "GPU") the cluster has, or can have after scaling up.
 
-    Ray 2.60 tells an autoscaler's limits to nobody (its pull request 63012 would), so they are read
-    from the autoscaler's own file, where this process runs on the head, as the driver of a job
-    does. Elsewhere, and where nothing is started by itself, this is what there is now.
+    The autoscaler's limits are known only to a process on the head, such as the driver of a job.
+    Elsewhere, and without an autoscaler, these are the current resources.
     """
     import ray
 
+    from covergenre.cluster.ray_internals import autoscaler_config
+
     now = float(ray.cluster_resources().get(resource, 0))
-    config = _config(ray.get_runtime_context().gcs_address)
+    config = autoscaler_config()
     if config is None:
         return now
     seen = [node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]]
@@ -23,9 +22,9 @@ def max_resources(resource: str) -> float:
 
 
 def max_resources_of(config: dict[str, Any], resource: str, unknown: float) -> float:
-    """How much of `resource` a cluster of this Ray cluster file can have, its head included.
+    """How much of `resource` a cluster of this Ray cluster file can have, including its head.
 
-    unknown: how much a machine has whose kind does not say, as with `provider: local`.
+    unknown: of a machine whose node type does not say, as with `provider: local`.
     """
 
     def each(kind: dict[str, Any]) -> float:
@@ -39,18 +38,3 @@ def max_resources_of(config: dict[str, Any], resource: str, unknown: float) -> f
         total += count * each(kind)
         room -= count
     return total
-
-
-def _config(gcs_address: str) -> dict[str, Any] | None:
-    """The file of the autoscaler that serves the cluster of `gcs_address` from this machine."""
-    import psutil
-    import yaml
-
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            flags = dict(word.partition("=")[::2] for word in process.cmdline())
-            file = flags.get("--autoscaling-config")
-            if file and flags.get("--gcs-address") == gcs_address:
-                config: dict[str, Any] = yaml.safe_load(Path(file).expanduser().read_text())
-                return config
-    return None

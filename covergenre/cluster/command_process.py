@@ -61,8 +61,9 @@ def _exit_with_ray() -> None:
     import psutil
     import ray
 
-    children = psutil.Process().children(recursive=True)
-    servers = [child for child in children if child.name() in ("gcs_server", "raylet")]
+    from covergenre.cluster.ray_internals import server_processes
+
+    servers = server_processes()
 
     def all_run() -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):

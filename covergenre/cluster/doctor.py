@@ -63,7 +63,8 @@ def _findings(storage_uri: str | None, workers: int | None) -> Iterator[Finding]
         yield "cluster", essential_line(str(error) or type(error).__name__)
         return
     import ray
-    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    from covergenre.cluster.ray_internals import is_token_auth_enabled
 
     here = look(None)
     nodes = [node for node in ray.nodes() if node["Alive"]]

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from covergenre.errors import ConfigError
 
@@ -184,32 +183,3 @@ def safe_import_path() -> Iterator[None]:
         del os.environ["PYTHONSAFEPATH"]
         if before is not None:
             os.environ["PYTHONSAFEPATH"] = before
-
-
-@contextlib.contextmanager
-def without_unused_processes(*, keep_log_monitor: bool) -> Iterator[None]:
-    """Let `ray.init` start no API server, no autoscaler and, unless wanted, no log monitor.
-
-    Each takes seconds to start. Without a dashboard the API server would only serve Ray's usage
-    statistics, which ask each cloud's metadata service for the provider, even where they are
-    disabled. No setting of Ray prevents that.
-    """
-    from ray._private.node import Node
-
-    def start_nothing(node: Any, **_: Any) -> None:
-        # As Ray itself sets it when the API server fails to start, which it bears.
-        node._webui_url = None
-
-    names = [
-        "start_api_server",
-        "start_monitor",
-        *([] if keep_log_monitor else ["start_log_monitor"]),
-    ]
-    originals = {name: getattr(Node, name) for name in names}
-    for name in names:
-        setattr(Node, name, start_nothing)
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(Node, name, original)

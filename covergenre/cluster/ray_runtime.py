@@ -115,8 +115,10 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 def _connect(address: str, verbose: bool) -> None:
     """Raises ConfigError where no cluster answers, or one that refuses this process."""
+    from covergenre.cluster.ray_internals import InstalledCodeOnly
+
     try:
-        _init(verbose, job_config=_job_config(None), runtime_env=_shipped_code())
+        _init(verbose, job_config=InstalledCodeOnly(None), runtime_env=_shipped_code())
     except ConnectionError as error:
         raise _no_cluster(address) from error
     # Ray raises RuntimeError for another version, AuthenticationError, and a bare Exception.
@@ -137,12 +139,14 @@ def _embed(verbose: bool) -> None:
 def _start_embedded(directory: EmbeddedRayDirectory, verbose: bool) -> None:
     import psutil
 
+    from covergenre.cluster.ray_internals import InstalledCodeOnly, without_unused_processes
+
     for attempts_left in reversed(range(_START_ATTEMPTS)):
         children = set(psutil.Process().children(recursive=True))
         try:
             with (
                 embedded.safe_import_path(),
-                embedded.without_unused_processes(keep_log_monitor=verbose),
+                without_unused_processes(keep_log_monitor=verbose),
             ):
                 _init(
                     verbose,
@@ -152,7 +156,7 @@ def _start_embedded(directory: EmbeddedRayDirectory, verbose: bool) -> None:
                     object_store_memory=_EMBEDDED_OBJECT_STORE_BYTES,
                     include_dashboard=False,
                     _temp_dir=str(directory.ray),
-                    job_config=_job_config(directory.code),
+                    job_config=InstalledCodeOnly(directory.code),
                 )
             return
         # Whatever keeps a process from starting; Ray raises a bare Exception when time is up.
@@ -188,21 +192,6 @@ def _init(verbose: bool, **settings: Any) -> None:
             logging_level=logging.INFO if verbose else logging.ERROR,
             **settings,
         )
-
-
-def _job_config(code: Path | None) -> Any:
-    """A job whose workers import from `code` and from what is installed.
-
-    Ray would put the script's and the current directory before both, so that a token.py or
-    torch.py beside a catalog hides a module of that name, and is run.
-    """
-    from ray.job_config import JobConfig
-
-    class InstalledCodeOnly(JobConfig):
-        def _runtime_env_has_working_dir(self) -> bool:
-            return True  # where there is one, Ray adds neither of the two directories
-
-    return InstalledCodeOnly(_py_driver_sys_path=[str(code)] if code else [])
 
 
 def _shipped_code() -> dict[str, list[str]] | None:
