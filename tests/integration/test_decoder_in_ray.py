@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 
 import psutil
 from images import encoded, many_scans
@@ -36,6 +37,8 @@ def small_memory() -> int:
 def test_ray_worker_outlives_covers_that_end_its_decoder(local_ray: None) -> None:
     import ray
 
+    # Workers import installed code only, and this module is not.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     good = encoded(Image.new("RGB", (64, 64)), "JPEG")
     large = encoded(Image.linear_gradient("L").resize((3000, 3000)).convert("RGB"))
     covers = [(MEMORY_BYTES, data) for data in (good, many_scans(200_000), b"?", good)]

@@ -2,7 +2,7 @@
 
 import io
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,7 +61,7 @@ class LocalStream(loader.BatchStream):
         items = loader.items_of_epochs(data, epochs, first_step)
         self._shares = self._read(items)
 
-    def _read(self, items: list[dict[str, int]]) -> Iterator[Any]:
+    def _read(self, items: list[dict[str, int]]) -> Generator[Any, None, None]:
         for item in items:
             for shares in loader.read_items(pa.Table.from_pylist([item]), self._data):
                 for decoded in loader._decode(shares, self._data.preprocessing):
@@ -82,7 +82,7 @@ def run(
     from covergenre.training import worker
     from covergenre.training.ranks import Ranks
 
-    worker.BatchStream = LocalStream  # type: ignore[misc]
+    worker.BatchStream = LocalStream  # type: ignore[attr-defined]
     worker.Worker._is_resize_requested = lambda self: False  # type: ignore[method-assign]
     defaults = {"model": "tiny", "epochs": 2, "batch_size": 6, "shuffle_window": 2}
     config = TrainConfig(dataset="d", out="o", **(defaults | settings)).resolved()
@@ -98,12 +98,12 @@ def run(
     )
     subject = worker.Worker(job, Ranks(rank, world, "cpu"), None)
     if stop:
-        step = subject._train_step
+        train_step = subject._train_step
 
-        def failing(epoch: int, number: int) -> Any:
+        def failing(epoch: int, step: int) -> Any:
             if subject._state.steps_done == stop:
                 raise InterruptedError
-            return step(epoch, number)
+            return train_step(epoch, step)
 
         subject._train_step = failing  # type: ignore[method-assign]
     subject.run()
