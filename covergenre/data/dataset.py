@@ -2,7 +2,7 @@
 
 DATASET/train/part-00000.parquet   rows of schema.DATASET, in catalog order
 DATASET/dev/...  DATASET/test/...
-DATASET/_genres.json               the vocabulary, sorted
+DATASET/genres.json                the vocabulary, sorted
 DATASET/_manifest.json             counts, sizes, hashes, settings, versions; written last
 
 Everything that is not a row of the dataset begins with an underscore and has another extension, so
@@ -89,8 +89,8 @@ def dataset_id(genres: Genres, shards: dict[str, tuple[Shard, ...]]) -> str:
 
 
 def write_manifest(manifest: Manifest, extra: dict[str, Any]) -> None:
-    """Write _genres.json and, last, _manifest.json, which makes the directory a dataset."""
-    storage.put_json(storage.join(manifest.uri, "_genres.json"), list(manifest.genres.names))
+    """Write genres.json and, last, _manifest.json, which makes the directory a dataset."""
+    storage.put_json(storage.join(manifest.uri, "genres.json"), list(manifest.genres.names))
     value = {
         "format_version": FORMAT_VERSION,
         "dataset_id": manifest.dataset_id,

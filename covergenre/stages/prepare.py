@@ -8,7 +8,7 @@ the shard. A resumed run makes the shards that have no record.
 
     OUT/<split>/part-*.parquet   schema.DATASET; the only .parquet files
     OUT/_manifest.json           written last
-    OUT/_genres.json
+    OUT/genres.json
     OUT/_rejected/part-*.jsonl   schema.REJECTED, of shards and parts of the plan with rejected rows
     OUT/_report/                 label_distribution.png, genres_by_split.png
     OUT/_state/                  plan, shard records, duplicates, run record, lock
