@@ -3,8 +3,10 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
@@ -113,6 +115,18 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                     os.environ[name] = value
 
 
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Undo that ray.init installs a handler of SIGTERM: the host process keeps its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        # None: a handler that was not installed from Python, which Python cannot restore.
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 def _connect(address: str, verbose: bool) -> None:
     """Raises ConfigError where no cluster answers, or one that refuses this process."""
     from covergenre.cluster.ray_internals import InstalledCodeOnly
@@ -186,7 +200,7 @@ def kill(processes: Iterable[Any]) -> None:
 def _init(verbose: bool, **settings: Any) -> None:
     import ray
 
-    with contextlib.nullcontext() if verbose else process_policy.starting():
+    with contextlib.nullcontext() if verbose else process_policy.starting(), _sigterm_kept():
         ray.init(
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.ERROR,
