@@ -96,7 +96,7 @@ def _settings(verbose: bool, *, embedded: bool) -> dict[str, str]:
     return settings | ({"RAY_ADDRESS": ""} if embedded else {})  # it may be "local"
 
 
-_SET_BY_RAY = ("RAY_AUTH_MODE", "PYTHONBREAKPOINT")
+_SET_BY_RAY = ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED", "PYTHONBREAKPOINT")
 """Variables that ray.init sets in this process."""
 
 
