@@ -75,5 +75,5 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def __dir__() -> list[str]:
+def __dir__() -> "list[str]":  # quoted: an old Python has to be able to import this module
     return sorted({*globals(), *__all__})

@@ -295,7 +295,7 @@ def test_steps_of_another_version_are_told(tmp_path: Path) -> None:
         def to_json(self) -> dict[str, Any]:
             return super().to_json() | {"version": 2}
 
-    with pytest.raises(ModelError, match="preprocessing: version 2 needs another version"):
+    with pytest.raises(ModelError, match="preprocessing: version 2"):
         write(tmp_path / "m", preprocessing=Later())
 
 

@@ -83,7 +83,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setattr(OutputLock, "acquire", noted)
     runtime = "covergenre.runs.stage_run.ray_runtime"
     monkeypatch.setattr(f"{runtime}.start_ray", lambda **_: stage.events.append("ray"))
-    monkeypatch.setattr(f"{runtime}.machines", lambda: 1)
+    monkeypatch.setattr("covergenre.runs.stage_run.node_count", lambda: 1)
     return stage
 
 
@@ -194,7 +194,7 @@ def test_run_record_may_get_an_identity_that_is_known_late(stage: Stage) -> None
 
 @pytest.fixture
 def three_machines(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("covergenre.runs.stage_run.ray_runtime.machines", lambda: 3)
+    monkeypatch.setattr("covergenre.runs.stage_run.node_count", lambda: 3)
 
 
 @pytest.mark.usefixtures("three_machines")
