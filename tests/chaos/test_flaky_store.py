@@ -28,7 +28,7 @@ def result(place: str) -> dict[str, bytes]:
     noted = {
         "run",
         "plan",
-        "manifest",
+        "_manifest",
         "bundle",
         "config",
         "history",
