@@ -141,12 +141,15 @@ def test_run_interrupted_while_writing_the_model_resumes_without_training(
 ) -> None:
     """Nothing is trained again; and a damaged file of the best weights is made up for."""
     out = tmp_path / "m"
+    put_json = storage.put_json
 
-    def ended(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    def interrupted(uri: str, value: Any) -> None:
+        if storage.name(uri) == "bundle.json":  # all else is written
+            raise KeyboardInterrupt
+        put_json(uri, value)  # heartbeats of the lock
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(storage, "put_json", ended)  # bundle.json: all else is written
+        patch.setattr(storage, "put_json", interrupted)
         train(train_config(dataset, out))
     assert (out / "model.safetensors").exists()
     with pytest.raises(StorageError) as caught:
