@@ -46,11 +46,11 @@ def doctor(address: str | None, storage_uri: str | None, workers: int | None) ->
         arguments += ["--storage", storage_uri] if storage_uri else []
         arguments += ["--workers", str(workers)] if workers else []
         return run_job(arguments, address=address, wait=True, working_dir=".")
-    to_mend = 0
-    for seen, advice in _findings(storage_uri, workers):
-        to_mend += bool(advice)
-        print(f"MEND  {seen}: {advice}" if advice else f"ok    {seen}", flush=True)
-    return 2 if to_mend else 0
+    failed = 0
+    for check, problem in _findings(storage_uri, workers):
+        failed += bool(problem)
+        print(f"FAIL  {check}: {problem}" if problem else f"ok    {check}", flush=True)
+    return 2 if failed else 0
 
 
 def _findings(storage_uri: str | None, workers: int | None) -> Iterator[Finding]:

@@ -172,18 +172,18 @@ def test_more_workers_than_the_cluster_can_have_are_refused(
         str(tmp_path / "labels"),
         "--shared-filesystem",
     )
-    for arguments, said in (
-        (("--workers", "4"), "--workers 4: one GPU each, and the cluster has 3 at most"),
-        (("--workers", "40", "--device", "cpu"), "and the cluster has 10 at most"),
+    for arguments, limit in (
+        (("--workers", "4"), "the cluster has at most 3"),
+        (("--workers", "40", "--device", "cpu"), "the cluster has at most 10"),
     ):
         done = cluster.run(*score, *arguments)
         assert done.returncode == 2, done.stdout + done.stderr
         last = done.stdout.strip().splitlines()[-1]
-        assert last.startswith("covergenre: --workers ") and said in last
+        assert last.startswith(f"covergenre: --workers {arguments[1]}: ") and limit in last
     looked = cluster.run("doctor", "--workers", "4")
     assert looked.returncode == 2, looked.stdout + looked.stderr
     assert "1 machine now, 10 CPUs, 3 GPUs at most" in looked.stdout
-    assert "MEND  workers: --workers 4: one GPU each" in looked.stdout
+    assert "FAIL  workers: --workers 4: " in looked.stdout
     # Nor is a disk taken for shared because there is one machine now.
     local = cluster.run(*score[:-1])
     assert local.returncode == 2 and "--shared-filesystem" in local.stdout
@@ -203,7 +203,7 @@ def test_prepare_and_score_wait_for_machines_to_start(
         )
     )
     assert prepared.returncode == 0, prepared.stdout + prepared.stderr
-    assert "waiting for machines: 1 CPU is needed, 0 there" in prepared.stdout
+    assert "waiting for machines: 1 CPU is needed, 0 available" in prepared.stdout
     scored = cluster.run(
         *(
             "score",

@@ -29,7 +29,7 @@ def test_healthy_cluster_has_no_failed_checks(
         assert len(storage) == 2  # the driver's, and the node's
         assert all(line.startswith("ok") and place in line for line in storage)
         assert "ok    workers: 2 CPU workers can be placed" in found
-        assert code == (2 if any(line.startswith("MEND") for line in found) else 0)
+        assert code == (2 if any(line.startswith("FAIL") for line in found) else 0)
     assert not list(tmp_path.iterdir())
 
 
@@ -42,7 +42,7 @@ def test_failed_checks_come_with_their_fix(
     monkeypatch.setattr(doctor, "_LEAST_DISK_BYTES", 2**60)
     monkeypatch.setattr(doctor, "__version__", "9.9")  # of the driver; the node has its own
     assert doctor.doctor(None, str(file), 99) == 2
-    wrong = [line for line in lines(capsys) if line.startswith("MEND")]
+    wrong = [line for line in lines(capsys) if line.startswith("FAIL")]
     assert sum("cannot write" in line for line in wrong) == 2
     assert sum("give it at least" in line for line in wrong) == 1
     assert sum("99 workers" in line or "--workers 99" in line for line in wrong) == 1
@@ -58,7 +58,7 @@ def test_missing_packages_of_a_node_are_listed(
     monkeypatch.setattr(dependencies, "PACKAGES", lacking)
     assert doctor.doctor(None, None, None) == 2
     (line,) = [line for line in lines(capsys) if "packages" in line]
-    assert line.startswith("MEND  ") and ": packages: this machine (" in line
+    assert line.startswith("FAIL  ") and ": packages: this machine (" in line
     assert " lacks the package no-such-package; install requirements.txt on every" in line
 
 
@@ -118,7 +118,7 @@ def test_failed_start_of_ray_is_one_line(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray_runtime, "start_ray", start_ray)
     assert doctor.doctor(None, None, None) == 2
-    assert lines(capsys) == [f"MEND  cluster: {said}"]
+    assert lines(capsys) == [f"FAIL  cluster: {said}"]
 
 
 def test_dashboard_address_runs_the_checks_in_a_job(
