@@ -28,7 +28,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covergenre import inference, schema
-from covergenre.cluster import ray_runtime
 from covergenre.cluster.workers import log_pending_resources, place_workers
 from covergenre.config import ScoreConfig
 from covergenre.data import dataset
@@ -44,8 +43,7 @@ from covergenre.io import parquet, storage
 from covergenre.models.bundle import Bundle, check_weights, read_bundle
 from covergenre.progress import Progress
 from covergenre.runs import output_dir
-from covergenre.runs.lock import OutputLock
-from covergenre.runs.stage_run import check_reachable
+from covergenre.runs.stage_run import StageRun, stage_run
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +67,7 @@ class Labelled:
     remark: str = ""
 
     def summary(self) -> str:
-        """What the user is told at the end."""
+        """The text that the command prints at the end."""
         led = self.ledger
         lines = [
             f"labels {storage.join(self.uri, 'part-*.parquet')}{self.remark}",
@@ -90,27 +88,36 @@ class Labelled:
 def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
     """Label as `config` says. Raises UserError for a user's mistake, LedgerError for ours."""
     out = storage.absolute(config.out)
-    output_dir.check_not_inside(out, {"MODEL": config.model, "catalog": config.catalog})
-    bundle = read_bundle(config.model)
-    check_weights(bundle)
-    rows = _open(config)
-    output_dir.check_available(out)
-    if output_dir.has_run_record(out):  # refuse another run before anything of this one is touched
-        _claim(out, config, bundle, identity_of(rows, read_plan(storage.join(out, _PLAN))))
-    if storage.exists(storage.join(out, _SUCCESS)):
-        ledger = storage.read_json(storage.join(out, _LEDGER))
+    with stage_run(
+        "score",
+        config,
+        out,
+        sources={"model directory": config.model, "catalog": config.catalog},
+        read_inputs=lambda: _read_inputs(config),
+        identify=lambda inputs: _identity(
+            inputs[0], identity_of(inputs[1], read_plan(storage.join(out, _PLAN)))
+        ),
+        is_finished=lambda: storage.exists(storage.join(out, _SUCCESS)),
+        verbose=verbose,
+    ) as run:
+        if run.is_finished:
+            ledger = storage.read_json(storage.join(out, _LEDGER))
+            _check_rejected(out, ledger, config.max_rejected)
+            return Labelled(out, ledger, ": already labelled by this same command")
+        bundle, reader = run.inputs
+        plan = open_plan(
+            storage.join(out, _PLAN), reader, reuse=output_dir.has_run_record(out)
+        ).with_settings(config)
+        check_proxies(plan.web_schemes)
+        run.record(_identity(bundle, plan.identity))
+        ledger = _score(out, config, bundle, plan, run)
+        accounted = ledger["scored"] + ledger["rejected"] + ledger["duplicates"]
+        if accounted != plan.rows:
+            raise LedgerError(
+                f"{out}: {plan.rows:,} rows went in and {accounted:,} came out; see _ledger.json"
+            )
         _check_rejected(out, ledger, config.max_rejected)
-        return Labelled(out, ledger, ": already labelled by this same command")
-    with OutputLock(out) as lock:
-        plan = _plan(out, config, bundle, rows)
-        ledger = _score(out, config, bundle, plan, lock, verbose=verbose)
-    accounted = ledger["scored"] + ledger["rejected"] + ledger["duplicates"]
-    if accounted != plan.rows:
-        raise LedgerError(
-            f"{out}: {plan.rows:,} rows went in and {accounted:,} came out; see _ledger.json"
-        )
-    _check_rejected(out, ledger, config.max_rejected)
-    storage.put(storage.join(out, _SUCCESS), b"")
+        storage.put(storage.join(out, _SUCCESS), b"")
     return Labelled(out, ledger)
 
 
@@ -134,34 +141,29 @@ def _check_rejected(out: str, ledger: dict[str, Any], limit: float | None) -> No
     )
 
 
-def _open(config: ScoreConfig) -> RowReader:
+def _read_inputs(config: ScoreConfig) -> tuple[Bundle, RowReader]:
+    bundle = read_bundle(config.model)
+    check_weights(bundle)
     uri = storage.absolute(config.catalog)
     if dataset.is_dataset(uri):
-        return DatasetReader(dataset.read_manifest(uri), schema.SPLITS, _COLUMNS, config.carry)
-    return CatalogReader(uri, config, _COLUMNS, config.carry)
+        manifest = dataset.read_manifest(uri)
+        return bundle, DatasetReader(manifest, schema.SPLITS, _COLUMNS, config.carry)
+    return bundle, CatalogReader(uri, config, _COLUMNS, config.carry)
 
 
-def _claim(out: str, config: ScoreConfig, bundle: Bundle, identity: str) -> None:
-    inputs = {
-        "catalog": identity,
+def _identity(bundle: Bundle, catalog: str) -> dict[str, str]:
+    """catalog: identity of the rows."""
+    return {
+        "catalog": catalog,
         "weights_id": bundle.weights_id,
         "decision_id": bundle.decision_id,
     }
-    output_dir.write_run_record(out, output_dir.run_record("score", config, inputs), config)
-
-
-def _plan(out: str, config: ScoreConfig, bundle: Bundle, rows: RowReader) -> Plan:
-    """The plan of this run, existing or new; records the run."""
-    plan = open_plan(storage.join(out, _PLAN), rows, reuse=output_dir.has_run_record(out))
-    _claim(out, config, bundle, plan.identity)
-    check_proxies(plan.web_schemes)
-    return plan.with_settings(config)
 
 
 def _score(
-    out: str, config: ScoreConfig, bundle: Bundle, plan: Plan, lock: OutputLock, *, verbose: bool
+    out: str, config: ScoreConfig, bundle: Bundle, plan: Plan, run: StageRun[Any]
 ) -> dict[str, Any]:
-    """Do the units that are not done yet, on Ray; the ledger of all."""
+    """Score the output parts that are not committed yet, on Ray. Returns the ledger of all."""
     ledger_file = storage.join(out, _LEDGER)
     every = np.arange(-(-plan.rows // config.part_rows))
     done = finished_parts(out)
@@ -175,9 +177,7 @@ def _score(
         logger.info(f"score: {len(done):,} of {len(every):,} output parts are there already")
         count_rows(out, done, total)
     if len(pending):
-        ray_runtime.start_ray(verbose=verbose)
-        reached = {"--out": out, "MODEL": bundle.uri, "the cover": plan.local_cover}
-        check_reachable(reached, config.shared_filesystem)
+        run.start_ray({"--out": out, "model directory": bundle.uri, "the cover": plan.local_cover})
         workers = place_workers(config.workers, config.device, config.cpus_per_worker)
         rows = int((stops - starts).sum())
         with (
@@ -188,7 +188,7 @@ def _score(
                 plan, ranges, bundle, batch_size=config.batch_size, workers=workers
             )
             for part, pieces in _complete_parts(scored, ranges, progress):
-                lock.check()
+                run.check_lock()
                 total.update(_commit(out, part, pieces, bundle))
             speed = {"covers_per_second": round(progress.rate, 1), "workers": workers.count}
     elif storage.exists(ledger_file):
