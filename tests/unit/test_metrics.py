@@ -205,11 +205,11 @@ def test_random_scores_pass_for_better_than_chance_about_one_time_in_twenty() ->
     rng = np.random.default_rng(0)
     truth, _ = random_case(0)
     passed = 0
-    for _ in range(100):
+    for _ in range(200):
         # One random number for each album moves the scores of all genres together.
         scores = rng.random((40, 1)) + 0.1 * rng.random((40, 3))
         passed += multilabel_metrics(truth, scores, NAMES)["better_than_chance"]
-    assert 1 <= passed <= 10
+    assert 2 <= passed <= 20
 
 
 def test_macro_says_over_which_genres() -> None:
