@@ -75,7 +75,7 @@ def _catalog(file: Path, covers: list[Path], rows: int) -> Path:
 
 
 def _planned(rows: int) -> dict[str, Any]:
-    """Peak memory of the driver, each time in a process of its own, without Ray."""
+    """Peak memory of the driver, each time in a separate process, without Ray."""
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         for count in (rows, rows * _TIMES):

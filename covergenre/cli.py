@@ -59,7 +59,7 @@ class _Covergenre(click.Group):
 def cli() -> None:
     """Tells an album's genres from its cover, on a cluster.
 
-    catalog -> prepare -> dataset -> train -> MODEL -> score -> labels
+    catalog -> prepare -> dataset -> train -> model -> score -> labels
     """
 
 

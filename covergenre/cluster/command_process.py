@@ -83,7 +83,7 @@ def _exit_with_ray() -> None:
 def end_now(code: int) -> NoReturn:
     """End this process and the Ray embedded in it at once.
 
-    Ray's own shutdown takes seconds, and gave an interrupted process an exit code of its own (1)
+    Ray's own shutdown takes seconds, and gave an interrupted process exit code 1,
     when one of its threads still queried a process that had ended.
     """
     import psutil

@@ -14,7 +14,7 @@ from covergenre.formatting import plural
 logger = logging.getLogger(__name__)
 
 _MAX_DEFAULT_GPUS = 64
-"""GPUs that are used unless --workers asks for more; an autoscaler may have no limit of its own."""
+"""GPUs that are used unless --workers asks for more; an autoscaler may have no limit."""
 _POLL_SECONDS = 15.0
 
 

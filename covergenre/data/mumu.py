@@ -30,7 +30,7 @@ def read_songs(
 
     to_names: from the text of a cell to the genres in it; may raise GenreTextError.
     covers: directory of the covers; None: that of the first file with the album.
-    A song without an amazon_id is an album of its own, without an id.
+    A song without an amazon_id is a separate album without an id.
     """
     genres: dict[str | int, list[str]] = {}
     artists: dict[str | int, str | None] = {}

@@ -41,7 +41,7 @@ def layer_table(name: str, num_genres: int, freeze_how: str | None = None, side:
         rows.append(_row(layer, module, output))
 
     def record_features(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        # torchvision's models flatten in a function, which has no hook of its own.
+        # torchvision's models flatten in a function, which has no hook.
         if rows[-1].shape != _shape(output):
             rows.append(_Row("flat features", _shape(output), "0", "-"))
 

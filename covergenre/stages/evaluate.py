@@ -55,7 +55,7 @@ class Evaluated:
     remark: str = ""
 
     def summary(self) -> str:
-        """What the user is told at the end."""
+        """The text that the command prints at the end."""
         m = self.metrics
 
         def shown(name: str) -> str:

@@ -220,7 +220,7 @@ def _split_source(config: PrepareConfig, counts: PlanCounts) -> str:
     has_own = counts.values["split"] > 0
     if has_own and config.split_from == "auto" and config.group_by != "album_id":
         raise ConfigError(
-            f"--group-by {config.group_by}: the catalog has splits of its own; choose with"
+            f"--group-by {config.group_by}: the catalog has a split column; choose with"
             " --split-from hash or --split-from catalog",
             code="ambiguous_split",
         )

@@ -42,7 +42,7 @@ class Ranks:
         return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every rank the buffers of rank 0. Each rank's batch norm has statistics of its own
+        """Give every rank the buffers of rank 0. Each rank has separate batch norm statistics
         rows; evaluation and checkpoints must use the same ones."""
         if self.world > 1:
             for buffer in model.buffers():

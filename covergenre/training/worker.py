@@ -144,7 +144,7 @@ class Worker:
             state.step += 1
             state.steps_done += 1
             if state.step == steps:
-                break  # the end of the epoch has a checkpoint of its own
+                break  # a separate checkpoint is saved at the end of the epoch
             resize = False
             if (state.step - first) % _SYNC_EVERY_STEPS == 1:
                 self._record(pending, epoch, steps)
