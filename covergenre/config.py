@@ -22,26 +22,38 @@ from pydantic import (
     field_validator,
 )
 
+from covergenre.config_errors import config_error
 from covergenre.errors import ConfigError, did_you_mean
 from covergenre.genre_text import MISSING_VALUES, clean_name
 from covergenre.registry import MODELS, model_spec
 
+
+def _split_commas(value: Any) -> Any:
+    """Splits text like a line of CSV: a quoted name may contain a comma (`"R&B, Soul",Jazz`)."""
+    if not isinstance(value, str):
+        return value
+    values = (part.strip() for part in next(csv.reader([value], skipinitialspace=True), []))
+    return tuple(value for value in values if value)
+
+
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Column = Annotated[str, Field(pattern=r"\S")]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 PathOrUri = Annotated[
     str,
     BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
     Field(min_length=1),
 ]
 
-# Settings that change how fast a result is computed, but not the result: a run may be resumed with
-# other values of these, for example on another machine.
+# Settings that do not change the result: a run can be resumed with other values of them, such as on
+# another machine.
 _EXECUTION_SETTINGS = {
     *("workers", "cpus_per_worker", "device", "download_concurrency", "shared_filesystem"),
     *("checkpoint_every", "resume", "max_rejected", "contact"),
 }
-# Paths. The run record has hashes of their contents instead, so that moving a file changes nothing.
-_PATH_SETTINGS = {"out", "covers", "genre_map", "weights"}
+# Not part of the fingerprint: the run record has hashes of the contents of these paths.
+PATH_SETTINGS = {"out", "covers", "genre_map", "weights"}
 
 
 class StageConfig(BaseModel):
@@ -52,7 +64,7 @@ class StageConfig(BaseModel):
         extra="forbid",
         validate_default=True,
         allow_inf_nan=False,
-        coerce_numbers_to_str=True,  # `freeze: 4` in a file
+        coerce_numbers_to_str=True,  # freeze=4 in Python
     )
 
     def __init__(self, **settings: Any) -> None:
@@ -60,34 +72,22 @@ class StageConfig(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise _config_error(error, type(self), {}) from None
+            raise config_error(error, type(self), {}) from None
 
     shared_filesystem: bool = Field(
         False, description="local paths are on a file system that all machines of the cluster share"
     )
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_not_blank(cls, value: Any, info: ValidationInfo) -> Any:
-        """Checks columns and workers; other settings have constraints that exclude blanks."""
-        is_checked = info.field_name == "workers" or str(info.field_name).endswith("_column")
-        if is_checked and isinstance(value, str) and not value.strip():
-            raise ValueError("is empty")
-        return value
-
     def fingerprint(self) -> str:
-        """sha256 of all settings that can change the result.
-
-        Paths are not part of it; the run record has hashes of what they contain.
-        """
+        """sha256 of the settings that can change the result."""
         values = self.model_dump(mode="json", include=self.result_settings())
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def result_settings(self) -> set[str]:
-        """Names of the settings that can change the result."""
+        """Names of the settings that can change the result, except paths."""
         fields = type(self).model_fields
         arguments = {name for name, field in fields.items() if field.json_schema_extra}
-        return set(fields) - _EXECUTION_SETTINGS - _PATH_SETTINGS - arguments
+        return set(fields) - _EXECUTION_SETTINGS - PATH_SETTINGS - arguments
 
     def saved(self) -> dict[str, Any]:
         """All settings as JSON values, to save with a result; secrets in URLs are redacted."""
@@ -108,33 +108,33 @@ class CatalogSettings(StageConfig):
     format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "mumu"] = Field(
         "auto", description="format of the catalog; auto: detected from the file name and header"
     )
-    id_column: str = Field("album_id", description="column with the album id, text or number")
-    cover_column: str = Field("cover", description="column with the path or URL of the cover")
-    image_column: str = Field("image", description="column with the bytes of the cover (Parquet)")
-    genres_column: str = Field("genres", description="column with the genres")
-    title_column: str = Field("title", description="column with the title")
-    artist_column: str = Field("artist", description="column with the artist")
-    split_column: str = Field(
+    id_column: Column = Field("album_id", description="column with the album id, text or number")
+    cover_column: Column = Field("cover", description="column with the path or URL of the cover")
+    image_column: Column = Field("image", description="column with the image bytes (Parquet)")
+    genres_column: Column = Field("genres", description="column with the genres")
+    title_column: Column = Field("title", description="column with the title")
+    artist_column: Column = Field("artist", description="column with the artist")
+    split_column: Column = Field(
         "split", description="column with the split (train, dev or test), for --split-from"
     )
-    group_column: str = Field("group", description="column with the group, for --group-by group")
+    group_column: Column = Field("group", description="column with the group, for --group-by group")
     genres_separator: str | None = Field(
         None,
         min_length=1,
-        description="separator of genres written as one text  [default: |, or a comma for mumu]",
+        description="separator of genres in text  [default: |, or a comma for mumu]",
     )
-    missing_values: tuple[str, ...] = Field(
+    missing_values: Names = Field(
         MISSING_VALUES,
-        description="texts that mean a missing value, comma-separated, ignoring case",
+        description="values that are treated as missing, comma-separated; case is ignored",
     )
     covers: PathOrUri | None = Field(
-        None, description="directory that relative cover paths start from  [default: the catalog's]"
+        None, description="directory of relative cover paths  [default: the catalog's]"
     )
     download_concurrency: Positive = Field(
-        16, description="covers that each task downloads in parallel; for http(s), per host"
+        16, description="covers that each task downloads in parallel; for http(s), from each host"
     )
     allow_private_addresses: bool = Field(
-        False, description="allow http(s) covers on private networks and on this machine"
+        False, description="allow http(s) URLs of covers on private networks and on this machine"
     )
     contact: str | None = Field(
         None,
@@ -155,37 +155,26 @@ class CatalogSettings(StageConfig):
         """Optional columns that these settings require, such as "artist"."""
         return set()
 
-    @field_validator("missing_values", mode="before")
-    @classmethod
-    def _split_missing_values(cls, value: Any) -> Any:
-        return _comma_separated(value) if isinstance(value, str) else value
-
-
-def _comma_separated(text: str) -> tuple[str, ...]:
-    """The values of one line of CSV: a quoted name may contain a comma (`"R&B, Soul",Jazz`)."""
-    values = (part.strip() for part in next(csv.reader([text], skipinitialspace=True), []))
-    return tuple(value for value in values if value)
-
 
 class PrepareConfig(CatalogSettings):
     """Settings of prepare."""
 
     catalog: PathOrUri = argument(
-        "catalog: a file, directory or glob of CSV, TSV, JSON Lines or Parquet"
+        "file, directory or glob of CSV, TSV, JSON Lines or Parquet files"
     )
     out: PathOrUri = Field(
-        description="output directory of the dataset: new, or of the same command to resume"
+        description="output directory of the dataset: new, or that of the run to resume"
     )
     genre_map: PathOrUri | None = Field(
         None,
-        description="CSV, YAML or JSON file that maps genre names to new names; applied before"
+        description="CSV, YAML or JSON file that maps old genre names to new ones; applied before"
         " genres are selected",
     )
     top_genres: Positive = Field(20, description="keep the N most common genres")
     min_share: float = Field(
         0.01, ge=0, le=1, description="drop genres with a smaller share of the labelled albums"
     )
-    genres: tuple[str, ...] = Field(
+    genres: Names = Field(
         (),
         description="use exactly these genres, comma-separated (quote names that contain a comma)",
     )
@@ -194,18 +183,18 @@ class PrepareConfig(CatalogSettings):
     )
     split_from: Literal["auto", "hash", "catalog"] = Field(
         "auto",
-        description="hash: split by a hash of --group-by; catalog: use the split column; auto:"
-        " use the split column if there is one, else hash",
+        description="source of the split; hash: a hash of --group-by; catalog: the split column;"
+        " auto: the split column if there is one, else hash",
     )
     group_by: Literal["album_id", "artist", "group"] = Field(
-        "album_id", description="key of the hash split: albums with equal keys get the same split"
+        "album_id", description="key of the hash: albums with the same key are in the same split"
     )
     split_fractions: tuple[float, float, float] = Field(
         (0.8, 0.1, 0.1), description="fractions of train, dev and test"
     )
     split_seed: int = Field(0, description="seed of the hash split")
     max_side: Positive = Field(
-        300, description="pixels; covers with a longer side are re-encoded at this size"
+        300, description="longest side in pixels; larger covers are re-encoded at this size"
     )
     keep_original: bool = Field(
         False, description="store all covers unchanged, without re-encoding"
@@ -215,14 +204,12 @@ class PrepareConfig(CatalogSettings):
         None, description="number of parallel tasks  [default: the CPUs of the cluster]"
     )
 
-    @field_validator("genres", "split_fractions", mode="before")
+    @field_validator("genres", mode="before")
     @classmethod
-    def _split_text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        if not (values := _comma_separated(value)):
+    def _check_genres(cls, value: Any) -> Any:
+        if isinstance(value, str) and not _split_commas(value):
             raise ValueError("expected a comma-separated list")
-        return values
+        return value
 
     @field_validator("genres")
     @classmethod
@@ -232,19 +219,26 @@ class PrepareConfig(CatalogSettings):
     def needed_columns(self) -> set[str]:
         return {self.group_by} | ({"split"} if self.split_from == "catalog" else set())
 
+    @field_validator("split_fractions", mode="before")
+    @classmethod
+    def _check_number_of_fractions(cls, value: Any) -> Any:
+        values = _split_commas(value)
+        if isinstance(values, list | tuple) and len(values) != 3:
+            raise ValueError("expected 3 fractions: of train, dev and test")
+        return values
+
     @field_validator("split_fractions")
     @classmethod
-    def _check_fractions_sum_to_one(
-        cls, shares: tuple[float, float, float]
+    def _check_sum_of_fractions(
+        cls, fractions: tuple[float, float, float]
     ) -> tuple[float, float, float]:
-        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
-            raise ValueError("must not be negative, and must sum to 1")
-        return shares
+        if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
+            raise ValueError("the fractions must not be negative, and must sum to 1")
+        return fractions
 
 
 Device = Literal["auto", "cpu", "gpu"]
-_WORKERS = "number of worker processes  [default: one per GPU, or one on CPU]"
-_DEVICE = "auto: GPUs if the cluster has any, else CPUs"
+_DEVICE = "device of the workers; auto: GPUs if the cluster has any, else CPUs"
 _CPUS = "CPUs to reserve per worker; below 1 leaves CPUs for decoding covers"
 
 
@@ -252,15 +246,17 @@ class TrainConfig(StageConfig):
     """Settings of train. None means the default of the chosen model; see `resolved`."""
 
     dataset: PathOrUri = argument("dataset directory written by prepare")
-    out: PathOrUri = Field(description="output directory of the model: new, or of the same command")
+    out: PathOrUri = Field(
+        description="output directory of the model: new, or that of the run to --resume"
+    )
     model: str = Field("vgg16", description=f"architecture: {', '.join(MODELS)}")
     weights: PathOrUri | None = Field(
         None,
         description="initial weights of the backbone: imagenet, none, or a safetensors or PyTorch"
-        " file  [default: imagenet if the model has them]",
+        " file  [default: imagenet if available for the model, else none]",
     )
     allow_partial_weights: bool = Field(
-        False, description="accept a weights file in which some layers are missing, and list them"
+        False, description="accept a weights file that lacks some layers, and list them"
     )
     freeze: str | None = Field(
         None,
@@ -269,13 +265,13 @@ class TrainConfig(StageConfig):
     )
     batch_norm: Literal["auto", "train"] = Field(
         "auto",
-        description="auto: keep pretrained batch norm layers in eval mode; train: train them",
+        description="batch norm layers; auto: keep pretrained ones in eval mode; train: train them",
     )
     epochs: Positive | None = Field(
         None, description="number of epochs  [default: depends on the model]"
     )
     max_steps: Positive | None = Field(
-        None, description="stop after this many optimizer steps, even in mid-epoch"
+        None, description="stop after this many optimizer steps, even during an epoch"
     )
     batch_size: Positive = Field(
         32, description="global batch size: albums per step, summed over all workers"
@@ -305,25 +301,26 @@ class TrainConfig(StageConfig):
     cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
     device: Device = Field("auto", description=_DEVICE)
     checkpoint_every: Positive | None = Field(
-        None, description="also save a checkpoint every N steps, besides the one after each epoch"
+        None, description="save a checkpoint every N steps, in addition to the one after each epoch"
     )
-    resume: bool = Field(False, description="resume the unfinished run in --out, if there is one")
+    resume: bool = Field(False, description="resume the interrupted run in --out, if there is one")
     seed: Seed = Field(0, description="seed of initial weights, sample order and augmentation")
     shuffle_window: Positive = Field(
         8,
-        description="shards that are shuffled together; larger mixes better and needs more memory",
+        description="number of shards that are shuffled together; more mix better and need more"
+        " memory",
     )
 
     @field_validator("workers")
     @classmethod
     def _check_workers(cls, workers: str | None, info: ValidationInfo) -> str | None:
-        low, _, high = (workers or "1").partition(":")
-        if not re.fullmatch(r"[1-9][0-9]*(:[1-9][0-9]*)?", workers or "1") or (
-            high and int(low) > int(high)
-        ):
+        if workers is None:
+            return None
+        match = re.fullmatch(r"([1-9][0-9]*)(?::([1-9][0-9]*))?", workers)
+        if match is None or int(match[1]) > int(match[2] or match[1]):
             raise ValueError("expected a number or MIN:MAX")
         batch_size = info.data.get("batch_size")  # missing if batch_size is invalid
-        if workers is not None and batch_size is not None and int(low) > batch_size:
+        if batch_size is not None and int(match[1]) > batch_size:
             raise ValueError(
                 f"each worker needs at least one album per step, and --batch-size is"
                 f" {batch_size}; use fewer workers or a larger --batch-size"
@@ -370,64 +367,64 @@ class TrainConfig(StageConfig):
         return TrainConfig.model_validate(defaults | given)
 
 
-class EvaluateConfig(StageConfig):
+class InferenceSettings(StageConfig):
+    """Settings of the workers that run a model, shared by evaluate and score."""
+
+    batch_size: Positive = Field(64, description="covers per forward pass")
+    workers: Positive | None = Field(
+        None, description="number of worker processes  [default: one per GPU, or one on CPU]"
+    )
+    cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
+    device: Device = Field("auto", description=_DEVICE)
+
+
+class EvaluateConfig(InferenceSettings):
     """Settings of evaluate."""
 
     model: PathOrUri = argument("model directory written by train")
     dataset: PathOrUri = argument("dataset directory written by prepare")
     out: PathOrUri = Field(
-        description="output directory of the metrics: new, or of the same command"
+        description="output directory of the metrics: new, or that of the same command"
     )
     split: Literal["train", "dev", "test"] = Field("test", description="split to evaluate on")
-    batch_size: Positive = Field(64, description="covers per forward pass")
-    workers: Positive | None = Field(None, description=_WORKERS)
-    cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
-    device: Device = Field("auto", description=_DEVICE)
 
 
-class ScoreConfig(CatalogSettings):
+class ScoreConfig(CatalogSettings, InferenceSettings):
     """Settings of score."""
 
     model: PathOrUri = argument("model directory written by train")
     catalog: PathOrUri = argument(
-        "a catalog (as for prepare) or a dataset directory written by prepare"
+        "catalog (as for prepare) or dataset directory written by prepare"
     )
     out: PathOrUri = Field(
-        description="output directory of the labels: new, or of the same command to resume"
+        description="output directory of the labels: new, or that of the run to resume"
     )
-    part_rows: Positive = Field(1024, description="rows of an output part, the unit of commit")
-    carry: tuple[str, ...] = Field(
+    part_rows: Positive = Field(
+        1024, description="rows per output part, the unit in which labels are written"
+    )
+    carry: Names = Field(
         (), description="columns of the catalog to copy to the labels, comma-separated"
     )
     max_rejected: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="fail with exit code 3 after scoring if a larger share of the rows (without"
-        " duplicates) is rejected  [default: fail if all rows are rejected, unless every cover was"
-        " read and is not an image]",
+        description="fail with exit code 3 if a larger share of the rows (without duplicates) is"
+        " rejected  [default: fail if all rows are rejected, unless every cover was read and is not"
+        " an image]",
     )
-    batch_size: Positive = Field(64, description="covers per forward pass")
-    workers: Positive | None = Field(None, description=_WORKERS)
-    cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
-    device: Device = Field("auto", description=_DEVICE)
-
-    @field_validator("carry", mode="before")
-    @classmethod
-    def _carry_is_a_list(cls, value: Any) -> Any:
-        return _comma_separated(value) if isinstance(value, str) else value
 
     @field_validator("carry")
     @classmethod
-    def _carried_names_are_free(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Without regard to case: DuckDB, Spark and Delta compare names of columns so."""
+    def _check_carry(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Column names must differ in more than case: DuckDB, Spark and Delta ignore it."""
         from covergenre.schema import LABELS
 
         used = {name.casefold(): name for name in LABELS.names}
         for name in names:
             if (taken := used.get(name.casefold())) is not None:
                 raise ValueError(
-                    f"{name!r} would be a second column {taken!r} in the labels; leave it out"
+                    f"{name!r} would be a second column {taken!r} in the labels; remove it"
                 )
             used[name.casefold()] = name
         return names
@@ -437,9 +434,12 @@ Stage = TypeVar("Stage", bound=StageConfig)
 
 
 def parse(stage: type[Stage], flags: Mapping[str, Any], file: str | None = None) -> Stage:
-    """Settings from a YAML file and flags; flags take precedence. Raises ConfigError (one line)."""
+    """Settings from flags and a YAML file; flags override the file.
+
+    Raises ConfigError, whose message names the flag, or the file and the line.
+    """
     if file == "":
-        raise ConfigError("--config is empty; give the path of a YAML file")
+        raise ConfigError("--config: is empty; expected the path of a YAML file", code="invalid")
     values, lines = _read_file(file) if file is not None else ({}, {})
     for key in values:
         if key not in stage.model_fields:
@@ -447,71 +447,28 @@ def parse(stage: type[Stage], flags: Mapping[str, Any], file: str | None = None)
             raise ConfigError(
                 f"{file} line {lines[key]}: unknown setting {key!r}{near}", code="unknown"
             )
-    sources = {name: f"{file} line {line}: {name}" for name, line in lines.items()}
     settings = stage.__new__(stage)
     try:
-        # Not through the class's own __init__, whose errors name settings as Python does.
+        # Not StageConfig.__init__: its errors contain the names of the Python API.
         BaseModel.__init__(settings, **(values | dict(flags)))
     except ValidationError as error:
-        by_flag = {name: _option_name(stage, name) for name in stage.model_fields}
-        # A flag overrides the file, so the error names the flag.
-        in_file = {name: where for name, where in sources.items() if name not in flags}
-        raise _config_error(error, stage, by_flag | in_file) from error
+        shown = {
+            name: name.upper() if field.json_schema_extra else flag(name)
+            for name, field in stage.model_fields.items()
+        }
+        in_file = {n: f"{file} line {line}: {n}" for n, line in lines.items() if n not in flags}
+        raise config_error(error, stage, shown | in_file) from error
     return settings
 
 
 def _read_file(file: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """The file's settings, and the line of each."""
+    """The settings in a file, and the line of each."""
     from covergenre.config_file import read_settings
     from covergenre.io import storage
 
     return read_settings(storage.read_bytes(file), file)
 
 
-def _config_error(
-    error: ValidationError, stage: type[StageConfig], shown: Mapping[str, str]
-) -> ConfigError:
-    """One line for the first problem. shown: how to refer to a setting (default: its name)."""
-    first = error.errors()[0]
-    name = str(first["loc"][0])
-    where = shown.get(name, name)
-    if first["type"] == "extra_forbidden":
-        near = did_you_mean(name, stage.model_fields)
-        return ConfigError(f"{stage.__name__} has no setting {name!r}{near}", code="unknown")
-    if first["type"] == "missing" and first["loc"] == (name,):
-        return ConfigError(f"{where} is missing", code="missing")
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        message = "too few values"
-    message = message[0].lower() + message[1:]
-    value = first["input"]
-    if first["type"] == "literal_error" and isinstance(value, str):
-        near = did_you_mean(value, options(stage, name))
-        return ConfigError(f"{where}: {value!r} is not a valid value{near}", code="invalid")
-    if isinstance(value, list | tuple):
-        value = ",".join(map(str, value))
-    return ConfigError(f"{where}: {value!r}: {message}", code="invalid")
-
-
-def _option_name(stage: type[StageConfig], name: str) -> str:
-    """What the command line calls a setting."""
-    return name.upper() if stage.model_fields[name].json_schema_extra else flag(name)
-
-
-def _options(annotation: Any) -> list[Any]:
-    """The values of a Literal, optional or not; empty if `annotation` has none."""
-    from typing import get_args, get_origin
-
-    if get_origin(annotation) is Literal:
-        return list(get_args(annotation))
-    return [value for inner in get_args(annotation) for value in _options(inner)]
-
-
-def options(stage: type[StageConfig], name: str) -> list[str]:
-    """The allowed values of the setting `name`; empty if it is not a choice."""
-    return [str(value) for value in _options(stage.model_fields[name].annotation)]
-
-
 def flag(name: str) -> str:
-    """The flag of a setting: `batch_size` -> `--batch-size`."""
+    """`batch_size` -> `--batch-size`."""
     return "--" + name.replace("_", "-")

@@ -15,7 +15,7 @@ class _TextLoader(yaml.SafeLoader):
     """Loads plain scalars as text; only null and the merge key (<<) are interpreted.
 
     YAML 1.1 reads 2:8 as 128, 010 as 8, no as false and 2020-01-01 as a date. The settings classes
-    convert text themselves, so that a value in a file means the same as in a flag.
+    convert text, so that a value in a file means the same as in a flag.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012  as in the base class
@@ -28,7 +28,7 @@ class _TextLoader(yaml.SafeLoader):
             f"{_TAG}{kind}": getattr(yaml.SafeLoader, f"construct_yaml_{kind}")
             for kind in ("seq", "map")
         },
-        # Explicit types (`!!int 3`) are left to the settings classes as well.
+        # Values with explicit types (`!!int 3`) are loaded as text, too.
         **{
             f"{_TAG}{kind}": yaml.SafeLoader.construct_yaml_str
             for kind in ("str", "bool", "int", "float", "timestamp")
@@ -36,10 +36,7 @@ class _TextLoader(yaml.SafeLoader):
     }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Compose a mapping, and raise if a key is set twice.
-
-        Checked here because merge keys are not expanded yet, and each mapping is seen once.
-        """
+        """Raises if a key of the mapping is set twice. Merge keys are not expanded yet."""
         node = super().compose_mapping_node(anchor)
         assert isinstance(node, yaml.MappingNode)
         _check_unique(node, str)
@@ -47,12 +44,12 @@ class _TextLoader(yaml.SafeLoader):
 
 
 def read_settings(text: bytes, file: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """(name -> text, None or a list of these; name -> line number). Names have _ for -.
+    """(name -> text, None or a list of these; name -> line number). Names have _ instead of -.
 
     Raises ConfigError with the file and the line.
     """
     try:
-        loader = _TextLoader(text)  # reads the file, so it may raise, too
+        loader = _TextLoader(text)  # raises yaml.reader.ReaderError
         try:
             root = loader.get_single_node()
             if root is None:
@@ -60,7 +57,9 @@ def read_settings(text: bytes, file: str) -> tuple[dict[str, Any], dict[str, int
             if not isinstance(root, yaml.MappingNode):
                 if root.tag == _NULL:
                     return {}, {}
-                raise _invalid("expected settings as `name: value` lines", root)
+                raise _InvalidSettings(
+                    "expected settings as `name: value` lines", root, "invalid_file"
+                )
             _check_unique(root, _setting_name)
             values = loader.construct_document(root)
         finally:
@@ -69,28 +68,34 @@ def read_settings(text: bytes, file: str) -> tuple[dict[str, Any], dict[str, int
         for key, value in root.value:  # merged keys come first
             items = value.value if isinstance(value, yaml.SequenceNode) else [value]
             if not all(isinstance(item, yaml.ScalarNode) for item in items):
-                raise _invalid(f"{key.value}: expected a value or a list of values", key)
+                raise _InvalidSettings(
+                    f"{key.value}: expected a value or a list of values", key, "invalid"
+                )
             lines[_setting_name(key.value)] = key.start_mark.line + 1
     except _InvalidSettings as error:
-        raise ConfigError(f"{file}{_line(error)}: {error.problem}") from error
+        raise ConfigError(f"{file}{_line(error)}: {error.problem}", code=error.code) from error
     except yaml.MarkedYAMLError as error:
         problem = error.problem or "cannot be parsed"
         if r"'\t'" in problem:
             problem = "has a tab; use spaces"
-        raise ConfigError(f"{file}{_line(error)}: not valid YAML: {problem}") from error
+        raise _not_yaml(file + _line(error), problem) from error
     except yaml.reader.ReaderError as error:
-        raise ConfigError(f"{file}: not valid YAML: {error.reason}; save it as UTF-8") from error
+        raise _not_yaml(file, f"{error.reason}; save it as UTF-8") from error
     except RecursionError as error:
-        raise ConfigError(f"{file}: not valid YAML: nested too deeply") from error
+        raise _not_yaml(file, "nested too deeply") from error
     return {_setting_name(str(key)): value for key, value in values.items()}, lines
 
 
 class _InvalidSettings(yaml.MarkedYAMLError):
     """Valid YAML that is not a valid config file."""
 
+    def __init__(self, problem: str, node: yaml.Node, code: str) -> None:
+        super().__init__(problem=problem, problem_mark=node.start_mark)
+        self.code = code
 
-def _invalid(problem: str, node: yaml.Node) -> _InvalidSettings:
-    return _InvalidSettings(problem=problem, problem_mark=node.start_mark)
+
+def _not_yaml(where: str, problem: str) -> ConfigError:
+    return ConfigError(f"{where}: not valid YAML: {problem}", code="invalid_file")
 
 
 def _line(error: yaml.MarkedYAMLError) -> str:
@@ -106,10 +111,12 @@ def _check_unique(node: yaml.MappingNode, name_of: Any) -> None:
     first: dict[str, yaml.Node] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            continue  # raises when it is constructed
+            continue  # an error when it is constructed
         name = name_of(key.value)
         earlier = first.setdefault(name, key)
         if earlier is not key:
             as_ = f" as {earlier.value}" if earlier.value != key.value else ""
             line = earlier.start_mark.line + 1
-            raise _invalid(f"{key.value} is set twice, first in line {line}{as_}", key)
+            raise _InvalidSettings(
+                f"{key.value} is set twice, first in line {line}{as_}; remove one", key, "duplicate"
+            )
