@@ -271,9 +271,9 @@ def test_empty_file_sets_nothing(text: str, tmp_path: Path) -> None:
         ("<<: {epochs: 1}\n<<: {seed: 2}\n", "duplicate", "line 2: <<"),
         ("epochs: {a: 1, a: 2}\n", "duplicate", "line 1: a"),
         ("epochs: [{a: 1, a: 2}]\n", "duplicate", "line 1: a"),
-        ("seed: 1\nepochs: [[3]]\n", "invalid_file", "line 2: epochs"),
+        ("seed: 1\nepochs: [[3]]\n", "invalid", "line 2: epochs"),
         ("epochs: [3]\n", "invalid", "epochs: '3'"),
-        ("epochs: {a: 3}\n", "invalid_file", "line 1: epochs"),
+        ("epochs: {a: 3}\n", "invalid", "line 1: epochs"),
         ("epochs: true\n", "invalid", "line 1: epochs: 'true'"),
         ("epochs: 1e1\n", "invalid", "line 1: epochs: '1e1'"),
         ("epochs: 0x10\n", "invalid", "line 1: epochs: '0x10'"),
@@ -401,7 +401,7 @@ def other_value(stage: type[StageConfig], name: str) -> object:
 @pytest.mark.parametrize(
     ("stage", "name"), [(stage, name) for stage in STAGES for name in stage.model_fields]
 )
-def test_fingerprint_depends_on_the_settings_that_change_the_result(
+def test_fingerprint_depends_on_settings_that_change_the_result(
     stage: type[StageConfig], name: str
 ) -> None:
     base = parse(stage, REQUIRED[stage])

@@ -44,6 +44,7 @@ LIGHT = {
     "covergenre",
     "covergenre.cli",
     "covergenre.config",
+    "covergenre.config_errors",
     "covergenre.errors",
     "covergenre.genre_text",
     "covergenre.progress",
