@@ -19,11 +19,12 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray._private.node import Node
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
+from ray.data._internal.usage import UsageCallback
 from ray.job_config import JobConfig
 
 __all__ = [
+    "PIPELINE_CALLBACKS",
     "InstalledCodeOnly",
-    "Pause",
     "autoscaler_config",
     "is_startup_timeout",
     "is_token_auth_enabled",
@@ -48,6 +49,24 @@ class Pause(ExecutionCallback):
     def on_execution_step(self, executor: StreamingExecutor) -> None:
         """Called after each iteration."""
         time.sleep(_PAUSE_SECONDS)
+
+
+class NoUsageActor(ExecutionCallback):
+    """Removes the callback with which Ray Data collects usage statistics of a pipeline.
+
+    It starts an actor, whose process takes seconds to start, even where nothing is reported. The
+    variables that disable it are read when a pipeline starts: they would have to stay set in the
+    host process.
+    """
+
+    def before_execution_starts(self, executor: StreamingExecutor) -> None:
+        """Called before the same method of Ray's callback, which is always the later one."""
+        callbacks = executor._callbacks
+        callbacks[:] = [each for each in callbacks if not isinstance(each, UsageCallback)]
+
+
+PIPELINE_CALLBACKS: tuple[type[ExecutionCallback], ...] = (Pause, NoUsageActor)
+"""Callbacks for every Ray Data pipeline of ours."""
 
 
 class InstalledCodeOnly(JobConfig):

@@ -89,9 +89,8 @@ def _settings(verbose: bool, *, embedded: bool) -> dict[str, str]:
         # Messages of the raylet, which log_to_driver=False does not stop.
         settings["RAY_DEDUP_LOGS_SKIP_REGEX"] = ".*"
     if embedded:
-        # Processes that an embedded Ray does not need; each takes seconds to start.
+        # A process that an embedded Ray does not need; it takes seconds to start.
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        settings["RAY_DATA_USAGE_DISABLED"] = "1"
     settings = {name: value for name, value in settings.items() if name not in os.environ}
     return settings | ({"RAY_ADDRESS": ""} if embedded else {})  # it may be "local"
 
@@ -308,7 +307,7 @@ def data_context(*, ordered: bool = False, skip_failed_blocks: bool = False) -> 
     """
     from ray.data import DataContext, ExecutionResources
 
-    from covergenre.cluster.ray_internals import Pause
+    from covergenre.cluster.ray_internals import PIPELINE_CALLBACKS
 
     context = DataContext.get_current().copy()
     context.enable_progress_bars = context.enable_operator_progress_bars = False
@@ -320,7 +319,8 @@ def data_context(*, ordered: bool = False, skip_failed_blocks: bool = False) -> 
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=PIPELINE_BYTES
     )
-    if Pause not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(Pause)
+    for callback in PIPELINE_CALLBACKS:
+        if callback not in context.custom_execution_callback_classes:
+            context.custom_execution_callback_classes.append(callback)
     with DataContext.current(context):
         yield

@@ -5,6 +5,7 @@ Each failure names an API; then read what Ray does instead, and adapt the functi
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from ray._private import node, ray_constants, worker
 from ray._private.authentication import authentication_token_setup
 from ray.data import DataContext
 from ray.data._internal.execution import execution_callback, streaming_executor
+from ray.data._internal.planner import planner
+from ray.data._internal.usage import UsageCallback
 from ray.job_submission import JobSubmissionClient
 from ray.train.v2.api import exceptions
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -43,6 +46,8 @@ def test_node_starts_these_processes_by_methods(name: str) -> None:
         (worker.init, "_temp_dir"),
         (authentication_token_setup, "RAY_AUTH_MODE"),
         (streaming_executor, "on_execution_step("),
+        (streaming_executor, "in self._callbacks:"),
+        (planner.Planner.plan, "callbacks.append(create_usage_callback("),
         (DataParallelTrainer, "self._register_sigint_handler(controller)"),
         (JobSubmissionClient, "self._do_request("),
     ],
@@ -56,6 +61,7 @@ def test_ray_still_uses_what_is_replaced_or_passed(code: Any, text: str) -> None
     ("function", "parameters"),
     [
         (execution_callback.ExecutionCallback.on_execution_step, ["self", "executor"]),
+        (execution_callback.ExecutionCallback.before_execution_starts, ["self", "executor"]),
         (DataParallelTrainer._register_sigint_handler, ["self", "controller"]),
         (job_config.JobConfig._runtime_env_has_working_dir, ["self"]),
     ],
@@ -79,6 +85,22 @@ def test_a_startup_timeout_is_told_from_other_errors() -> None:
     assert ray_internals.is_startup_timeout(timeout)
     assert not ray_internals.is_startup_timeout(exceptions.ControllerError(ValueError()))
     assert not ray_internals.is_startup_timeout("text")
+
+
+def test_pipelines_collect_no_usage_statistics() -> None:
+    called: list[object] = []
+
+    class Last(execution_callback.ExecutionCallback):
+        def before_execution_starts(self, executor: Any) -> None:
+            called.append(self)
+
+    ours = [callback() for callback in ray_internals.PIPELINE_CALLBACKS]
+    last = Last()
+    executor: Any = SimpleNamespace(_callbacks=[*ours, UsageCallback(None), last])  # type: ignore[arg-type]
+    for callback in executor._callbacks:  # as the executor does
+        callback.before_execution_starts(executor)
+    assert executor._callbacks == [*ours, last]
+    assert called == [last]
 
 
 def test_workers_of_a_job_import_installed_code_only() -> None:
