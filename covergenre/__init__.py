@@ -1,4 +1,4 @@
-"""covergenre: album genres from covers, on one machine or on a Ray cluster.
+"""Predicts the genres of albums from their covers, on one machine or on a Ray cluster.
 
     import covergenre as cg
 
@@ -6,7 +6,7 @@
     scores = model.predict(["a.jpg", "https://example.org/b.png"])
     scores.labels(), scores.top(3), scores.to_pandas()
 
-Everything public is a name of this module, and is imported when it is first used.
+All public names are in this module. They are imported on first use.
 """
 
 from importlib import import_module
@@ -75,5 +75,5 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def __dir__() -> "list[str]":  # quoted: an old Python has to be able to import this module
+def __dir__() -> "list[str]":  # quoted, so that old Pythons can import it
     return sorted({*globals(), *__all__})

@@ -1,13 +1,13 @@
-"""python -m covergenre, and jobs/*.py: the command line, after a look at what it needs.
+"""Entry point of `python -m covergenre` and of jobs/*.py: checks dependencies, then runs the CLI.
 
-Avoids new syntax, as environment.py does.
+Uses old syntax only, like dependencies.py.
 """
 
 import os
 import sys
 
-# Python puts the current directory first: a token.py or torch.py beside a catalog would hide the
-# module of that name. Moved to the end where packages that are not installed may be in it.
+# Python puts the current directory first on sys.path, where a token.py or torch.py beside a catalog
+# would hide the module of that name. It is removed, or moved to the end if covergenre is in it.
 if __name__ == "__main__" and sys.path and sys.path[0] in ("", os.getcwd()):
     first = sys.path.pop(0)
     if os.path.samefile(first or ".", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))):
@@ -17,7 +17,7 @@ from covergenre.dependencies import check_environment
 
 
 def main(args: "list[str] | None" = None) -> None:
-    """Run the command line; where a package is missing, end with one line that says so."""
+    """Run the command line. Missing packages are a one-line error with exit code 2."""
     check_environment()
     from covergenre.cli import main as run
 

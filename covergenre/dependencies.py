@@ -1,7 +1,7 @@
-"""Whether this Python can run covergenre: its version, and the packages it has.
+"""Checks the version of Python and of the required packages.
 
-Imports the standard library only and avoids new syntax, because it has to run, and to say what is
-missing, where nothing is installed and on an old Python.
+Imports the standard library only and uses old syntax, so that it can report what is missing on old
+Pythons and where no package is installed.
 """
 
 import importlib.util
@@ -32,25 +32,24 @@ PACKAGES = {
     "tqdm": ("tqdm", "4.66"),
     "urllib3": ("urllib3", "2.2"),
 }
-"""Package -> (module, oldest version), as pyproject.toml says; a test compares them."""
-USED_BY_SOME = ("backports-zstd", "boto3", "brotli")
-"""Imported where they are used, and a job may do without: one that has no data on S3, say."""
+"""Package -> (module, minimum version), as in pyproject.toml; a test compares them."""
+OPTIONAL = ("backports-zstd", "boto3", "brotli")
+"""Imported on use only: for example, boto3 is not needed for local paths."""
 
 
 def missing_requirements(ignored: "tuple[str, ...]" = ()) -> str:
-    """One line on what this Python lacks, where, and how to fix it; empty if it lacks nothing.
+    """One line with the machine, the missing or old packages and the fix; empty if there are none.
 
-    ignored: packages that it may lack.
+    ignored: packages that are not checked.
     """
-    here = f"this machine ({platform.node()}, Python {platform.python_version()}"
-    here += f" at {sys.executable})"
+    here = f"Python {platform.python_version()} at {sys.executable} on {platform.node()}"
     if sys.version_info[:2] < PYTHON:
-        return f"{here} is too old: covergenre needs Python {PYTHON[0]}.{PYTHON[1]} or newer"
+        return f"{here} is too old; install Python {PYTHON[0]}.{PYTHON[1]} or newer"
     from importlib import metadata
 
     missing: list[str] = []
     old: list[str] = []
-    for package, (module, oldest) in PACKAGES.items():
+    for package, (module, minimum) in PACKAGES.items():
         if package in ignored:
             continue
         if not _is_found(module):
@@ -60,25 +59,24 @@ def missing_requirements(ignored: "tuple[str, ...]" = ()) -> str:
             found = metadata.version(package)
         except metadata.PackageNotFoundError:  # installed without its metadata
             continue
-        if _numbers(found) < _numbers(oldest):
-            old.append(f"{package} {found} ({oldest} or newer is needed)")
-    lacks: list[str] = []
+        if _numbers(found) < _numbers(minimum):
+            old.append(f"{package} {found} ({minimum} or newer is required)")
+    problems: list[str] = []
     if missing:
-        lacks.append(f"lacks the package{'s' * (len(missing) > 1)} {', '.join(missing)}")
+        problems.append(f"lacks the package{'s' * (len(missing) > 1)} {', '.join(missing)}")
     if old:
-        lacks.append(f"has {', '.join(old)}")
-    if not lacks:
+        problems.append(f"has {', '.join(old)}")
+    if not problems:
         return ""
     return (
-        f"{here} {' and '.join(lacks)}; install requirements.txt on every machine:"
-        " uv pip install -r requirements.txt"
+        f"{here} {' and '.join(problems)}; run on every machine: uv pip install -r requirements.txt"
     )
 
 
 def _is_found(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it is in
+    except ModuleNotFoundError:  # its parent package
         return False
 
 
@@ -94,8 +92,8 @@ def _numbers(version: str) -> "tuple[int, ...]":
 
 
 def check_environment() -> None:
-    """End the process with one line and exit code 2 where covergenre cannot run."""
-    line = missing_requirements(ignored=USED_BY_SOME)
+    """Exit with one line and code 2 if a required package is missing or too old."""
+    line = missing_requirements(ignored=OPTIONAL)
     if line:
         print(f"covergenre: {line}", file=sys.stderr)
         sys.exit(2)

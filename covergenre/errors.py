@@ -28,7 +28,7 @@ class CovergenreError(Exception):
 
     exit_code = 1
     code = ""
-    """Identifies the problem among those of the same class, in snake_case; may be empty."""
+    """Distinguishes problems of the same class, in snake_case; may be empty."""
 
     def __init__(self, message: str, *, code: str = "") -> None:
         super().__init__(message)
@@ -78,11 +78,11 @@ class TrainingDivergedError(UserError):
 
 
 class DeviceMemoryError(UserError):
-    """A training step, even when split into micro-batches, does not fit into GPU memory."""
+    """A training step does not fit into GPU memory, even if it is split into micro-batches."""
 
 
 class RejectedError(CovergenreError):
-    """A finished run rejected more rows than --max-rejected allows."""
+    """The run finished, but rejected more rows than --max-rejected allows."""
 
     exit_code = 3
 
@@ -92,7 +92,7 @@ class RayStartError(CovergenreError):
 
 
 class LedgerError(CovergenreError):
-    """Rows were lost: a bug in covergenre, not a user error."""
+    """The row counts do not add up: a bug in covergenre, not a user error."""
 
 
 def did_you_mean(wrong: str, valid: Iterable[str]) -> str:

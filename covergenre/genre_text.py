@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable
 
 MISSING_VALUES = ("nan", "none", "null", "na", "n/a", "<na>", "#n/a")
-"""Texts that pandas and others write for a missing value, in any case."""
+"""How pandas and other tools write a missing value, in any case."""
 
 BRACKETS = frozenset("[]{}")
 _CALL = re.compile(
@@ -29,7 +29,7 @@ _BARE_MISSING = frozenset({"nan", "none", "null", "<na>"})
 
 
 class GenreTextError(ValueError):
-    """A cell of a genre column cannot be parsed. The message has no file or line."""
+    """A cell of a genre column cannot be parsed. The message does not name the file and line."""
 
     def __init__(self, cell: str, why: str) -> None:
         super().__init__(f"{excerpt(cell)}: {why}")
@@ -99,7 +99,7 @@ def _list_items(text: str) -> str | None:
         return None
     if text[0] + text[-1] in ("[]", "{}"):
         return text[1:-1]
-    # Many names have parentheses; a tuple has quotes after the first one.
+    # Genre names may have parentheses; in a tuple, a quote follows the opening one.
     is_tuple = text[0] + text[-1] == "()" and (text[1:-1].strip()[:1] in ("'", '"', ""))
     return text[1:-1] if is_tuple else None
 
@@ -122,7 +122,7 @@ def _parse_items(items: str) -> list[str | None]:
             )
         )
         if item is None or not is_separated:
-            raise ValueError(f"at {excerpt(items[next_item.start() :], 20)}")
+            raise ValueError(f"unexpected {excerpt(items[next_item.start() :], 20)}")
         names.append(_bare(item["bare"].strip()) if item["bare"] else _unquoted(item["quoted"]))
         previous, at = item, item.end()
     return names
@@ -130,7 +130,7 @@ def _parse_items(items: str) -> list[str | None]:
 
 def _bare(word: str) -> str | None:
     if word in ("...", "…"):
-        raise ValueError("it is truncated: ...")
+        raise ValueError("it is truncated with ...")
     return None if word.lower() in _BARE_MISSING else word
 
 
@@ -146,5 +146,5 @@ def _unquoted(token: str) -> str:
         name = name.decode()
     if not isinstance(name, str):
         raise ValueError("not text")
-    name.encode()  # raises for half of a surrogate pair
+    name.encode()  # raises if it has half of a surrogate pair
     return name

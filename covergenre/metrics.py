@@ -1,11 +1,11 @@
-"""Exact multi-label metrics of arrays, computed with scikit-learn.
+"""Multi-label metrics, computed exactly with scikit-learn.
 
-Micro: every album-genre pair is one decision, so common genres weigh more. Macro: the mean over
-genres. The paper uses Keras, whose metrics are micro by default; Oramas et al. report macro. Both
-are exact here, also with ties, not approximated with a fixed number of thresholds as in Keras.
+Micro averages are over all album-genre pairs, so common genres count more; macro averages are means
+over genres. The paper uses Keras, whose metrics are micro by default; Oramas et al. report macro.
+Neither is approximated with a fixed number of thresholds, as in Keras.
 
-Only macro metrics show whether a model has learned anything from covers: predicting for every
-album the share of albums with each genre has a macro ROC AUC of 0.5, but good micro metrics.
+Only macro metrics show whether a model has learned anything from covers: always predicting the
+share of albums with each genre gives a macro ROC AUC of 0.5, but good micro metrics.
 """
 
 import math
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from covergenre.formatting import plural, shortened
 
 _ONE_SIDED_5_PERCENT = 1.645
-"""Standard errors above chance that a macro ROC AUC without skill exceeds one time in twenty."""
+"""Quantile of the normal distribution: exceeded by chance in 5 % of all cases."""
 
 Metrics = dict[str, Any]
 
@@ -31,14 +31,13 @@ def multilabel_metrics(
     Keys: albums, roc_auc_macro, roc_auc_micro, pr_auc_macro, pr_auc_micro (average precision),
     precision and recall (micro, at `threshold`), macro_genres, genres_without_auc,
     chance_standard_error, better_than_chance, and `genres`: the same for each genre, with its
-    positives and prevalence. A genre with no positive or no negative album has no AUC: it is NaN,
-    is left out of the macro means and named in genres_without_auc; macro_genres counts the others.
+    positives and prevalence. A genre without positive or without negative albums has AUCs of NaN,
+    is left out of the macro means, and is listed in genres_without_auc; macro_genres is the number
+    of the other genres.
 
     better_than_chance: whether roc_auc_macro is significantly above 0.5, by a one-sided test at the
-    5 % level with chance_standard_error (see macro_auc_standard_error). None: no genre has an AUC.
+    5 % level with chance_standard_error (see macro_auc_standard_error); None without macro means.
     """
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
     truth = np.asarray(truth) > 0.5
     scores = np.asarray(scores)
     if truth.shape != scores.shape or truth.shape[1] != len(genres):
@@ -48,30 +47,26 @@ def multilabel_metrics(
     per_genre: dict[str, dict[str, float]] = {}
     for j, name in enumerate(genres):
         positives = int(truth[:, j].sum())
-        defined = 0 < positives < len(truth)
+        roc_auc, pr_auc = _areas(truth[:, j], scores[:, j])
         per_genre[name] = {
             "positives": positives,
             "prevalence": positives / len(truth) if len(truth) else math.nan,
-            "roc_auc": float(roc_auc_score(truth[:, j], scores[:, j])) if defined else math.nan,
-            "pr_auc": (
-                float(average_precision_score(truth[:, j], scores[:, j])) if defined else math.nan
-            ),
+            "roc_auc": roc_auc,
+            "pr_auc": pr_auc,
             **_precision_recall(truth[:, j], decided[:, j]),
         }
     measured = [g for g, m in per_genre.items() if not math.isnan(m["roc_auc"])]
-    both = 0 < truth.sum() < truth.size
     used = [j for j, name in enumerate(genres) if name in measured]
     macro = _mean([per_genre[g]["roc_auc"] for g in measured])
     error = macro_auc_standard_error(truth[:, used], scores[:, used]) if used else math.nan
+    roc_auc_micro, pr_auc_micro = _areas(truth.ravel(), scores.ravel())
     return {
         "albums": len(truth),
         "threshold": threshold,
         "roc_auc_macro": macro,
-        "roc_auc_micro": float(roc_auc_score(truth.ravel(), scores.ravel())) if both else math.nan,
+        "roc_auc_micro": roc_auc_micro,
         "pr_auc_macro": _mean([per_genre[g]["pr_auc"] for g in measured]),
-        "pr_auc_micro": (
-            float(average_precision_score(truth.ravel(), scores.ravel())) if both else math.nan
-        ),
+        "pr_auc_micro": pr_auc_micro,
         **_precision_recall(truth, decided),
         "macro_genres": len(measured),
         "genres_without_auc": [g for g in genres if g not in measured],
@@ -84,12 +79,12 @@ def multilabel_metrics(
 def macro_auc_standard_error(truth: NDArray[np.bool_], scores: NDArray[Any]) -> float:
     """Standard error of the macro ROC AUC of scores that are independent of the genres.
 
-    That is, if every permutation of the rows of `scores` were equally likely. A genre's AUC is
-    linear in the ranks of its positive albums (Mann & Whitney 1947), and so is the mean of several,
-    whose variance is that of Hoeffding's combinatorial central limit theorem (1951),
-    (n - 1) * sum(cov(truth) * cov(ranks)): exact, with ties and with genres that depend on each
-    other. For one genre with P positive and N negative albums, and no ties, it is the
-    (P + N + 1) / (12 P N) of the Mann-Whitney U test. Every genre must have both.
+    It is exact, also with ties and correlated genres, if all permutations of the rows of `scores`
+    are equally likely. A genre's AUC is linear in the ranks of its positive albums (Mann & Whitney
+    1947), and so is the mean over genres. Its variance is (n - 1) * sum(cov(truth) * cov(ranks)),
+    as in Hoeffding's combinatorial central limit theorem (1951). For one genre with P positive and
+    N negative albums and no ties, that is (P + N + 1) / (12 P N), as in the Mann-Whitney U test.
+    Every genre must have positive and negative albums.
     """
     albums, genres = truth.shape
     positives = truth.sum(axis=0)
@@ -107,14 +102,14 @@ def _midranks(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def dev_metrics(record: Mapping[str, Any]) -> Metrics:
-    """Metrics of the dev split in a training epoch's record, without the prefix `dev_`."""
+    """The dev metrics in the record of a training epoch, without the prefix `dev_`."""
     return {key.removeprefix("dev_"): v for key, v in record.items() if key.startswith("dev_")}
 
 
 def macro_over(metrics: Mapping[str, Any], most: int = 3) -> str:
-    """Genres that the macro means are over: `6 genres`, or `5 of 6 genres, without Country`.
+    """The genres in the macro means: `6 genres`, or `5 of 6 genres, without Country`.
 
-    At most `most` of the names left out are listed. Empty if `metrics` has no `macro_genres`.
+    Lists at most `most` of the genres left out. Empty if `metrics` has no `macro_genres`.
     """
     used = metrics.get("macro_genres")
     if used is None:
@@ -127,30 +122,27 @@ def macro_over(metrics: Mapping[str, Any], most: int = 3) -> str:
 
 
 def chance_warning(metrics: Mapping[str, Any], split: str) -> str:
-    """A warning if `metrics` of `split` are no better than chance, else empty.
-
-    See multilabel_metrics for the test.
-    """
+    """A warning if the metrics are not better than chance (see multilabel_metrics), else empty."""
     auc, error = metrics["roc_auc_macro"], metrics.get("chance_standard_error")
     if metrics.get("macro_genres") == 0:
         return (
-            f"the {split} split cannot show whether the model is better than chance: it has no"
-            " genre that some albums have and others do not"
+            f"cannot tell whether the model is better than chance: in the {split} split, each genre"
+            " is in all albums or in none"
         )
     if auc is None or error is None or metrics["better_than_chance"]:
         return ""
     return (
-        f"no better than chance on the {split} split: macro ROC AUC {auc:.3f}, where random scores"
-        f" have 0.5 with a standard error of {error:.3f}; micro metrics can still look good: they"
-        " reward knowing which genres are common"
+        f"no better than chance on the {split} split: macro ROC AUC {auc:.3f}; random scores have"
+        f" 0.5 with a standard error of {error:.3f}; micro metrics can still be high, because they"
+        " reward predicting common genres"
     )
 
 
 def base_rate_loss(positives: Sequence[int] | NDArray[Any], albums: int) -> float:
     """Binary cross-entropy of always predicting each genre's share of the albums.
 
-    positives: albums that have each genre, of `albums`. The mean over genres of the entropy of
-    their shares, in nats; the least that a model that does not look at covers can reach.
+    positives: number of albums with each genre. In nats, the mean over genres; no model can have a
+    lower loss without using the covers.
     """
     share = np.asarray(positives, np.float64) / albums
     certain = (share == 0) | (share == 1)  # 0 log 0 is 0
@@ -159,8 +151,17 @@ def base_rate_loss(positives: Sequence[int] | NDArray[Any], albums: int) -> floa
     return float(entropies.mean())
 
 
+def _areas(truth: NDArray[np.bool_], scores: NDArray[Any]) -> tuple[float, float]:
+    """(ROC AUC, average precision); NaN if `truth` has no positives or no negatives."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    if not 0 < truth.sum() < truth.size:
+        return math.nan, math.nan
+    return float(roc_auc_score(truth, scores)), float(average_precision_score(truth, scores))
+
+
 def _precision_recall(truth: NDArray[np.bool_], decided: NDArray[np.bool_]) -> dict[str, float]:
-    """Precision is 0 if nothing was predicted, recall 0 if nothing is true (as in Keras)."""
+    """As in Keras, precision is 0 without predicted labels, and recall is 0 without true ones."""
     hits = int((truth & decided).sum())
     predicted, actual = int(decided.sum()), int(truth.sum())
     return {

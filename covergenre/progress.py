@@ -1,6 +1,6 @@
-"""Progress of long calls: events for callbacks, and a progress bar or log lines on request.
+"""Progress of long calls: events for callbacks, and a progress bar or log lines if enabled.
 
-Nothing is shown unless `reporting(True)` is active; the command line activates it.
+Nothing is shown unless enabled by `reporting(True)`, as in the command line.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ _LOG_EVERY_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """What callbacks receive: each time that items are done, and at the end of each epoch."""
+    """Passed to callbacks whenever items are done, and at the end of each epoch."""
 
     task: str
     """"prepare", "train", "evaluate", "score" or "catalog" (reading it)."""
     done: int
     total: int | None
-    """None where it is not known yet."""
+    """None if it is not known yet."""
     unit: str
-    """What is counted: "covers" or "rows"."""
+    """"covers" or "rows"."""
     rate: float
     """Units per second."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    """Of the training epoch that has just ended; empty in all other events."""
+    """At the end of a training epoch: its metrics. Empty in all other events."""
 
 
 Callback = Callable[[ProgressEvent], object]
@@ -43,11 +43,11 @@ _callbacks: ContextVar[tuple[Callback, ...]] = ContextVar("covergenre_callbacks"
 
 @contextlib.contextmanager
 def reporting(progress: bool | None, callbacks: Iterable[Callback] = ()) -> Iterator[None]:
-    """Settings of every Progress that is created inside, on this thread.
+    """Settings of every Progress that is created in the `with` block, on this thread.
 
     progress: True shows a bar on a terminal or in a notebook, and otherwise logs a line every 15
-    seconds; False shows nothing; None keeps the surrounding setting, which is False unless the
-    command line runs. callbacks: called in addition to the surrounding ones.
+    seconds; False shows nothing; None keeps the setting of the outer block (default: False).
+    callbacks: added to those of the outer blocks.
     """
     show = _show.set(_show.get() if progress is None else progress)
     added = _callbacks.set((*_callbacks.get(), *callbacks))
@@ -60,7 +60,7 @@ def reporting(progress: bool | None, callbacks: Iterable[Callback] = ()) -> Iter
 
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """Write the package's log messages to stderr, for programs: a library configures no logging."""
+    """Write the log messages of covergenre to stderr: for programs, as a library must not."""
     package = logging.getLogger("covergenre")
     handler = _StderrHandler()
     level, propagate = package.level, package.propagate
@@ -76,7 +76,7 @@ def log_to_stderr() -> Iterator[None]:
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to whatever sys.stderr is at that time, above a progress bar."""
+    """Writes to the current sys.stderr, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
@@ -106,9 +106,9 @@ class Progress:
             )
 
     def advance(self, count: int, note: str = "") -> None:
-        """`count` more items are done."""
+        """Report that `count` more items are done."""
         if not self._started:
-            # The time until the first items is start-up and does not count towards the rate.
+            # The rate excludes the time to start, until the first items are done.
             self._started = self._logged = time.monotonic()
             self._not_timed = count
         self._done += count
@@ -121,9 +121,9 @@ class Progress:
         self._call({})
 
     def update_to(self, done: int, note: str = "") -> None:
-        """`done` items are done in total; fewer than before where work was lost."""
+        """Report that `done` items are done in total. It decreases if work was lost."""
         if done < self._done or not self._started:
-            # Items from an earlier run, or processed again, do not count towards the rate.
+            # The rate excludes the items of an earlier run, and those that are processed again.
             self._not_timed += done - self._done
             if not self._started:
                 self._started = self._logged = time.monotonic()
@@ -139,7 +139,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Items per second since the first were done; 0 before that."""
+        """Items per second since the first items were done; 0 before."""
         seconds = time.monotonic() - self._started
         return (self._done - self._not_timed) / seconds if self._started else 0.0
 

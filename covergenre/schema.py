@@ -6,7 +6,7 @@ import pyarrow as pa
 
 SPLITS = ("train", "dev", "test")
 
-# Why a row is rejected. `detail` of the row says more.
+# Reason of a rejected row -> meaning. The row's `detail` has more.
 REASONS = {
     "null_id": "the row has no album_id",
     "no_cover": "the row has no cover",
@@ -21,7 +21,7 @@ REASONS = {
     "not_an_image": "the bytes are not in an image format that can be decoded",
     "truncated_image": "the image is truncated or damaged",
     "too_many_pixels": "the image has too many pixels to decode safely",
-    "too_much_memory": "decoding the image takes too much memory",
+    "too_much_memory": "decoding the image needs too much memory",
     "decode_timeout": "decoding the image takes too long",
     "decoder_crashed": "decoding the image crashes the decoder",
     "worker_died": "every worker that was given the row crashed, even with the row alone",
@@ -39,7 +39,7 @@ def counted_reasons(reasons: Mapping[str, int]) -> str:
 
 
 def reason_warnings(reasons: Mapping[str, int]) -> list[str]:
-    """Warnings about reasons that a change of the catalog can remove for many rows at once."""
+    """Warnings about rejected rows that a change of the catalog can fix all at once."""
     count = reasons.get("unsupported_scheme", 0)
     if not count:
         return []
@@ -49,7 +49,7 @@ def reason_warnings(reasons: Mapping[str, int]) -> list[str]:
     ]
 
 
-# A dataset's <split>/part-*.parquet: one row per album.
+# A dataset's SPLIT/part-*.parquet: one row per album.
 DATASET = pa.schema(
     [
         pa.field("album_id", pa.string(), nullable=False),
@@ -68,14 +68,14 @@ DATASET = pa.schema(
 REJECTED = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
-        pa.field("album_id", pa.string()),  # of score: a number where the catalog's are
+        pa.field("album_id", pa.string()),  # in score: a number if the catalog's ids are numbers
         pa.field("cover", pa.string()),  # path or URL, without secrets
         pa.field("reason", pa.string(), nullable=False),  # a key of REASONS
         pa.field("detail", pa.string()),
     ]
 )
 
-# A duplicate: a later row with the album_id and the cover of an earlier one.
+# A duplicate: a row with the album_id and the cover of an earlier row.
 DUPLICATES = pa.schema(
     [
         pa.field("album_id", pa.string(), nullable=False),
@@ -90,8 +90,8 @@ CATALOG = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
         pa.field("album_id", pa.string()),
         pa.field("cover", pa.string()),  # absolute path or URI
-        pa.field("source", pa.int32()),  # index into Catalog.files, where the image bytes are
-        pa.field("source_row", pa.int64()),  # row of that file
+        pa.field("source", pa.int32()),  # index of the file with the image bytes
+        pa.field("source_row", pa.int64()),  # row in that file
         pa.field("genres", pa.list_(pa.string())),
         pa.field("title", pa.string()),
         pa.field("artist", pa.string()),
@@ -102,10 +102,10 @@ CATALOG = pa.schema(
 
 
 ID = "id"
-"""A column beside CATALOG's: the id in the catalog's own type where that is a number;
-nulls of type text where it is text, which album_id has. Rows are compared by album_id."""
+"""Additional column of a catalog: the id as a number, if the catalog's ids are numbers; otherwise
+nulls of type string. Rows are compared by album_id."""
 CARRIED = "carry:"
-"""Columns that a result is to have as they are in the catalog: this, and their name."""
+"""Prefix of the additional columns for --carry."""
 
 
 def labels(album_id: pa.DataType, carried: Sequence[pa.Field] = ()) -> pa.Schema:
@@ -121,7 +121,7 @@ def labels(album_id: pa.DataType, carried: Sequence[pa.Field] = ()) -> pa.Schema
             *carried,
             pa.field("top_genre", pa.string()),
             pa.field("top_score", pa.float32()),
-            pa.field("genres", pa.list_(pa.string())),  # whose score reaches their threshold
+            pa.field("genres", pa.list_(pa.string())),  # genres whose score reaches the threshold
             pa.field("scores", pa.map_(pa.string(), pa.float32())),  # genre -> score
             pa.field("row", pa.int64()),  # index in the catalog, from 0
             pa.field("cover_sha256", pa.string()),  # of the source bytes
@@ -135,5 +135,5 @@ LABELS = labels(pa.string())
 
 
 def predictions() -> pa.Schema:
-    """Schema of evaluate's part-*.parquet: LABELS, and the genres that the albums have."""
+    """Schema of evaluate's part-*.parquet: LABELS and the true genres."""
     return LABELS.append(pa.field("true_genres", pa.list_(pa.string())))

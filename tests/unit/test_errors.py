@@ -1,4 +1,4 @@
-"""The errors: their tree, their exit codes, and the nearest valid name."""
+"""Exceptions: class tree, exit codes, and helpers for messages."""
 
 import pickle
 import re
@@ -19,7 +19,7 @@ from covergenre.errors import (
 ERRORS = [e for _, e in getmembers(errors, isclass) if issubclass(e, CovergenreError)]
 
 
-def test_the_docstring_draws_the_tree() -> None:
+def test_docstring_has_the_class_tree() -> None:
     drawn = re.findall(r"^([│├└─ ]*)(\w+Error)\b", errors.__doc__ or "", re.MULTILINE)
     chain: dict[int, str] = {}
     parents = {}
@@ -31,19 +31,19 @@ def test_the_docstring_draws_the_tree() -> None:
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_exit_codes(error: type[CovergenreError]) -> None:
+def test_exit_codes_and_pickling(error: type[CovergenreError]) -> None:
     other = 3 if error is RejectedError else 1
     assert error.exit_code == (2 if issubclass(error, UserError) else other)
-    again = pickle.loads(pickle.dumps(error("one line")))  # workers send them to the driver
+    again = pickle.loads(pickle.dumps(error("one line")))  # workers send errors to the driver
     assert type(again) is error and str(again) == "one line"
 
 
-def test_a_lost_row_is_no_mistake_of_the_users() -> None:
+def test_ledger_error_is_not_a_user_error() -> None:
     assert not issubclass(LedgerError, UserError)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "valid", "said"),
+    ("wrong", "valid", "expected"),
     [
         ("trian", ["train", "score"], "; did you mean 'train'?"),
         ("xyz", ["b", "a"], "; valid: a, b"),
@@ -52,9 +52,9 @@ def test_a_lost_row_is_no_mistake_of_the_users() -> None:
         ("Train", ["train"], "; did you mean 'train'?"),
     ],
 )
-def test_did_you_mean(wrong: str, valid: list[str], said: str) -> None:
-    assert did_you_mean(wrong, valid) == said
-    assert did_you_mean(wrong, iter(valid)) == said
+def test_did_you_mean(wrong: str, valid: list[str], expected: str) -> None:
+    assert did_you_mean(wrong, valid) == expected
+    assert did_you_mean(wrong, iter(valid)) == expected
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_did_you_mean(wrong: str, valid: list[str], said: str) -> None:
         ("\n \n", "no reason was given"),
     ],
 )
-def test_the_essential_line_says_what_failed_and_why(text: str, line: str) -> None:
+def test_essential_line_is_the_first_and_last_line(text: str, line: str) -> None:
     assert essential_line(text) == line
 
 
-def test_the_essential_line_is_not_long() -> None:
+def test_essential_line_is_shortened() -> None:
     assert len(essential_line("word " * 1000)) <= 400

@@ -1,4 +1,4 @@
-"""Counts, articles and lists as sentences need them."""
+"""Plurals, articles and shortened lists."""
 
 import pytest
 
@@ -17,16 +17,16 @@ from covergenre.formatting import plural, shortened, with_article
         (16.0, "16 machines"),
     ],
 )
-def test_one_is_singular_and_everything_else_plural(count: float, expected: str) -> None:
+def test_plural(count: float, expected: str) -> None:
     assert plural(count, "machine") == expected
 
 
-def test_irregular_plural_is_given() -> None:
+def test_irregular_plural() -> None:
     assert plural(1, "row has", "rows have") == "1 row has"
     assert plural(2, "row has", "rows have") == "2 rows have"
 
 
-def test_article_goes_by_the_first_letter() -> None:
+def test_article_depends_on_the_first_letter() -> None:
     assert with_article("evaluate run") == "an evaluate run"
     assert with_article("train run") == "a train run"
 
@@ -42,9 +42,9 @@ def test_article_goes_by_the_first_letter() -> None:
         ("ABCDEFG", "A, B, C and 4 more"),
     ],
 )
-def test_long_list_is_shortened_with_the_count_of_the_rest(names: str, expected: str) -> None:
+def test_long_list_is_shortened(names: str, expected: str) -> None:
     assert shortened(list(names)) == expected
 
 
-def test_shortened_list_can_be_given_another_length() -> None:
+def test_length_of_a_shortened_list() -> None:
     assert shortened(list("ABCDE"), most=2) == "A, B and 3 more"

@@ -1,4 +1,4 @@
-"""Genre names in the text of a cell."""
+"""Parsing and normalising genre names."""
 
 import pytest
 
@@ -80,14 +80,14 @@ def test_list_written_as_text_is_parsed(text: str, expected: list[str]) -> None:
         "['" * 50_000 + "]",
     ],
 )
-def test_error_of_an_invalid_list_is_one_line(text: str) -> None:
+def test_invalid_list_is_a_one_line_error(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         names(text)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_error_has_the_cell() -> None:
-    with pytest.raises(GenreTextError, match="a JSON list") as caught:
+    with pytest.raises(GenreTextError) as caught:
         split_names("[a,,b]", "|")
     assert caught.value.cell == "[a,,b]"
 
@@ -99,7 +99,7 @@ def test_missing_values_are_left_out(word: str) -> None:
     assert names(f"['rock', '{word}']") == ["rock"]
 
 
-def test_missing_values_can_be_genres_if_set_so() -> None:
+def test_missing_values_can_be_changed() -> None:
     assert clean_names(["None", "nan"], frozenset({"nan"})) == ["None"]
 
 

@@ -1,11 +1,11 @@
-"""Inference without Ray: rows that are missing after crashes, outcomes, labels."""
+"""Rows that are missing after crashes of workers."""
 
 import numpy as np
 
 from covergenre.inference.missing_rows import MissingRows, split_ranges
 
 
-def test_missing_rows_are_ranges_within_the_original_ones() -> None:
+def test_missing_rows_are_subranges_of_the_submitted_ranges() -> None:
     ranges = split_ranges(np.array([[3, 30, 40], [5, 50, 57]]), 4)
     assert ranges.tolist() == [[3, 30, 34], [3, 34, 38], [3, 38, 40], [5, 50, 54], [5, 54, 57]]
     missing = MissingRows(ranges)

@@ -1,6 +1,6 @@
-"""What takes long to import is imported inside functions; the stages stay apart.
+"""Slow packages are imported inside functions; packages import each other in one direction only.
 
-Which package may import which is in pyproject.toml, [tool.importlinter].
+The layers are defined in pyproject.toml, [tool.importlinter].
 """
 
 import ast
@@ -27,7 +27,7 @@ MODULES = sorted(PATHS)
 # Imported inside functions only, so that --help and `import covergenre` stay fast.
 SLOW = {"boto3", "matplotlib", "pandas", "ray", "sklearn", "torch", "torchvision"}
 TORCH = {"torch", "torchvision"}
-# Modules that consist of it may import it at their top; others import them inside functions.
+# Modules that may import torch or Ray at the top; others must import these inside functions.
 AT_TOP = {
     "covergenre.api.torch_dataset": TORCH,
     "covergenre.models.networks": TORCH,
@@ -39,7 +39,7 @@ AT_TOP = {
     "covergenre.training.worker": TORCH,
     "covergenre.cluster.ray_internals": {"ray"},
 }
-# What --help imports of ours.
+# Modules that --help may import.
 LIGHT = {
     "covergenre",
     "covergenre.cli",
@@ -58,7 +58,7 @@ def tree(module: str) -> ast.Module:
 
 
 def imported(nodes: list[ast.stmt] | ast.Module) -> set[str]:
-    """Names as they are imported, with dots: `a.b` for `import a.b` and for `from a import b`."""
+    """Imported names with dots: `a.b` for `import a.b` and for `from a import b`."""
     found: set[str] = set()
     parts = [nodes] if isinstance(nodes, ast.Module) else nodes
     for node in (inner for part in parts for inner in ast.walk(part)):
@@ -71,7 +71,7 @@ def imported(nodes: list[ast.stmt] | ast.Module) -> set[str]:
 
 
 def at_top(module: str) -> set[str]:
-    """What importing `module` imports: not inside functions, not for type checkers alone."""
+    """Names that `module` imports outside of functions, and not only for type checkers."""
     statements = []
     for node in tree(module).body:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
@@ -82,7 +82,7 @@ def at_top(module: str) -> set[str]:
 
 
 def own(names: set[str]) -> set[str]:
-    """The modules of covergenre among imported names."""
+    """The modules of covergenre among the imported names."""
     found = {name for name in names if name.split(".")[0] == "covergenre"}
     return {name if name in PATHS else name.rpartition(".")[0] for name in found}
 
@@ -92,19 +92,19 @@ def others(names: set[str]) -> set[str]:
 
 
 def test_packages_import_lower_packages_only() -> None:
-    # In a process of its own, as import-linter disables the loggers of its process.
+    # In a subprocess, because import-linter disables the loggers of its process.
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("module", sorted(LIGHT))
-def test_help_imports_nothing_heavy(module: str) -> None:
+def test_modules_of_help_import_no_slow_packages(module: str) -> None:
     assert not others(at_top(module)) & (SLOW | {"numpy", "pyarrow", "PIL"})
     assert own(at_top(module)) <= LIGHT
 
 
-def test_the_command_line_imports_pydantic_only_for_a_stage() -> None:
+def test_cli_imports_pydantic_inside_functions() -> None:
     assert "covergenre.config" not in own(at_top("covergenre.cli"))
     assert "pydantic" not in others(at_top("covergenre.cli") | at_top("covergenre.errors"))
 

@@ -1,4 +1,4 @@
-"""Progress reporting: silent unless asked for, log lines, callbacks."""
+"""Progress reporting: log lines and callbacks."""
 
 import logging
 
@@ -19,7 +19,7 @@ def count(total: int | None = 10) -> None:
         shown.advance(3, "a note")
 
 
-def test_silent_unless_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_logged_by_default(caplog: pytest.LogCaptureFixture) -> None:
     count()
     with reporting(True), reporting(False):
         count()
@@ -28,14 +28,14 @@ def test_silent_unless_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text == ""
 
 
-def test_lines_name_the_task_the_count_and_the_note(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_lines_have_the_task_the_count_and_the_note(caplog: pytest.LogCaptureFixture) -> None:
     with reporting(True), reporting(None):
         count()
     assert caplog.messages[-1].startswith("score: 7 of 10 covers, ")
     assert caplog.messages[-1].endswith(", a note")
 
 
-def test_callbacks_receive_each_step_and_the_metrics_of_an_epoch() -> None:
+def test_callbacks_receive_progress_and_the_metrics_of_an_epoch() -> None:
     outer: list[ProgressEvent] = []
     inner: list[ProgressEvent] = []
     with reporting(None, [outer.append]), reporting(None, [inner.append]):
@@ -53,7 +53,7 @@ def test_callbacks_receive_each_step_and_the_metrics_of_an_epoch() -> None:
     assert len(inner) == 5
 
 
-def test_log_to_stderr_is_undone_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_to_stderr_restores_the_logger(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("covergenre")
     before = (logger.level, logger.propagate, list(logger.handlers))
     with log_to_stderr():

@@ -1,4 +1,4 @@
-"""The project's own files agree with each other."""
+"""Consistency of pyproject.toml, requirements.txt, README and docs."""
 
 import re
 import tomllib
@@ -22,23 +22,23 @@ def pins() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("line", PROJECT["dependencies"])
-def test_every_dependency_is_pinned_within_its_range(line: str) -> None:
+def test_pinned_version_is_within_the_range_of_the_dependency(line: str) -> None:
     requirement = Requirement(line)
     assert requirement.specifier.contains(pins()[requirement.name])
 
 
-def test_the_version_is_one() -> None:
+def test_version_is_the_same_everywhere() -> None:
     assert PROJECT["version"] == __version__
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_readme_names_every_module() -> None:
+def test_readme_lists_every_module() -> None:
     tree = (ROOT / "README.md").read_text().split("## Project layout")[1].split("##")[0]
     modules = {path.name for path in (ROOT / "covergenre").rglob("*.py")}
     named = set(re.findall(r"\b(\w+\.py)\b", tree.split("jobs/")[0]))
     assert named == modules - {"__init__.py"}
 
 
-def test_the_docs_list_every_reason() -> None:
+def test_docs_list_every_reason_of_rejection() -> None:
     listed = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "docs/formats.md").read_text(), re.M)
     assert {name: text for name, text in listed if name in REASONS} == REASONS
