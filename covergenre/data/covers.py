@@ -284,9 +284,9 @@ def _fetch_exactly(path: str, source: Source) -> Cover:
 
 
 def _reason(path: str, error: StorageError) -> str:
-    if isinstance(error.__cause__, FileNotFoundError):
+    if error.code == "not_found":
         return "missing_file"
-    if "access denied" in str(error):
+    if error.code == "access_denied":
         return "access_denied"
     return "fetch_failed" if storage.scheme(path) == "s3" else "unreadable_file"
 

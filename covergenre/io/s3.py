@@ -1,9 +1,9 @@
 """S3 objects: read, write, write if absent, list and delete; by paths like bucket/key.
 
-All of S3 goes through boto3. Arrow's own client does not support a customer's key, keeps expired
-credentials, and reports a finished upload as failed if its last response is lost; and two clients
-would behave in two ways. Responses are checked for their length, failed requests are retried, and
-every error is an OSError of one line.
+All requests go through boto3. Arrow's own S3 client does not support a customer's key, keeps
+expired credentials, and reports a finished upload as failed if the last response is lost. The
+length of responses is checked, failed requests are retried, and every error is an OSError of one
+line.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from covergenre.io.s3_errors import (
 )
 
 _PROBE_AGAIN_SECONDS = 30.0
-"""A bucket that is unavailable is probed again after so long; requests before that fail at once."""
+"""After this time, an unavailable bucket is probed again; until then, requests fail at once."""
 _FIRST_READ_BYTES = 2**20
-"""Read when a file is opened, instead of a request for its size: most covers are no larger."""
+"""Read when a file is opened, instead of requesting its size first: most covers are no larger."""
 CHUNK_BYTES = 8 * 2**20
-"""Of a multipart upload, and of a long read. S3 accepts 10,000 parts: 80 GB."""
+"""Size of the parts of an upload and of a long read. S3 accepts 10,000 parts: 80 GB."""
 _PARTS_IN_FLIGHT = 4
 _PAGE_KEYS = 1000
-"""Of a listing; S3's maximum."""
+"""Keys per page of a listing; S3's maximum."""
 _WRITE_ID = "covergenre-write"
 """Metadata with a random id: shows whether a write whose response was lost was carried out."""
 
@@ -45,31 +45,32 @@ _probe_lock = threading.Lock()
 # Availability
 
 
-def check(bucket: str) -> None:
+def require_available(bucket: str) -> None:
     """Raises S3UnavailableError, within 15 seconds, if this process cannot use `bucket`.
 
     A bucket is probed once, and again a while after a failure.
     """
     states = s3_client.bucket_states
     with _probe_lock:
-        when, problem = states.get(bucket, (-math.inf, ""))
-        if problem is not None and time.monotonic() - when >= _PROBE_AGAIN_SECONDS:
-            problem = _probe(bucket)
-            states[bucket] = (time.monotonic(), problem)
-    if problem is not None:
-        raise S3UnavailableError(problem)
+        when, error = states.get(bucket, (-math.inf, None))
+        is_old = time.monotonic() - when >= _PROBE_AGAIN_SECONDS
+        if bucket not in states or (error is not None and is_old):
+            error = _probe(bucket)
+            states[bucket] = (time.monotonic(), error)
+    if error is not None:
+        raise error.with_traceback(None)  # else the traceback would grow each time
 
 
-def _probe(bucket: str) -> str | None:
+def _probe(bucket: str) -> S3UnavailableError | None:
     """Why `bucket` cannot be used; None if it can."""
-    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[S3UnavailableError | None] = queue.SimpleQueue()
 
     def probe() -> None:
         try:
             next(list_pages(bucket, "", recursive=True, max_keys=1, probe=True))
             answers.put(None)
         except S3UnavailableError as error:
-            answers.put(str(error))
+            answers.put(error)
         except FileNotFoundError:
             answers.put(no_bucket(s3_client.endpoint()))
         except OSError:  # reading and writing may be allowed where listing is not
@@ -92,7 +93,7 @@ def split_path(path: str) -> tuple[str, str]:
     """(bucket, key) of the file bucket/key."""
     bucket, _, key = path.partition("/")
     if not key:
-        raise IsADirectoryError("it is a whole bucket")
+        raise IsADirectoryError("it is a bucket, not an object")
     return bucket, key
 
 
@@ -214,7 +215,7 @@ class ObjectWriter:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
         if self._upload:
-            with contextlib.suppress(Exception):  # it has failed already
+            with contextlib.suppress(Exception):  # the upload has failed already
                 client().abort_multipart_upload(**self._object, UploadId=self._upload)
 
     def _finish(self) -> None:
@@ -254,7 +255,7 @@ class ObjectWriter:
                 **self._object, UploadId=self._upload, MultipartUpload={"Parts": parts}
             )
         except ClientError as error:
-            # S3 forgets finished uploads: this one may be finished, and the response lost.
+            # S3 forgets finished uploads: this one may be finished, with the response lost.
             if error_code(error) != "NoSuchUpload":
                 raise
             if not _was_written_by(client, self._object, self._write_id):
@@ -284,7 +285,7 @@ def _was_written_by(client: Any, where: dict[str, str], write_id: str) -> bool:
     try:
         return bool(head(client, where)["Metadata"].get(_WRITE_ID) == write_id)
     except ClientError as error:
-        if error_code(error) == "404":  # it was another one, and deleted since
+        if error_code(error) == "404":  # another writer's object, which was deleted since
             return False
         raise
 
@@ -302,7 +303,7 @@ def write(path: str, chunks: Iterable[Any]) -> None:
 
 
 def write_if_absent(path: str, data: bytes) -> bool:
-    """Write `data` unless the object exists; whether this call wrote it: exactly one of several."""
+    """Write `data` unless the object exists. Returns True for exactly one of concurrent calls."""
     from botocore.exceptions import ClientError
 
     bucket, key = split_path(path)
@@ -314,7 +315,7 @@ def write_if_absent(path: str, data: bytes) -> bool:
         except ClientError as error:
             if error_code(error) != "PreconditionFailed":
                 raise
-            # This call may have written it before, and the response was lost.
+            # An earlier attempt of this call may have written it, with the response lost.
             return _was_written_by(client, where, write_id)
         return True
 

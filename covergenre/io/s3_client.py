@@ -24,7 +24,7 @@ RETRY_TIMEOUT_SECONDS = 90.0
 """No attempt of a request begins later than this after the first."""
 CONNECT_SECONDS = 3.0
 READ_SECONDS = 10.0
-"""Longest silence within a request."""
+"""Maximum wait for the next bytes of a response."""
 FIRST_WAIT_SECONDS = 0.1
 MAX_WAIT_SECONDS = 10.0
 
@@ -38,9 +38,9 @@ T = TypeVar("T")
 
 _lock = threading.Lock()
 _clients: dict[bool, Any] = {}
-"""By whether it is for probes."""
-bucket_states: dict[str, tuple[float, str | None]] = {}
-"""Bucket -> (time.monotonic() of its probe or last failure, the message if it is unavailable)."""
+"""For probes: True, and for all other requests: False."""
+bucket_states: dict[str, tuple[float, S3UnavailableError | None]] = {}
+"""Bucket -> (time.monotonic() of its probe or last failure, the error if it is unavailable)."""
 
 
 def reset_clients() -> None:
@@ -97,7 +97,7 @@ def _add_parameters(made: Any, operation: str, parameters: dict[str, Any]) -> No
 
 
 def _check_length(operation_model: Any, response_dict: dict[str, Any], **_: Any) -> None:
-    """botocore accepts a truncated response; it takes an empty one for an empty listing, say."""
+    """Raises TruncatedResponseError; botocore would read an empty response as an empty listing."""
     body, length = response_dict["body"], response_dict["headers"].get("Content-Length")
     has_body = operation_model.http["method"] != "HEAD" and isinstance(body, bytes)
     if has_body and length is not None and len(body) != int(length):
@@ -111,7 +111,9 @@ def _customer_key() -> bytes | None:
     try:
         content = Path(file).read_bytes()
     except OSError as error:
-        raise S3UnavailableError(f"{CUSTOMER_KEY_FILE}: {file}: {error.strerror}") from error
+        raise S3UnavailableError(
+            f"{CUSTOMER_KEY_FILE}: {file}: {error.strerror}", "customer_key"
+        ) from error
     if len(content) == 32:
         return content
     with contextlib.suppress(ValueError):
@@ -119,7 +121,8 @@ def _customer_key() -> bytes | None:
             return key
     raise S3UnavailableError(
         f"{CUSTOMER_KEY_FILE}: {file}: not a key of 32 bytes, plain or in base64; make one with"
-        " `openssl rand -out FILE 32`"
+        " `openssl rand -out FILE 32`",
+        "customer_key",
     )
 
 
@@ -128,7 +131,7 @@ def endpoint() -> str:
     for made in list(_clients.values()):
         parts = urlsplit(made.meta.endpoint_url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-    return "the store"
+    return "the S3 server"
 
 
 def request(bucket: str, send: Callable[[Any], T], *, probe: bool = False) -> T:
@@ -145,10 +148,10 @@ def request(bucket: str, send: Callable[[Any], T], *, probe: bool = False) -> T:
         return send(used)
 
     def renew_credentials(error: BaseException) -> None:
-        # Credentials with a known expiry are renewed by boto3 in time; others by a new client.
+        # boto3 renews credentials with a known expiry in time; others need a new client.
         if is_expired(error):
             with _lock:
-                if used in _clients.values():  # else another thread did it
+                if used in _clients.values():  # else another thread has replaced it
                     _clients.clear()
 
     try:
@@ -163,7 +166,7 @@ def request(bucket: str, send: Callable[[Any], T], *, probe: bool = False) -> T:
     except Exception as error:
         translated = translate(error, endpoint())
         if isinstance(translated, S3UnavailableError) and not probe:
-            bucket_states[bucket] = (time.monotonic(), str(translated))
+            bucket_states[bucket] = (time.monotonic(), translated)
         if translated is error:
             raise
         raise translated from error

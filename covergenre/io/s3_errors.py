@@ -1,10 +1,10 @@
-"""What botocore raises: which errors are worth a retry, and each as an OSError of one line."""
+"""The errors of botocore: which are worth a retry, and each as an OSError of one line."""
 
 import os
 from typing import Any
 
 CUSTOMER_KEY_FILE = "COVERGENRE_S3_CUSTOMER_KEY_FILE"
-"""Environment variable with the path of the key (SSE-C) of everything that is read and written."""
+"""Environment variable with the path of the key (SSE-C) that encrypts all objects."""
 
 _BAD_CREDENTIALS = (
     *("AuthFailure", "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken"),
@@ -22,12 +22,21 @@ _RETRYABLE = (
 )
 
 
-class S3UnavailableError(OSError):
-    """S3 is out of reach or refuses this process, no matter which object is requested."""
+class S3Error(OSError):
+    """A request to S3 failed. The message is one line, without secrets."""
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        """The code of the StorageError that it becomes."""
+
+
+class S3UnavailableError(S3Error):
+    """S3 is unreachable or refuses this process, no matter which object is requested."""
 
 
 class TruncatedResponseError(Exception):
-    """A response is shorter than it says, or lacks what it must have."""
+    """A response is shorter than its Content-Length, or lacks a required field."""
 
 
 def error_code(error: BaseException) -> str:
@@ -48,9 +57,9 @@ def is_retryable(error: BaseException) -> bool:
     if isinstance(error, exceptions.SSLError):
         return "CERTIFICATE" not in str(error)
     if isinstance(error, exceptions.ClientError):
-        code, status = error_code(error), error.response["ResponseMetadata"].get("HTTPStatusCode")
-        status = status or 0
-        # Expired credentials: they may be about to be renewed.
+        code = error_code(error)
+        status = error.response["ResponseMetadata"].get("HTTPStatusCode") or 0
+        # Expired credentials may be about to be renewed.
         return code in _RETRYABLE + _EXPIRED or status == 429 or (status >= 500 and status != 501)
     return isinstance(
         error,
@@ -65,9 +74,9 @@ def is_retryable(error: BaseException) -> bool:
 
 
 def translate(error: Exception, endpoint: str) -> OSError:
-    """`error` as an OSError that names the setting to check, without any secret.
+    """An error of botocore as an OSError that names the setting to check, without any secret.
 
-    Raises `error` itself if it is none of botocore's.
+    endpoint: URL of the S3 server. Raises any other `error` itself.
     """
     from botocore import exceptions, parsers
 
@@ -75,24 +84,28 @@ def translate(error: Exception, endpoint: str) -> OSError:
         case exceptions.ClientError():
             return _translate_response(error, endpoint)
         case exceptions.ProfileNotFound():
-            return S3UnavailableError(f"{error}; check AWS_PROFILE")
+            return S3UnavailableError(f"{error}; check AWS_PROFILE", "no_profile")
         case exceptions.NoCredentialsError() | exceptions.PartialCredentialsError():
             return S3UnavailableError(
                 "no AWS credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and"
-                " AWS_SECRET_ACCESS_KEY, or give the machine an instance profile"
+                " AWS_SECRET_ACCESS_KEY, or give the machine an instance profile",
+                "no_credentials",
             )
         case exceptions.CredentialRetrievalError():
             # Its text contains the output of a credential_process.
             provider = error.kwargs.get("provider", "their provider")
-            return S3UnavailableError(f"no AWS credentials from {provider}; check AWS_PROFILE")
+            return S3UnavailableError(
+                f"no AWS credentials from {provider}; check AWS_PROFILE", "no_credentials"
+            )
         case exceptions.ParamValidationError():
-            return OSError("not a valid name of a bucket or object")
+            return S3Error("not a valid name of a bucket or object", "invalid_name")
         case exceptions.SSLError():
             return S3UnavailableError(
-                f"{endpoint}: the TLS connection failed; check AWS_CA_BUNDLE and AWS_ENDPOINT_URL"
+                f"{endpoint}: the TLS connection failed; check AWS_CA_BUNDLE and AWS_ENDPOINT_URL",
+                "tls",
             )
         case exceptions.ConnectionError() | exceptions.HTTPClientError():
-            return S3UnavailableError(no_response(endpoint))
+            return no_response(endpoint)
         case (
             exceptions.IncompleteReadError()
             | parsers.ResponseParserError()
@@ -100,27 +113,33 @@ def translate(error: Exception, endpoint: str) -> OSError:
         ):
             return S3UnavailableError(
                 f"{endpoint}: its responses are truncated, or not those of an S3 server; check"
-                " AWS_ENDPOINT_URL"
+                " AWS_ENDPOINT_URL",
+                "invalid_response",
             )
         case exceptions.BotoCoreError():
             return S3UnavailableError(f"{error}; check the AWS settings".replace("\n", " "))
         case ValueError() if "endpoint" in str(error):
-            return S3UnavailableError("AWS_ENDPOINT_URL is not an http(s) URL; correct it")
+            return S3UnavailableError(
+                "AWS_ENDPOINT_URL is not an http(s) URL; correct it", "invalid_endpoint"
+            )
         case OSError():  # ours; some of botocore's are OSErrors too
             return error
     raise error
 
 
-def no_bucket(endpoint: str) -> str:
-    """The message for a bucket that does not exist."""
-    return f"no such bucket at {endpoint}; check its name and AWS_ENDPOINT_URL"
+def no_bucket(endpoint: str) -> S3UnavailableError:
+    """The error for a bucket that does not exist."""
+    return S3UnavailableError(
+        f"no such bucket at {endpoint}; check its name and AWS_ENDPOINT_URL", "no_bucket"
+    )
 
 
-def no_response(endpoint: str) -> str:
-    """The message for a server that does not respond."""
-    return (
+def no_response(endpoint: str) -> S3UnavailableError:
+    """The error for a server that does not respond."""
+    return S3UnavailableError(
         f"{endpoint} does not respond; check AWS_ENDPOINT_URL, the region (AWS_REGION), and the"
-        " network"
+        " network",
+        "no_response",
     )
 
 
@@ -128,26 +147,32 @@ def _translate_response(error: Any, endpoint: str) -> OSError:
     """An error response of the server."""
     code, status = error_code(error), error.response["ResponseMetadata"].get("HTTPStatusCode")
     if code == "NoSuchBucket":
-        return S3UnavailableError(no_bucket(endpoint))
+        return no_bucket(endpoint)
     if code in _BAD_CREDENTIALS:
         return S3UnavailableError(
-            f"the store refuses the credentials ({code}); check AWS_ACCESS_KEY_ID and"
-            " AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            f"S3 refuses the credentials ({code}); check AWS_ACCESS_KEY_ID and"
+            " AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+            "bad_credentials",
         )
     if code in _WRONG_REGION:
-        return S3UnavailableError(f"the bucket is in another region ({code}); check AWS_REGION")
+        return S3UnavailableError(
+            f"the bucket is in another region ({code}); check AWS_REGION", "wrong_region"
+        )
     if code in ("404", "NoSuchKey"):
         return FileNotFoundError("no such file or directory")
     if code in ("403", "AccessDenied", "AllAccessDisabled", "Forbidden"):
         more = f" and {CUSTOMER_KEY_FILE}" if os.environ.get(CUSTOMER_KEY_FILE) else ""
-        return PermissionError(f"access denied; check the permissions of the credentials{more}")
+        return S3Error(
+            f"access denied; check the permissions of the credentials{more}", "access_denied"
+        )
     if status == 412:
-        return OSError("it changed while it was read")
+        return S3Error("the object changed while it was read", "changed")
     if status == 400 and code in ("400", "InvalidRequest", "InvalidArgument"):
-        return OSError(
-            f"the store refuses the request ({code}); check {CUSTOMER_KEY_FILE}: the object may be"
-            " encrypted with another key, or with none"
+        return S3Error(
+            f"S3 refuses the request ({code}); check {CUSTOMER_KEY_FILE}: the object may be"
+            " encrypted with another key, or with none",
+            "customer_key",
         )
     # The code alone: the message of a response may repeat what was sent, secrets included.
-    kind = S3UnavailableError if is_retryable(error) else OSError
-    return kind(f"the store responds {code or status}")
+    kind = S3UnavailableError if is_retryable(error) else S3Error
+    return kind(f"S3 responds {code or status}")

@@ -1,9 +1,9 @@
 """Files on local disks and on S3, through one set of functions.
 
 Every function takes a local path or a URI (s3://bucket/key) as text, or a local pathlib.Path, and
-raises StorageError with one line that names it. Writes are atomic: a reader sees the old file or
-all of the new one. A local file is written under a temporary name in the same directory and then
-moved; S3 shows an object only when its upload is complete. There is no rename, because S3 has none.
+raises StorageError with one line that begins with it. Writes are atomic: a reader sees the old file
+or the complete new one. A local file is written under a temporary name in the same directory and
+then moved; an S3 object appears when its upload is complete. There is no rename: S3 has none.
 """
 
 import contextlib
@@ -24,11 +24,12 @@ from pyarrow import fs
 
 from covergenre.errors import StorageError
 from covergenre.io import s3, s3_filesystem
+from covergenre.io.s3_errors import S3Error, S3UnavailableError
 from covergenre.io.urls import PathOrUri, redacted
 
 _CHUNK_BYTES = 8 * 2**20
 _TEMPORARY_PREFIX = ".covergenre-writing-"
-"""Of the name of a half-written local file; a name with a dot is left out of globs."""
+"""Prefix of unfinished local files; globs skip names that begin with a dot."""
 
 ABSOLUTE = r"(?i)^(/|data:|file:/|[a-z][a-z0-9+.-]+://)"
 """Matches absolute paths and URIs. A scheme has two letters or more: `C:/` is a Windows drive."""
@@ -57,7 +58,7 @@ def scheme(uri: PathOrUri) -> str:
 
 
 def absolute(uri: PathOrUri) -> str:
-    """`uri` as text that means the same in every process of this machine.
+    """`uri` as text that does not depend on the working directory.
 
     A relative path and a file: URI become absolute paths; schemes are written in lower case, and
     s3a:// and s3n:// as s3://. Raises StorageError for an S3 URI without a bucket: as a path it
@@ -66,7 +67,7 @@ def absolute(uri: PathOrUri) -> str:
     uri = os.fspath(uri)
     if re.match(r"(?i)s3[an]?:(/[^/]|/*$)", uri):
         raise StorageError(
-            f"{uri}: names no bucket; write s3://bucket/prefix, as text (pathlib.Path drops a /)",
+            f"{uri}: no bucket; write s3://BUCKET/PREFIX as a str (pathlib.Path drops a slash)",
             code="invalid_uri",
         )
     found = scheme(uri)
@@ -131,9 +132,10 @@ def filesystem(uri: PathOrUri) -> tuple[fs.FileSystem, str]:
     path = os.fspath(uri).partition("://")[2].rstrip("/")
     bucket = path.partition("/")[0]
     try:
-        s3.check(bucket)
-    except OSError as error:
-        raise StorageError(f"{redacted(f's3://{bucket}')}: {error}") from error
+        s3.require_available(bucket)
+    except S3UnavailableError as error:
+        uri = redacted(f"s3://{bucket}")
+        raise StorageError(f"{uri}: {error}", code=error.code) from error
     return s3_filesystem.filesystem(), path
 
 
@@ -153,7 +155,8 @@ def translate_errors(uri: PathOrUri, verb: str) -> Iterator[None]:
         ) from error
     except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: NUL or a lone surrogate
         reason, *_ = str(getattr(error, "strerror", None) or error or repr(error)).splitlines()
-        raise StorageError(f"{redacted(uri)}: cannot {verb}: {reason}") from error
+        code = error.code if isinstance(error, S3Error) else ""
+        raise StorageError(f"{redacted(uri)}: cannot {verb}: {reason}", code=code) from error
 
 
 # Reading and listing
@@ -176,7 +179,7 @@ def _type(uri: PathOrUri) -> fs.FileType:
 
 
 class FileStat(NamedTuple):
-    """Size and mtime of a file: if they are the same as before, its content is taken to be."""
+    """Size and mtime of a file; while they do not change, neither does its content."""
 
     size: int
     """In bytes."""
@@ -201,10 +204,10 @@ def size(uri: PathOrUri) -> int:
 
 
 def open_input(uri: PathOrUri) -> pa.NativeFile:
-    """The file `uri` opened for random access. Raises StorageError if it cannot be.
+    """The file `uri`, opened for random access.
 
-    Local files must be regular ones: opening a pipe would wait for its writer, and opening a device
-    can have effects.
+    Raises StorageError, also for local files that are not regular ones: opening a pipe would wait
+    for its writer, and opening a device can have side effects.
     """
     system, path = filesystem(uri)
     with translate_errors(uri, "read"):
@@ -325,9 +328,9 @@ def put_json(uri: PathOrUri, value: Any) -> None:
 
 
 def put_if_absent(uri: PathOrUri, data: bytes) -> bool:
-    """Write `data` to `uri` unless it exists; whether this call wrote it.
+    """Write `data` to `uri` unless it exists. Returns whether this call wrote it.
 
-    Of several callers at once, in any processes, exactly one writes it.
+    Of concurrent calls, in any processes, exactly one returns True.
     """
     system, path = filesystem(uri)
     with translate_errors(uri, "write"):

@@ -1,4 +1,4 @@
-"""Places to read and write: the same on a local folder and on S3."""
+"""Storage: the same functions on a local directory and on S3."""
 
 import json
 import os
@@ -21,11 +21,11 @@ from covergenre.io import s3_client, storage
 
 
 @pytest.fixture(params=["local", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder that no other test writes to; it need not exist yet."""
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A directory of this test that does not exist yet."""
     if request.param == "local":
-        return str(tmp_path / "place")
-    return f"{request.getfixturevalue('s3')}/{tmp_path.name}/place"
+        return str(tmp_path / "root")
+    return f"{request.getfixturevalue('s3')}/{tmp_path.name}/root"
 
 
 def fails(action: Callable[[], object], uri: str, verb: str = "", code: str = "") -> str:
@@ -41,12 +41,12 @@ def fails(action: Callable[[], object], uri: str, verb: str = "", code: str = ""
     return text
 
 
-# The same on both
+# On a local directory and on S3
 
 
-def test_what_is_put_can_be_read(place: str) -> None:
+def test_put_and_read_bytes(root: str) -> None:
     for data in (b"", b"cover", bytes(range(256)) * 24_000):
-        uri = storage.join(place, "a/b.bin")
+        uri = storage.join(root, "a/b.bin")
         storage.put(uri, data)
         assert storage.read_bytes(uri) == data
         assert storage.size(uri) == len(data)
@@ -54,8 +54,8 @@ def test_what_is_put_can_be_read(place: str) -> None:
     assert storage.read_bytes(uri) == b"buffer"
 
 
-def test_another_content_has_another_stamp(place: str) -> None:
-    uri = storage.join(place, "x")
+def test_stat_changes_with_the_content(root: str) -> None:
+    uri = storage.join(root, "x")
     storage.put(uri, b"abc")
     before = storage.stat(uri)
     assert before == storage.stat(uri)
@@ -65,18 +65,18 @@ def test_another_content_has_another_stamp(place: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["é ü/日本", "a b", "%20", "q?x#y+z&w", "..x", "[a]*"])
-def test_any_name_will_do(place: str, name: str) -> None:
-    uri = storage.join(place, name)
+def test_unusual_names(root: str, name: str) -> None:
+    uri = storage.join(root, name)
     storage.put(uri, b"1")
     assert not storage.put_if_absent(uri, b"2")
     assert storage.put_if_absent(f"{uri}2", b"22")
     assert storage.read_bytes(f"{uri}2") == b"22"
-    assert storage.list_sizes(place) == {name: 1, f"{name}2": 2}
-    assert storage.list_files(place) == [uri, f"{uri}2"]
+    assert storage.list_sizes(root) == {name: 1, f"{name}2": 2}
+    assert storage.list_files(root) == [uri, f"{uri}2"]
 
 
-def test_a_file_can_be_read_at_any_place(place: str) -> None:
-    uri = storage.join(place, "x")
+def test_file_is_read_at_any_offset(root: str) -> None:
+    uri = storage.join(root, "x")
     storage.put(uri, b"0123456789")
     with storage.open_input(uri) as file:
         file.seek(3)
@@ -85,8 +85,8 @@ def test_a_file_can_be_read_at_any_place(place: str) -> None:
         assert file.read() == b"0123456789"
 
 
-def test_files_and_folders_are_told_apart(place: str) -> None:
-    storage.put(storage.join(place, "folder/file"), b"abc")
+def test_files_and_directories_are_distinguished(root: str) -> None:
+    storage.put(storage.join(root, "folder/file"), b"abc")
     for name, exists, is_folder in (
         ("", True, True),
         ("folder", True, True),
@@ -96,16 +96,16 @@ def test_files_and_folders_are_told_apart(place: str) -> None:
         ("none", False, False),
     ):
         for end in ("", "/"):
-            uri = (storage.join(place, name) if name else place) + end
+            uri = (storage.join(root, name) if name else root) + end
             if end and name == "folder/file":
-                continue  # a file has no such name; what is said of it matters to nobody
+                continue  # not a valid name of a file: the result does not matter
             assert storage.exists(uri) == exists, uri
             assert storage.is_directory(uri) == is_folder, uri
 
 
-def test_what_is_not_there_is_told_with_its_cause(place: str) -> None:
-    storage.put(storage.join(place, "x"), b"")
-    uri = storage.join(place, "none")
+def test_missing_file_has_the_code_not_found(root: str) -> None:
+    storage.put(storage.join(root, "x"), b"")
+    uri = storage.join(root, "none")
     for action in (
         storage.read_bytes,
         storage.open_input,
@@ -117,44 +117,43 @@ def test_what_is_not_there_is_told_with_its_cause(place: str) -> None:
     assert not storage.exists(uri)
     assert not storage.is_directory(uri)
     assert storage.list_sizes(uri) == {}
-    storage.delete_directory(uri)  # nothing to do
+    storage.delete_directory(uri)  # no error
 
 
-def test_a_folder_is_no_file(place: str) -> None:
-    storage.put(storage.join(place, "folder/x"), b"")
-    folder = storage.join(place, "folder")
+def test_directory_is_not_a_file(root: str) -> None:
+    storage.put(storage.join(root, "folder/x"), b"")
+    folder = storage.join(root, "folder")
     fails(lambda: storage.size(folder), folder, code="not_found")
-    with pytest.raises(StorageError) as caught:
-        storage.read_bytes(folder)
-    assert str(caught.value).startswith(f"{folder}: ")
+    is_s3 = folder.startswith("s3://")
+    fails(lambda: storage.read_bytes(folder), folder, code="not_found" if is_s3 else "")
 
 
-def test_lists_are_sorted_and_go_all_the_way_down(place: str) -> None:
+def test_listings_are_sorted_and_recursive(root: str) -> None:
     names = ["b", "a/z", "a/b/c", "B", "a.x", "a/b.x", "0"]
     for length, name in enumerate(names):
-        storage.put(storage.join(place, name), b"x" * length)
-    assert storage.list_files(place) == sorted(storage.join(place, name) for name in names)
-    assert storage.list_files(place + "/") == storage.list_files(place)
-    assert storage.list_sizes(place) == {name: names.index(name) for name in names}
-    assert list(storage.list_sizes(place)) == sorted(names)
-    assert storage.list_sizes(place + "/") == storage.list_sizes(place)
-    below = storage.join(place, "a")
+        storage.put(storage.join(root, name), b"x" * length)
+    assert storage.list_files(root) == sorted(storage.join(root, name) for name in names)
+    assert storage.list_files(root + "/") == storage.list_files(root)
+    assert storage.list_sizes(root) == {name: names.index(name) for name in names}
+    assert list(storage.list_sizes(root)) == sorted(names)
+    assert storage.list_sizes(root + "/") == storage.list_sizes(root)
+    below = storage.join(root, "a")
     assert storage.list_sizes(below) == {"b.x": 5, "b/c": 2, "z": 1}
     assert storage.list_files(below) == [storage.join(below, n) for n in ("b.x", "b/c", "z")]
 
 
-def test_a_folder_is_deleted_with_all_below_it_and_nothing_beside(place: str) -> None:
+def test_delete_directory_deletes_only_what_is_below_it(root: str) -> None:
     for name in ("gone/a", "gone/b/c", "gone.training/a", "kept"):
-        storage.put(storage.join(place, name), b"")
-    storage.delete_directory(storage.join(place, "gone"))
-    assert list(storage.list_sizes(place)) == ["gone.training/a", "kept"]
-    assert not storage.exists(storage.join(place, "gone"))
-    storage.put(storage.join(place, "gone/again"), b"")
-    assert storage.exists(storage.join(place, "gone"))
+        storage.put(storage.join(root, name), b"")
+    storage.delete_directory(storage.join(root, "gone"))
+    assert list(storage.list_sizes(root)) == ["gone.training/a", "kept"]
+    assert not storage.exists(storage.join(root, "gone"))
+    storage.put(storage.join(root, "gone/again"), b"")
+    assert storage.exists(storage.join(root, "gone"))
 
 
-def test_put_if_absent_writes_once(place: str) -> None:
-    uri = storage.join(place, "claim/run.json")
+def test_put_if_absent_writes_once(root: str) -> None:
+    uri = storage.join(root, "lock/run.json")
     assert storage.put_if_absent(uri, b"first")
     assert not storage.put_if_absent(uri, b"second")
     assert storage.read_bytes(uri) == b"first"
@@ -162,8 +161,8 @@ def test_put_if_absent_writes_once(place: str) -> None:
     assert storage.read_bytes(uri) == b"third"
 
 
-def test_json_survives(place: str) -> None:
-    uri = storage.join(place, "value.json")
+def test_json_is_read_as_written(root: str) -> None:
+    uri = storage.join(root, "value.json")
     value = {"é": [1, 2.5, None, True], "nested": {"a": "日本"}}
     storage.put_json(uri, value)
     assert storage.read_json(uri) == value
@@ -172,19 +171,19 @@ def test_json_survives(place: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"{'a': 1}", b"\xff\xfe\xfa", b"[1,\n2,\n}"])
-def test_what_is_no_json_is_told(place: str, data: bytes) -> None:
-    uri = storage.join(place, "value.json")
+def test_invalid_json_is_an_error(root: str, data: bytes) -> None:
+    uri = storage.join(root, "value.json")
     storage.put(uri, data)
     fails(lambda: storage.read_json(uri), uri, code="invalid_json")
 
 
-# Local folders alone
+# Local directories only
 
 
-def test_of_many_writers_at_once_one_wins(tmp_path: Path) -> None:
-    """moto does not decide this atomically, S3 does: so on a local folder only."""
+def test_one_of_many_concurrent_writers_wins(tmp_path: Path) -> None:
+    """On a local directory only: moto, unlike S3, does not decide this atomically."""
     for round_ in range(20):
-        uri = str(tmp_path / f"claim-{round_}")
+        uri = str(tmp_path / f"file-{round_}")
         start = threading.Barrier(8)
         won: list[int] = []
 
@@ -202,7 +201,7 @@ def test_of_many_writers_at_once_one_wins(tmp_path: Path) -> None:
         assert storage.read_bytes(uri) == b"%d" % won[0] * 10_000
 
 
-def test_who_reads_the_old_file_reads_all_of_it(tmp_path: Path) -> None:
+def test_open_file_keeps_its_old_content(tmp_path: Path) -> None:
     uri = str(tmp_path / "x")
     storage.put(uri, b"old" * 1000)
     with open(uri, "rb", buffering=0) as reader:
@@ -212,7 +211,9 @@ def test_who_reads_the_old_file_reads_all_of_it(tmp_path: Path) -> None:
     assert storage.read_bytes(uri) == b"new" * 1000
 
 
-def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_put_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = str(tmp_path / "x")
     storage.put(uri, b"old")
     storage.put_if_absent(uri, b"no")
@@ -226,18 +227,18 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert text.endswith("No space left on device")
     fails(lambda: storage.put_if_absent(str(tmp_path / "y"), b"new"), str(tmp_path / "y"))
     assert os.listdir(tmp_path) == ["x"]
-    assert storage.read_bytes(uri) == b"old"  # whole, as it was
+    assert storage.read_bytes(uri) == b"old"
 
 
-def test_a_put_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+def test_new_file_has_default_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     storage.put(str(tmp_path / "put"), b"")
-    storage.put_if_absent(str(tmp_path / "claim"), b"")
+    storage.put_if_absent(str(tmp_path / "absent"), b"")
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert len(modes) == 1
 
 
-def test_a_file_where_a_folder_is_needed_is_told(tmp_path: Path) -> None:
+def test_file_in_place_of_a_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder/x").mkdir(parents=True)
     below = str(tmp_path / "file/below")
@@ -250,15 +251,13 @@ def test_a_file_where_a_folder_is_needed_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uri", ["a\0b", "x" * 300, "bad-\udcff-name"])
-def test_a_name_that_no_file_can_have_is_told(uri: str, tmp_path: Path) -> None:
+def test_name_that_no_file_can_have_is_an_error(uri: str, tmp_path: Path) -> None:
     for action in (storage.read_bytes, storage.exists, storage.size, storage.list_sizes):
-        place = f"{tmp_path}/{uri}"
-        fails(lambda action=action, place=place: action(place), place)  # type: ignore[misc]
+        path = f"{tmp_path}/{uri}"
+        fails(lambda action=action, path=path: action(path), path)  # type: ignore[misc]
 
 
-def test_local_paths_are_taken_as_people_write_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_paths_home_and_file_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     storage.put("x", b"relative")
@@ -289,16 +288,16 @@ def test_path_objects_are_accepted(tmp_path: Path) -> None:
 
 
 def test_path_object_of_an_s3_uri_is_refused() -> None:
-    """pathlib makes s3:/bucket/key of it."""
+    """pathlib changes it to s3:/bucket/key."""
     path = Path("s3://bucket/key")
     for action in (storage.absolute, storage.read_bytes, storage.exists):
         fails(lambda action=action: action(path), str(path), code="invalid_uri")  # type: ignore[misc]
 
 
-# S3 alone
+# S3 only
 
 
-def test_a_bucket_is_never_deleted(s3: str) -> None:
+def test_bucket_is_never_deleted(s3: str) -> None:
     storage.put(f"{s3}/kept/x", b"")
     fails(lambda: storage.delete_directory(s3), s3, verb="delete")
     assert storage.exists(f"{s3}/kept/x")
@@ -306,7 +305,7 @@ def test_a_bucket_is_never_deleted(s3: str) -> None:
 
 @pytest.fixture
 def fresh(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Settings of AWS to change; nothing is remembered of those before, or of these after."""
+    """For changing AWS settings: S3 clients are new before and after the test."""
     s3_client.reset_clients()
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
@@ -317,15 +316,17 @@ def fresh(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("variable", ["AWS_REGION", "AWS_DEFAULT_REGION"])
-def test_both_names_of_the_region_count(s3: str, fresh: pytest.MonkeyPatch, variable: str) -> None:
-    """boto3 does not check AWS_REGION; all other tools of AWS do."""
+def test_region_is_read_from_both_variables(
+    s3: str, fresh: pytest.MonkeyPatch, variable: str
+) -> None:
+    """boto3 itself does not read AWS_REGION; all other AWS tools do."""
     fresh.delenv("AWS_DEFAULT_REGION", raising=False)
     fresh.delenv("AWS_REGION", raising=False)
     fresh.setenv(variable, "eu-west-3")
     assert s3_client.client().meta.region_name == "eu-west-3"
 
 
-def test_no_region_is_needed_where_an_endpoint_is_named(s3: str, fresh: pytest.MonkeyPatch) -> None:
+def test_region_is_optional_with_an_endpoint(s3: str, fresh: pytest.MonkeyPatch) -> None:
     fresh.delenv("AWS_DEFAULT_REGION", raising=False)
     fresh.delenv("AWS_REGION", raising=False)
     storage.put(f"{s3}/no-region", b"x")
@@ -333,51 +334,51 @@ def test_no_region_is_needed_where_an_endpoint_is_named(s3: str, fresh: pytest.M
 
 
 def closed_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    """A port on which no process listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
 
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+CLOSED = f"http://127.0.0.1:{closed_port()}"
 
 
 @pytest.mark.parametrize(
-    ("settings", "without", "said"),
+    ("settings", "without", "code", "variable"),
     [
-        ({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{closed_port()}"}, (), "check AWS_ENDPOINT_URL"),
-        ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, (), "AWS_ENDPOINT_URL"),
-        ({}, KEYS, "no AWS credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID"),
-        ({}, KEYS[1:], "no AWS credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID"),
-        ({"AWS_PROFILE": "typo"}, (), "(typo) could not be found; check AWS_PROFILE"),
+        ({"AWS_ENDPOINT_URL": CLOSED}, (), "no_response", "AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, (), "invalid_endpoint", "AWS_ENDPOINT_URL"),
+        ({}, KEYS, "no_credentials", "AWS_ACCESS_KEY_ID"),
+        ({}, KEYS[1:], "no_credentials", "AWS_ACCESS_KEY_ID"),
+        ({"AWS_PROFILE": "typo"}, (), "no_profile", "AWS_PROFILE"),
     ],
 )
-def test_what_keeps_one_from_s3_is_one_line(
+def test_error_of_wrong_settings_has_the_variable(
     s3: str,
     fresh: pytest.MonkeyPatch,
     settings: dict[str, str],
     without: tuple[str, ...],
-    said: str,
+    code: str,
+    variable: str,
 ) -> None:
     for name, value in settings.items():
         fresh.setenv(name, value)
     for name in without:
         fresh.delenv(name)
     for action in (storage.exists, storage.read_bytes, lambda uri: storage.put(uri, b"")):
-        with pytest.raises(StorageError) as error:
-            action(f"{s3}/x")
-        assert str(error.value).startswith(f"{s3}: ") and said in str(error.value)
-        assert "\n" not in str(error.value)
+        text = fails(lambda action=action: action(f"{s3}/x"), s3, code=code)  # type: ignore[misc]
+        assert variable in text
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\n"
 
 
 @pytest.mark.parametrize("answer", [b"", HEAD, HEAD + b"\r\n<html></html>\n"])
-def test_a_server_that_is_no_store_is_told(
+def test_server_that_is_not_s3_is_an_error(
     s3: str, fresh: pytest.MonkeyPatch, answer: bytes
 ) -> None:
-    """It accepts connections and is silent then, soon or late; or it is another kind of server."""
+    """One that accepts connections and sends nothing, or half a response; or one of web pages."""
     fresh.setattr(s3_client, "PROBE_READ_SECONDS", 0.1)
     fresh.setattr(s3_client, "PROBE_RETRY_TIMEOUT_SECONDS", 0.5)
     over = threading.Event()
@@ -396,17 +397,17 @@ def test_a_server_that_is_no_store_is_told(
         try:
             where = f"127.0.0.1:{server.server_address[1]}"
             fresh.setenv("AWS_ENDPOINT_URL", f"http://user:word@{where}")
-            s3_client.client(probe=True)  # a busy machine needs longer for it than for the probe
-            text = fails(lambda: storage.exists(f"{s3}/x"), s3)
+            s3_client.client(probe=True)  # on a busy machine this takes longer than the probe
+            code = "invalid_response" if b"html" in answer else "no_response"
+            text = fails(lambda: storage.exists(f"{s3}/x"), s3, code=code)
         finally:
             over.set()
             server.shutdown()
             thread.join()
-    assert f": http://{where}" in text and "check AWS_ENDPOINT_URL" in text
-    assert ("does not respond" in text) == (b"html" not in answer)
+    assert f": http://{where}" in text and "AWS_ENDPOINT_URL" in text
 
 
-def test_the_first_look_ends_within_fifteen_seconds() -> None:
+def test_probe_takes_less_than_15_seconds() -> None:
     assert (
         s3_client.PROBE_RETRY_TIMEOUT_SECONDS
         + s3_client.PROBE_CONNECT_SECONDS
@@ -415,54 +416,52 @@ def test_the_first_look_ends_within_fifteen_seconds() -> None:
     )
 
 
-def test_a_name_server_that_never_answers_is_not_waited_for(
+def test_name_server_that_does_not_respond_does_not_block(
     s3: str, fresh: pytest.MonkeyPatch
 ) -> None:
-    """Looking up a name has no timeout that we could set."""
+    """Resolving a name has no timeout that can be set."""
     over = threading.Event()
 
-    def look_up(*_: object, **__: object) -> list[object]:
+    def resolve(*_: object, **__: object) -> list[object]:
         over.wait()
         return []
 
-    fresh.setattr(socket, "getaddrinfo", look_up)
+    fresh.setattr(socket, "getaddrinfo", resolve)
     for name in ("PROBE_RETRY_TIMEOUT_SECONDS", "PROBE_CONNECT_SECONDS", "PROBE_READ_SECONDS"):
         fresh.setattr(s3_client, name, 0.1)
     try:
-        assert "does not respond" in fails(lambda: storage.exists(f"{s3}/x"), s3)
+        fails(lambda: storage.exists(f"{s3}/x"), s3, code="no_response")
     finally:
         over.set()
 
 
-@pytest.mark.parametrize(
-    ("bucket", "said"),
-    [("covergenre-no-such", "no such bucket at http"), ("_", "no such bucket")],
-)
-def test_a_bucket_that_is_not_there_is_told(s3: str, bucket: str, said: str) -> None:
-    uri = f"s3://{bucket}/x"
+@pytest.mark.parametrize("bucket", ["covergenre-no-such", "_"])
+def test_missing_bucket_is_an_error(s3: str, bucket: str) -> None:
     for action in (
         storage.read_bytes,
         lambda uri: storage.put(uri, b""),
         lambda uri: storage.put_if_absent(uri, b""),
     ):
-        with pytest.raises(StorageError, match=f"s3://{bucket}.*: {said}"):
-            action(uri)
+        with pytest.raises(StorageError, match=f"^s3://{bucket}") as caught:
+            action(f"s3://{bucket}/x")
+        assert caught.value.code == "no_bucket"
 
 
-@pytest.mark.skipif(not os.environ.get("COVERGENRE_TEST_S3"), reason="moto takes any credentials")
+@pytest.mark.skipif(not os.environ.get("COVERGENRE_TEST_S3"), reason="moto accepts any credentials")
 @pytest.mark.parametrize("name", KEYS)
-def test_credentials_that_are_refused(s3: str, fresh: pytest.MonkeyPatch, name: str) -> None:
+def test_wrong_credentials_are_an_error(s3: str, fresh: pytest.MonkeyPatch, name: str) -> None:
     fresh.setenv(name, "wrong")
-    with pytest.raises(StorageError, match=r"refuses the credentials .* check AWS_ACCESS_KEY_ID"):
-        storage.exists(f"{s3}/x")
+    text = fails(lambda: storage.exists(f"{s3}/x"), s3, code="bad_credentials")
+    assert "AWS_ACCESS_KEY_ID" in text
 
 
-def test_what_was_wrong_a_while_ago_is_asked_again(s3: str, fresh: pytest.MonkeyPatch) -> None:
+def test_unavailable_bucket_is_probed_again_after_a_while(
+    s3: str, fresh: pytest.MonkeyPatch
+) -> None:
     fresh.setenv("AWS_PROFILE", "typo")
-    fails(lambda: storage.exists(f"{s3}/x"), s3)
+    fails(lambda: storage.exists(f"{s3}/x"), s3, code="no_profile")
     fresh.delenv("AWS_PROFILE")
-    text = fails(lambda: storage.exists(f"{s3}/x"), s3)
-    assert "AWS_PROFILE" in text
+    fails(lambda: storage.exists(f"{s3}/x"), s3, code="no_profile")
     fresh.setattr(s3_module, "_PROBE_AGAIN_SECONDS", 0.0)
     assert not storage.exists(f"{s3}/x")
 
@@ -481,7 +480,7 @@ CHECKSUM_VARIABLES = {
 }
 
 
-def test_checksums_are_sent_when_required_unless_the_user_says_otherwise(
+def test_checksums_are_sent_when_required_unless_set_otherwise(
     s3: str, fresh: pytest.MonkeyPatch
 ) -> None:
     for variable, setting in CHECKSUM_VARIABLES.items():
@@ -503,13 +502,13 @@ def test_filesystem_is_unpickled_in_another_process(s3: str) -> None:
     write = (
         "import pickle, sys; system = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
         "assert 'covergenre.io.s3' in sys.modules\n"
-        "with system.open_output_stream(sys.argv[2]) as stream: stream.write(b'there')\n"
+        "with system.open_output_stream(sys.argv[2]) as stream: stream.write(b'content')\n"
     )
     subprocess.run([sys.executable, "-c", write, pickled.hex(), path], check=True)
-    assert storage.read_bytes(f"{s3}/pickled/x") == b"there"
+    assert storage.read_bytes(f"{s3}/pickled/x") == b"content"
 
 
-# No file at all
+# URIs
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "http://host/x.jpg", "hdfs://x"])
@@ -623,19 +622,19 @@ def test_file_uri_of_another_host_is_refused(uri: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["S3", "s3a", "s3n"])
-def test_other_names_of_s3_are_the_same_place(scheme: str, s3: str) -> None:
-    storage.put(f"{s3}/named/x", b"there")
+def test_other_schemes_of_s3_are_equivalent(scheme: str, s3: str) -> None:
+    storage.put(f"{s3}/named/x", b"content")
     uri = s3.replace("s3", scheme, 1) + "/named"
-    assert storage.read_bytes(f"{uri}/x") == b"there"
+    assert storage.read_bytes(f"{uri}/x") == b"content"
     assert storage.list_files(uri) == [f"{s3}/named/x"]
-    assert storage.is_directory(uri) and storage.size(f"{uri}/x") == 5
+    assert storage.is_directory(uri) and storage.size(f"{uri}/x") == 7
 
 
 # Special files
 
 
 def special_files(folder: Path) -> dict[str, str]:
-    """Path -> what it is, of files that are not regular ones."""
+    """Path -> kind of file, of files that are not regular ones."""
     os.mkfifo(folder / "pipe")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "socket"))
@@ -655,27 +654,27 @@ def test_only_regular_files_are_opened(
     for path, kind in special_files(folder).items():
         for action in (storage.open_input, storage.read_bytes, storage.read_json):
             text = fails(lambda action=action, path=path: action(path), path)  # type: ignore[misc]
-            assert f"it is {kind}, not a regular file" in text
+            assert kind in text
         if kind != "a directory":
             text = fails(lambda path=path: storage.size(path), path)  # type: ignore[misc]
-            assert f"it is {kind}, not a regular file" in text
-    (folder / "file").write_bytes(b"there")
+            assert kind in text
+    (folder / "file").write_bytes(b"content")
     (folder / "good-link").symlink_to("file")
-    assert storage.read_bytes(str(folder / "good-link")) == b"there"
+    assert storage.read_bytes(str(folder / "good-link")) == b"content"
 
 
 def test_pipe_of_a_shell_is_refused() -> None:
-    """What `<(...)` is."""
+    """A process substitution, `<(...)`."""
     read_end, write_end = os.pipe()
     try:
         text = fails(lambda: storage.size(f"/dev/fd/{read_end}"), f"/dev/fd/{read_end}")
-        assert "it is a pipe, not a regular file" in text
+        assert "a pipe" in text
     finally:
         os.close(read_end)
         os.close(write_end)
 
 
-def test_what_put_json_writes_is_plain_json(tmp_path: Path) -> None:
+def test_put_json_writes_indented_json(tmp_path: Path) -> None:
     storage.put_json(str(tmp_path / "x.json"), {"b": 1, "a": 2})
     assert (tmp_path / "x.json").read_text() == '{\n  "b": 1,\n  "a": 2\n}\n'
     assert json.loads((tmp_path / "x.json").read_text()) == {"b": 1, "a": 2}
