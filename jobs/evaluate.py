@@ -1,4 +1,4 @@
-"""ray job submit -- python jobs/evaluate.py ARGS: the same as `covergenre evaluate ARGS`."""
+"""Entry point for jobs: `ray job submit -- python jobs/evaluate.py ARGUMENTS`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""ray job submit -- python jobs/prepare.py ARGS: the same as `covergenre prepare ARGS`."""
+"""Entry point for jobs: `ray job submit -- python jobs/prepare.py ARGUMENTS`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""ray job submit -- python jobs/score.py ARGS: the same as `covergenre score ARGS`."""
+"""Entry point for jobs: `ray job submit -- python jobs/score.py ARGUMENTS`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""ray job submit -- python jobs/train.py ARGS: the same as `covergenre train ARGS`."""
+"""Entry point for jobs: `ray job submit -- python jobs/train.py ARGUMENTS`."""
 
 import sys
 
