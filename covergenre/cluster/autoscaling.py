@@ -1,13 +1,13 @@
-"""Resources of a cluster once its autoscaler has started as many machines as it may."""
+"""Resources that a cluster can have after its autoscaler has started all machines it may."""
 
 from typing import Any
 
 
 def max_resources(resource: str) -> float:
-    """How much of `resource` ("CPU", "GPU") the cluster has, or can have after scaling up.
+    """How many of `resource` ("CPU" or "GPU") the cluster has, or can have after scaling up.
 
-    The autoscaler's limits are known only to a process on the head, such as the driver of a job.
-    Elsewhere, and without an autoscaler, these are the current resources.
+    The autoscaler's limits are known only on the head node, where the drivers of jobs run.
+    Elsewhere, and without an autoscaler, the current resources are returned.
     """
     import ray
 
@@ -22,9 +22,9 @@ def max_resources(resource: str) -> float:
 
 
 def max_resources_of(config: dict[str, Any], resource: str, unknown: float) -> float:
-    """How much of `resource` a cluster of this Ray cluster file can have, including its head.
+    """How many of `resource` a cluster with this Ray cluster file can have, including its head.
 
-    unknown: of a machine whose node type does not say, as with `provider: local`.
+    unknown: the resource of a machine whose node type does not declare it (`provider: local`).
     """
 
     def each(kind: dict[str, Any]) -> float:

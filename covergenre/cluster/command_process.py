@@ -1,6 +1,6 @@
-"""What commands add to starting Ray, as they own their process: signals, exit code, quiet stderr.
+"""How commands, which own their process, start and end Ray: signals, exit codes, quiet stderr.
 
-A library does none of this: see ProcessPolicy.
+A library does none of this: see ray_runtime.ProcessPolicy.
 """
 
 import atexit
@@ -22,7 +22,7 @@ _CHECK_RAY_SECONDS = 1.0
 
 
 def install() -> None:
-    """Let Ray start as the commands start it, in a process that runs nothing else."""
+    """Use the policy of commands, in a process that runs nothing else."""
     ray_runtime.process_policy = _CommandProcess()
 
 
@@ -42,11 +42,10 @@ class _CommandProcess(ray_runtime.ProcessPolicy):
         if threading.current_thread() is threading.main_thread():
             # Ray's own handler writes a stack trace of its C++ part.
             signal.signal(signal.SIGTERM, _on_sigterm)
-            # Registered after Ray's exit handler, so called before it: during exit ^C can stop
-            # nothing any more.
+            # Ctrl-C is ignored during exit. Registered after Ray's exit handler, so called first.
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         if not verbose:
-            # It warns that it cannot write its cache to HOME.
+            # It warns if it cannot write its cache to the home directory.
             logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
@@ -56,8 +55,8 @@ def _on_sigterm(*_: object) -> None:
 
 
 def _exit_with_ray() -> None:
-    """Exit with a message when the embedded Ray has crashed; Ray itself would end this process a
-    minute later, without one."""
+    """Exit with a message when the embedded Ray has crashed; Ray would end this process a minute
+    later, without a message."""
     import psutil
     import ray
 
@@ -65,12 +64,12 @@ def _exit_with_ray() -> None:
 
     servers = server_processes()
 
-    def all_run() -> bool:
+    def all_running() -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):
             return all(server.status() != psutil.STATUS_ZOMBIE for server in servers)
         return False
 
-    while all_run():
+    while all_running():
         time.sleep(_CHECK_RAY_SECONDS)
     if ray.is_initialized():  # else it was shut down
         logger.error(
@@ -83,8 +82,8 @@ def _exit_with_ray() -> None:
 def end_now(code: int) -> NoReturn:
     """End this process and the Ray embedded in it at once.
 
-    Ray's own shutdown takes seconds, and gave an interrupted process exit code 1,
-    when one of its threads still queried a process that had ended.
+    Ray's shutdown takes seconds, and sometimes changed the exit code to 1, when one of its threads
+    queried a process that had ended.
     """
     import psutil
 
@@ -101,8 +100,8 @@ def end_now(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Discard what is written to file descriptor 2: Ray's C++ part reports there that its log level
-    is reduced. Errors of ray.init are exceptions and not affected."""
+    """Discard what is written to file descriptor 2, where Ray's C++ part reports that its log level
+    was reduced. Errors of ray.init are exceptions and not affected."""
     sys.stderr.flush()
     saved = os.dup(2)
     with open(os.devnull, "wb") as devnull:

@@ -1,4 +1,4 @@
-"""doctor: is a cluster fit for the work? Asked of the driver, and of a worker on every node."""
+"""doctor: checks of a cluster, made by the driver and by a task on every node."""
 
 import os
 import platform
@@ -14,33 +14,35 @@ from typing import Any
 from covergenre import __version__, dependencies
 from covergenre.cluster import ray_runtime
 from covergenre.cluster.autoscaling import max_resources
-from covergenre.cluster.workers import place_workers
+from covergenre.cluster.workers import choose_workers
 from covergenre.errors import ConfigError, StorageError, essential_line
 from covergenre.formatting import plural
 from covergenre.io import storage
 
 _PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "pillow")
-_LEAST_SHM_BYTES = 2 * 2**30
-_LEAST_DISK_BYTES = 10 * 2**30
+_MIN_SHM_BYTES = 2 * 2**30
+_MIN_DISK_BYTES = 10 * 2**30
 _NODE_TIMEOUT_SECONDS = 120
 
 Finding = tuple[str, str]
-"""(what was looked at and seen, what to do; empty where it is well)"""
+"""(what was checked and found, problem or fix; the latter is empty if the check passed)"""
 
 
 def doctor(address: str | None, storage_uri: str | None, workers: int | None) -> int:
-    """Look, print a line for each thing, and give the exit code: 2 where something is to mend.
+    """Print a line for each check; returns the exit code: 2 if a check failed, else 0.
 
-    address: a dashboard's, to look from a job of that cluster; None: the one of RAY_ADDRESS, or
-    from here, at this machine or the cluster that it is of.
+    address: URL of a cluster's dashboard, to run the checks in a job of that cluster; None: that of
+    RAY_ADDRESS if it is one, else the checks run here, on the cluster that RAY_ADDRESS names or on
+    a Ray embedded in this process.
     """
     if address := address or ray_runtime.dashboard():
         from covergenre.cluster.jobs import run_job
 
         if not Path("covergenre", "__main__.py").is_file():
             raise ConfigError(
-                "doctor --address: sends the current folder, which has no covergenre/__main__.py;"
-                " be in covergenre's folder"
+                "doctor --address: uploads the current directory, which has no"
+                " covergenre/__main__.py; run it in covergenre's directory",
+                code="no_source",
             )
         arguments = ["python", "-m", "covergenre", "doctor"]
         arguments += ["--storage", storage_uri] if storage_uri else []
@@ -56,97 +58,98 @@ def doctor(address: str | None, storage_uri: str | None, workers: int | None) ->
 def _findings(storage_uri: str | None, workers: int | None) -> Iterator[Finding]:
     if storage_uri:
         storage_uri = storage.absolute(storage_uri)
-        yield _of_storage("driver", storage_trouble(storage_uri), storage_uri)
+        yield _storage_finding("driver", storage_problem(storage_uri), storage_uri)
     try:
         ray_runtime.start_ray()
-    except Exception as error:  # whatever keeps Ray from starting is a finding
+    except Exception as error:  # any failure to start is a finding
         yield "cluster", essential_line(str(error) or type(error).__name__)
         return
     import ray
 
     from covergenre.cluster.ray_internals import is_token_auth_enabled
 
-    here = look(None)
+    driver = inspect_machine(None)
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    token = "with" if is_token_auth_enabled() else "without"
     size = f"{plural(max_resources('CPU'), 'CPU')}, {plural(max_resources('GPU'), 'GPU')} at most"
-    yield f"cluster: {plural(len(nodes), 'machine')} now, {size}, {token} a token", ""
-    yield from _of_nodes(nodes, here, storage_uri)
+    token = "on" if is_token_auth_enabled() else "off"
+    yield f"cluster: {plural(len(nodes), 'machine')} now, {size}, token authentication {token}", ""
+    yield from _node_findings(nodes, driver, storage_uri)
     try:
-        placed = place_workers(workers, "auto", 0.5)
+        found = choose_workers(workers, "auto", 0.5)
     except ConfigError as error:
         yield "workers", str(error)
     else:
-        kind = "GPU" if placed.use_gpu else "CPU"
-        yield f"workers: {plural(placed.count, f'{kind} worker')} can be placed", ""
+        kind = "GPU" if found.use_gpu else "CPU"
+        yield f"workers: {plural(found.count, f'{kind} worker')} can be scheduled", ""
 
 
-def _of_nodes(
-    nodes: list[dict[str, Any]], here: dict[str, Any], storage_uri: str | None
+def _node_findings(
+    nodes: list[dict[str, Any]], driver: dict[str, Any], storage_uri: str | None
 ) -> Iterator[Finding]:
-    """What a worker on each node finds: first whether covergenre can be imported there at all."""
+    """Checks by a task on each node: first whether covergenre can be imported there at all."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def on_every_node(function: Callable[..., Any], *args: object) -> list[Any]:
         task = ray.remote(num_cpus=0, max_retries=0)(function)
-        places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        return [task.options(scheduling_strategy=place).remote(*args) for place in places]
+        strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        return [task.options(scheduling_strategy=each).remote(*args) for each in strategies]
 
-    # By value: by reference, the worker would import covergenre to know the function.
+    # Pickled by value: by reference, the worker would have to import covergenre to load it.
     ray.cloudpickle.register_pickle_by_value(dependencies)
-    checks = on_every_node(dependencies.missing_requirements)
+    missing = on_every_node(dependencies.missing_requirements)
     ray.cloudpickle.unregister_pickle_by_value(dependencies)
-    answers = on_every_node(look, storage_uri)
-    for node, check, answer in zip(nodes, checks, answers, strict=True):
+    inspected = on_every_node(inspect_machine, storage_uri)
+    for node, missing_ref, machine_ref in zip(nodes, missing, inspected, strict=True):
         name = node["NodeManagerHostname"]
         try:
-            if advice := ray.get(check, timeout=_NODE_TIMEOUT_SECONDS):
+            if advice := ray.get(missing_ref, timeout=_NODE_TIMEOUT_SECONDS):
                 yield f"{name}: packages", advice
                 continue
-            found = ray.get(answer, timeout=_NODE_TIMEOUT_SECONDS)
-        except Exception as error:  # whatever a node does is a finding
+            machine = ray.get(machine_ref, timeout=_NODE_TIMEOUT_SECONDS)
+        except Exception as error:  # any failure of a node is a finding
             yield f"{name}: no answer", essential_line(str(error) or type(error).__name__)
         else:
-            yield from _of_node(name, found, here, storage_uri)
+            yield from _machine_findings(name, machine, driver, storage_uri)
 
 
-def _of_node(
-    name: str, found: dict[str, Any], here: dict[str, Any], storage_uri: str | None
+def _machine_findings(
+    name: str, machine: dict[str, Any], driver: dict[str, Any], storage_uri: str | None
 ) -> Iterator[Finding]:
+    versions = machine["versions"]
     differ = [
-        f"{package} {found['versions'][package]} there, {mine} at the driver"
-        for package, mine in here["versions"].items()
-        if found["versions"][package] != mine
+        f"{package} {versions[package]}, the driver has {expected}"
+        for package, expected in driver["versions"].items()
+        if versions[package] != expected
     ]
-    shown = ", ".join(f"{package} {number}" for package, number in found["versions"].items())
+    shown = ", ".join(f"{package} {number}" for package, number in versions.items())
     advice = f"install the same requirements.txt on all machines ({'; '.join(differ)})"
     yield f"{name}: versions {shown}", advice if differ else ""
-    for gpu in found["gpus"]:
+    for gpu in machine["gpus"]:
         yield f"{name}: GPU {gpu}", ""
     for what, free, least in (
-        ("memory for Ray's objects (/dev/shm)", found["shm"], _LEAST_SHM_BYTES),
-        ("disk for what spills (/tmp)", found["disk"], _LEAST_DISK_BYTES),
+        ("Ray's object store (/dev/shm)", machine["shm"], _MIN_SHM_BYTES),
+        ("temporary files (/tmp)", machine["disk"], _MIN_DISK_BYTES),
     ):
-        advice = f"give it at least {least >> 30} GiB" if free < least else ""
+        advice = f"at least {least >> 30} GiB are needed" if free < least else ""
         yield f"{name}: {what}: {free / 2**30:.1f} GiB free", advice
     if storage_uri:
-        yield _of_storage(name, found["storage"], storage_uri)
+        yield _storage_finding(name, machine["storage"], storage_uri)
 
 
-def _of_storage(who: str, trouble: str, uri: str) -> Finding:
-    return f"{who}: storage {uri}{'' if trouble else ' can be written, read and deleted'}", trouble
+def _storage_finding(name: str, problem: str, uri: str) -> Finding:
+    return f"{name}: storage {uri}{'' if problem else ': write, read and delete'}", problem
 
 
-def look(storage_uri: str | None) -> dict[str, Any]:
-    """What a process sees of its machine; run by a worker on every node."""
+def inspect_machine(storage_uri: str | None) -> dict[str, Any]:
+    """Versions, GPUs, free space and access to the storage, of the machine of this process."""
     return {
         "versions": {"python": platform.python_version(), "covergenre": __version__}
         | {name: _version(name) for name in _PACKAGES},
         "gpus": _gpus(),
         "shm": shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else sys.maxsize,
         "disk": shutil.disk_usage("/tmp").free,
-        "storage": storage_trouble(storage_uri) if storage_uri else "",
+        "storage": storage_problem(storage_uri) if storage_uri else "",
     }
 
 
@@ -158,7 +161,8 @@ def _version(package: str) -> str:
 
 
 def _gpus() -> list[str]:
-    """Name and free memory of each; from the driver's own tool, as Ray hides GPUs from a task."""
+    """Name and free memory of each GPU. From nvidia-smi, because Ray hides GPUs from a task that
+    reserves none."""
     query = ["nvidia-smi", "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader"]
     try:
         found = subprocess.run(query, capture_output=True, check=True, text=True, timeout=30)
@@ -168,14 +172,14 @@ def _gpus() -> list[str]:
     return [f"{name}, {free} of {total} free" for name, free, total in gpus]
 
 
-def storage_trouble(uri: str) -> str:
-    """What keeps this process from writing, reading or deleting at `uri`; empty if nothing."""
+def storage_problem(uri: str) -> str:
+    """Why this process cannot write, read or delete a file in `uri`; empty if it can."""
     folder = storage.join(uri, f"covergenre-doctor-{uuid.uuid4().hex}")
     probe, data = storage.join(folder, "probe"), os.urandom(1000)
     try:
         storage.put(probe, data)
         if storage.read_bytes(probe) != data:
-            return "other bytes came back than were written"
+            return "the bytes that were read are not those that were written"
         storage.delete_directory(folder)
     except StorageError as error:
         return str(error)

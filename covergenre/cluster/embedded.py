@@ -1,7 +1,6 @@
 """The temporary directory and the settings of a Ray that runs inside this process.
 
-Nothing of it depends on HOME, TMPDIR or the current directory, and nothing of it uses the network
-beyond this machine.
+It needs no home directory, ignores the current directory, and connects to this machine only.
 """
 
 import atexit
@@ -14,14 +13,13 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from covergenre.errors import ConfigError
 
 _PREFIX = "cg-"
 _RANDOM_CHARACTERS = 8
-"""That mkdtemp appends to the prefix."""
+"""Length of the suffix that mkdtemp appends."""
 _SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103
 """The longest path of a Unix domain socket."""
 _SOCKET_NAME = "/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
@@ -38,13 +36,13 @@ _UNLOCKED_SECONDS = 3600.0
 class EmbeddedRayDirectory:
     """A temporary directory of one embedded Ray: logs, sockets, token; mode 0700.
 
-    A lock on one of its files, which the kernel releases when this process ends in whatever way,
-    tells other runs that it is in use. Directories of killed runs are removed by the next run of
-    the same user in the same base directory.
+    While this process lives it holds a flock on a file of the directory, which shows other runs
+    that the directory is in use. Directories of killed runs are removed by the next run of the same
+    user in the same base directory.
     """
 
     def __init__(self) -> None:
-        """Raises ConfigError where no base directory is short enough, writable and has space."""
+        """Raises ConfigError if no base directory has a short path, is writable and has space."""
         problems = []
         for base in _base_directories():
             try:
@@ -55,29 +53,30 @@ class EmbeddedRayDirectory:
                 break
         else:
             raise ConfigError(
-                f"Ray finds no directory for temporary files ({'; '.join(problems)}); set"
-                f" RAY_TMPDIR to a writable directory whose path has at most {MAX_BASE_BYTES} bytes"
+                f"no directory for Ray's temporary files ({'; '.join(problems)}); set RAY_TMPDIR to"
+                f" a writable directory whose path has at most {MAX_BASE_BYTES} bytes",
+                code="no_temporary_directory",
             )
         atexit.register(self.remove)
         _remove_leftovers(self.path.parent)
 
     def _create(self, base: str) -> None:
         if len(os.fsencode(base)) > MAX_BASE_BYTES:
-            raise OSError(f"its path is longer than {MAX_BASE_BYTES} bytes")
+            raise OSError(f"path is longer than {MAX_BASE_BYTES} bytes")
         if (free := shutil.disk_usage(base).free) < _MIN_FREE_BYTES:
             raise OSError(f"only {free / 2**20:.0f} MiB are free")
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         try:
             self.token.touch(mode=0o600)
             self.token.write_text(secrets.token_hex(32))
-            # The package alone: what lies beside it must not hide what workers import.
+            # Only the package: other files beside it could shadow modules that workers import.
             self.code.mkdir()
             package = Path(__file__).resolve().parents[1]
             (self.code / package.name).symlink_to(package)
-            # Renamed once it is locked: nobody ever finds it unlocked while this process lives.
+            # Renamed once it is locked, so that other runs never find it unlocked.
             unlocked = self.path / "unlocked"
             self._lock = unlocked.open("w")
-            with contextlib.suppress(OSError):  # a file system without locks: never cleaned up
+            with contextlib.suppress(OSError):  # no locks on this file system: never cleaned up
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 unlocked.rename(self.path / _LOCK)
         except OSError:
@@ -86,17 +85,17 @@ class EmbeddedRayDirectory:
 
     @property
     def token(self) -> Path:
-        """File of the token that this Ray's processes authenticate with."""
+        """File of the token with which the processes of this Ray authenticate."""
         return self.path / _TOKEN
 
     @property
     def code(self) -> Path:
-        """Directory for the workers' import path: holds this package and nothing else."""
+        """Directory for the import path of workers; contains only this package."""
         return self.path / _CODE
 
     @property
     def ray(self) -> Path:
-        """Ray's own temporary directory; Ray lets everybody write to it, unlike the one above."""
+        """Ray's temporary directory. Ray makes it world-writable; its parent is private."""
         return self.path / _RAY
 
     @property
@@ -105,17 +104,17 @@ class EmbeddedRayDirectory:
         return self.ray / "session_latest" / "logs"
 
     def keep(self) -> None:
-        """Do not remove it at exit: an error message names the logs. The next run removes it."""
+        """Leave the removal to the next run, because an error message refers to the logs."""
         atexit.unregister(self.remove)
 
     def remove(self) -> None:
-        """Stop the Ray that uses it, if any, and remove it. May be called again."""
+        """Stop the Ray that uses it, if any, and remove it. May be called repeatedly."""
         if ray := sys.modules.get("ray"):
             ray.shutdown()
         self.delete()
 
     def delete(self) -> None:
-        """Remove the files only; Ray has ended or is killed."""
+        """Remove the files, after Ray has ended or was killed."""
         atexit.unregister(self.remove)
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
@@ -135,7 +134,7 @@ def _remove_leftovers(base: Path) -> None:
             if (
                 found.st_uid == os.geteuid()
                 and stat.S_ISDIR(found.st_mode)
-                # Somebody else's directory may be named like ours.
+                # A directory of another program may have such a name.
                 and (path / _CODE / Path(__file__).resolve().parents[1].name).is_symlink()
                 and _is_leftover(path, found.st_mtime)
             ):
@@ -149,16 +148,16 @@ def _is_leftover(path: Path, modified: float) -> bool:
         return True
     except FileNotFoundError:  # partly removed, or about to be locked
         return (path / _TOKEN).is_file() and time.time() - modified > _UNLOCKED_SECONDS
-    except OSError:  # locked, or not ours to judge
+    except OSError:  # locked, or not accessible
         return False
 
 
 def environment(directory: EmbeddedRayDirectory) -> dict[str, str]:
     """Environment variables for the embedded Ray and its processes."""
     variables = {
-        # Not ~/.ray/auth_token, which may not be writable, and is a cluster's.
+        # Ray's default, ~/.ray/auth_token, may not be writable, or is the token of a cluster.
         "RAY_AUTH_TOKEN_PATH": str(directory.token),
-        # Empty: gRPC uses no proxy. It would ask that of http_proxy to connect to this machine.
+        # Empty: no proxy. gRPC would use http_proxy even for connections to this machine.
         "grpc_proxy": "",
     }
     if "PYTHONPATH" in os.environ:
@@ -166,20 +165,6 @@ def environment(directory: EmbeddedRayDirectory) -> dict[str, str]:
         entries = os.environ["PYTHONPATH"].split(os.pathsep)
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, entries))
     if not os.path.isabs(os.path.expanduser("~")):
-        # No HOME, and no such user: Ray Train and others want one when they are imported.
+        # No HOME and no such user: Ray Train and others need one when they are imported.
         variables["HOME"] = str(directory.path)
     return variables
-
-
-@contextlib.contextmanager
-def safe_import_path() -> Iterator[None]:
-    """Let Python processes that are started meanwhile, and those they start, import nothing from
-    the current directory, which Python would put first for `python -c`."""
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["PYTHONSAFEPATH"]
-        if before is not None:
-            os.environ["PYTHONSAFEPATH"] = before

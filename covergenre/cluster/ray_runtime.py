@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,18 @@ from covergenre.io.urls import redacted
 logger = logging.getLogger(__name__)
 
 _EMBEDDED_OBJECT_STORE_BYTES = 2 * 2**30
-"""Of an embedded Ray: encoded covers and a few batches of pixels; the rest is for the model."""
+"""Of an embedded Ray. It holds encoded covers and a few batches of pixels."""
 PIPELINE_BYTES = 384 * 2**20
-"""What one Ray Data pipeline may hold in the object store before its readers wait."""
+"""Limit of one Ray Data pipeline in the object store; its readers wait when it is reached."""
 
 _CONNECT_SECONDS = 10
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # RFC 9113, 3.4
 _START_ATTEMPTS = 3
-"""Of an embedded Ray: its processes have 15 s to start, which no setting of Ray's changes."""
+"""Of an embedded Ray: it gives its processes 15 s to start, which no setting changes."""
 
 
 class ProcessPolicy:
-    """What start_ray may change in this process besides starting Ray: as a library, nothing."""
+    """What `start_ray` does in this process besides starting Ray: in a library, nothing."""
 
     restores_environment = True
 
@@ -51,17 +51,17 @@ _embedded_directory: EmbeddedRayDirectory | None = None
 
 
 def start_ray(*, verbose: bool = False) -> None:
-    """Use the Ray of this process if it has one, else connect to the cluster of RAY_ADDRESS, or
-    embed a Ray in this process.
+    """Use the Ray that this process has initialised; without one, connect to the cluster of
+    RAY_ADDRESS, or embed a Ray in this process.
 
-    A Ray that the caller has initialised stays as it is. Environment variables are set while Ray
-    starts and restored then; no handler is installed. The embedded Ray ends with the process, or at
-    ray.shutdown(). Raises ConfigError or RayStartError where Ray does not start.
+    A Ray that the caller has initialised is not changed. Environment variables are set while Ray
+    starts and restored afterwards; no signal handler is installed. The embedded Ray ends with the
+    process, or at ray.shutdown(). Raises ConfigError or RayStartError if Ray does not start.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "")
-    if address == "local":  # Ray's own word for an embedded one
+    if address == "local":  # Ray's name for an embedded Ray
         address = ""
     with _environment(_settings(verbose, embedded=not address)):
         if address:
@@ -76,13 +76,14 @@ def start_ray(*, verbose: bool = False) -> None:
 
 
 def _settings(verbose: bool, *, embedded: bool) -> dict[str, str]:
-    """Environment variables of Ray, except those that name a directory. The user's own win."""
+    """Environment variables of Ray, except those that name a directory. Variables that the user
+    has set take precedence."""
     settings = {
         # Under `uv run` Ray would rebuild the environment in each worker.
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        # Today's default is deprecated, and Ray warns of that.
+        # Ray warns that its default is deprecated.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Without a limit Ray retries a task for ever that was killed because memory ran out.
+        # By default Ray retries a task that ran out of memory without limit.
         "RAY_task_oom_retries": "3",
     }
     if not verbose:
@@ -99,24 +100,38 @@ _SET_BY_RAY = ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED", "PYTHONBREAKPOINT")
 """Variables that ray.init sets in this process."""
 
 
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set environment variables and restore them at the end, with those that ray.init sets."""
-    before = {name: os.environ.get(name) for name in (*variables, *_SET_BY_RAY)}
+def _environment(variables: dict[str, str]) -> contextlib.AbstractContextManager[None]:
+    """Set environment variables and, in a library, restore them and those that ray.init sets."""
+    if process_policy.restores_environment:
+        return temporary_environment(variables, also_restored=_SET_BY_RAY)
     os.environ.update(variables)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def temporary_environment(
+    variables: Mapping[str, str | None], *, also_restored: Iterable[str] = ()
+) -> Iterator[None]:
+    """Set environment variables (None: unset) and restore them at the end."""
+    before = {name: os.environ.get(name) for name in (*variables, *also_restored)}
+    _set_environment(variables)
     try:
         yield
     finally:
-        if process_policy.restores_environment:
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                if value is not None:
-                    os.environ[name] = value
+        _set_environment(before)
+
+
+def _set_environment(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Undo that ray.init installs a handler of SIGTERM: the host process keeps its own."""
+def _sigterm_handler_restored() -> Iterator[None]:
+    """Restore the host process's handler of SIGTERM, which ray.init replaces."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -127,7 +142,7 @@ def _sigterm_kept() -> Iterator[None]:
 
 
 def _connect(address: str, verbose: bool) -> None:
-    """Raises ConfigError where no cluster answers, or one that refuses this process."""
+    """Raises ConfigError if no cluster answers, or if it refuses this process."""
     from covergenre.cluster.ray_internals import InstalledCodeOnly
 
     try:
@@ -158,13 +173,15 @@ def _start_embedded(directory: EmbeddedRayDirectory, verbose: bool) -> None:
         children = set(psutil.Process().children(recursive=True))
         try:
             with (
-                embedded.safe_import_path(),
+                # No process of Ray imports from the current directory, where `python -c` would
+                # search first.
+                temporary_environment({"PYTHONSAFEPATH": "1"}),
                 without_unused_processes(keep_log_monitor=verbose),
             ):
                 _init(
                     verbose,
                     address="local",
-                    # Logical CPUs: even on a small machine a model and its readers must both fit.
+                    # Logical CPUs: a model and its readers must fit even on a small machine.
                     num_cpus=max(4, available_cores()),
                     object_store_memory=_EMBEDDED_OBJECT_STORE_BYTES,
                     include_dashboard=False,
@@ -172,18 +189,18 @@ def _start_embedded(directory: EmbeddedRayDirectory, verbose: bool) -> None:
                     job_config=InstalledCodeOnly(directory.code),
                 )
             return
-        # Whatever keeps a process from starting; Ray raises a bare Exception when time is up.
+        # Anything may fail to start; Ray raises a bare Exception after a timeout.
         except Exception as error:
             cause = _one_line(error)
             timed_out = "timed out" in cause.lower()
             if not (timed_out and attempts_left):
                 directory.keep()
-                advice = "; run the same command again when it is less busy" if timed_out else ""
+                advice = "; try again when the machine is less busy" if timed_out else ""
                 raise RayStartError(
                     f"Ray did not start on this machine: {cause}{advice}; its logs are in"
                     f" {directory.logs}"
                 ) from error
-        logger.info("Ray did not start in its time on this busy machine; trying again")
+        logger.info("Ray did not start in time; retrying")
         kill(set(psutil.Process().children(recursive=True)) - children)
 
 
@@ -199,7 +216,10 @@ def kill(processes: Iterable[Any]) -> None:
 def _init(verbose: bool, **settings: Any) -> None:
     import ray
 
-    with contextlib.nullcontext() if verbose else process_policy.starting(), _sigterm_kept():
+    with (
+        contextlib.nullcontext() if verbose else process_policy.starting(),
+        _sigterm_handler_restored(),
+    ):
         ray.init(
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.ERROR,
@@ -214,7 +234,7 @@ def _shipped_code() -> dict[str, list[str]] | None:
     """
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return None
-    # RECORD: what an installer writes; a folder of sources may have metadata, too.
+    # Installers write RECORD; a directory of sources may have other metadata.
     if any(found.read_text("RECORD") for found in distributions(name="covergenre")):
         return None
     return {"py_modules": [str(Path(__file__).resolve().parents[1])]}
@@ -226,7 +246,7 @@ def _one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def unwrap_ray_errors() -> Iterator[None]:
-    """Raise an error of ours as itself where Ray wrapped it in its own: a mistake is one line."""
+    """Raise a CovergenreError that Ray has wrapped in an error of its own without the wrapper."""
     from ray.exceptions import RayError
 
     try:
@@ -236,7 +256,7 @@ def unwrap_ray_errors() -> Iterator[None]:
         while pending:
             inner = pending.pop()
             if isinstance(inner, CovergenreError) and not isinstance(inner, RayError):
-                # Ray Data writes its own advice below our line.
+                # Ray Data appends lines to the message.
                 raise type(inner)(str(inner).splitlines()[0], code=inner.code) from error
             if inner is not None:
                 pending += [inner.__cause__, getattr(inner, "cause", None)]
@@ -245,34 +265,35 @@ def unwrap_ray_errors() -> Iterator[None]:
 
 
 def dashboard() -> str | None:
-    """The dashboard that RAY_ADDRESS names: this process is outside of its cluster, and submits.
+    """The URL of a dashboard in RAY_ADDRESS, which means that commands are submitted as jobs; None
+    if it has another value.
 
-    None where it names none. Raises ConfigError for ray://: a driver whose connection breaks is
-    lost with its job, and a submitted job is not.
+    Raises ConfigError for ray://, because a lost connection would end the driver; a submitted job
+    continues.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
         raise ConfigError(
-            f"RAY_ADDRESS {redacted(address)}: Ray's client is not supported; name the"
-            " cluster's dashboard instead, as RAY_ADDRESS=http://HEAD:8265, and the command is"
-            " submitted as a job"
+            f"RAY_ADDRESS {redacted(address)}: ray:// is not supported; set it to the URL of the"
+            " dashboard, RAY_ADDRESS=http://HEAD:8265, and the command is submitted as a job",
+            code="ray_client",
         )
     return address if address.startswith(("http://", "https://")) else None
 
 
 def _check_address(address: str) -> None:
-    """Raises ConfigError where `address` is no cluster's: Ray would wait for minutes, or warn."""
+    """Raises ConfigError if no cluster answers at `address`; Ray would wait for minutes."""
     if dashboard():
         raise ConfigError(
-            f"RAY_ADDRESS {redacted(address)}: is a dashboard's, and this runs on a machine of"
-            " the cluster; use `covergenre submit`, or unset RAY_ADDRESS to run on this machine"
-            " alone"
+            f"RAY_ADDRESS {redacted(address)}: the URL of a dashboard, to which a driver cannot"
+            " connect; use `covergenre submit`, or unset RAY_ADDRESS to run on this machine alone",
+            code="dashboard_address",
         )
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS) as connection:
             if os.environ.get("RAY_USE_TLS", "0") == "0":
-                # What gRPC answers to; Ray itself would wait for minutes on a port that is mute.
+                # gRPC answers this; on a port that never answers, Ray would wait for minutes.
                 connection.sendall(_HTTP2_PREFACE)
                 if not connection.recv(1):
                     raise ConnectionError
@@ -282,14 +303,14 @@ def _check_address(address: str) -> None:
 
 def _no_cluster(address: str) -> ConfigError:
     return ConfigError(
-        f"RAY_ADDRESS {redacted(address)}: no Ray cluster answers there; correct it, or unset it to"
-        " run on this machine alone"
+        f"RAY_ADDRESS {redacted(address)}: no Ray cluster answers at this address; correct it, or"
+        " unset it to run on this machine alone",
+        code="no_cluster",
     )
 
 
 def silence_ray_loggers() -> None:
-    """Log errors of Ray only, and none of Ray Data: its errors reach us as exceptions, or are
-    handled."""
+    """Log only errors of Ray, and nothing of Ray Data, whose errors are raised as exceptions."""
     import ray.data  # noqa: F401 - configures its loggers when it is imported
 
     for name in ("ray", "ray.train", "ray.tune"):
@@ -299,11 +320,11 @@ def silence_ray_loggers() -> None:
 
 @contextlib.contextmanager
 def data_context(*, ordered: bool = False, skip_failed_blocks: bool = False) -> Iterator[None]:
-    """Settings of the Ray Data pipelines that are created inside; this process's own stay as they
-    are.
+    """Settings for the Ray Data pipelines that are created in the `with` block; the DataContext of
+    this process is not changed.
 
-    skip_failed_blocks: blocks whose tasks fail are left out without an error; the caller compares
-    what came with what it asked for.
+    skip_failed_blocks: blocks whose tasks fail are left out without an error; the caller finds out
+    which rows are missing.
     """
     from ray.data import DataContext, ExecutionResources
 

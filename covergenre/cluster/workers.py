@@ -1,33 +1,34 @@
-"""The processes that hold a model: how many the cluster can schedule, and with which resources."""
+"""Workers, the processes that hold a model: how many fit the cluster, with which resources."""
 
 import contextlib
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from covergenre.cluster import autoscaling
 from covergenre.errors import ConfigError
 from covergenre.formatting import plural
+from covergenre.polling import polling
 
 logger = logging.getLogger(__name__)
 
 _MAX_DEFAULT_GPUS = 64
-"""GPUs that are used unless --workers asks for more; an autoscaler may have no limit."""
-_POLL_SECONDS = 15.0
+"""GPUs that are used without --workers; an autoscaler may have no limit."""
+POLL_SECONDS = 15.0
+"""Between checks of the resources of the cluster."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Number and resources of the processes that hold a model."""
+    """Number and resources of the workers."""
 
     count: int
     use_gpu: bool
     cpus: float
-    """CPUs that Ray reserves for each."""
+    """CPUs that Ray reserves for each worker."""
     per_node: int
-    """The most that share one machine's cores."""
+    """The largest number of workers that share the cores of a machine."""
 
     @property
     def resources(self) -> dict[str, float]:
@@ -36,23 +37,25 @@ class Workers:
 
     @property
     def required_resource(self) -> tuple[str, float]:
-        """("GPU" or "CPU", how much of it all workers need together)."""
+        """("GPU" or "CPU", how many of them all workers need together)"""
         kind = "GPU" if self.use_gpu else "CPU"
         return kind, self.count * self.resources[kind]
 
 
-def place_workers(
+def choose_workers(
     workers: int | tuple[int, int] | None,
     device: str,
     cpus_per_worker: float,
     *,
     reading: float = 0.0,
 ) -> Workers:
-    """The workers that the settings ask for. Raises ConfigError where the cluster is too small.
+    """The workers for these settings. Raises ConfigError (code "too_many_workers") if the cluster
+    is too small.
 
-    workers: the number; (minimum, maximum): as many as can be scheduled now, but no fewer than the
-    minimum; None: one for each GPU, else one. reading: CPUs that the reading tasks of each worker
-    occupy permanently. One CPU more than workers and readers need is kept free to decode covers.
+    workers: their number; (minimum, maximum): as many as can be scheduled now, but not fewer than
+    the minimum; None: one per GPU, or one on CPU.
+    reading: CPUs that the reading tasks of each worker occupy permanently. In addition, one CPU is
+    kept free to decode covers.
     """
     import ray
 
@@ -64,8 +67,9 @@ def place_workers(
         low = low or min(max(1, max_gpus), _MAX_DEFAULT_GPUS)
         if low > max_gpus:
             raise ConfigError(
-                f"--workers {low}: each needs a GPU, and the cluster has at most {max_gpus};"
-                " ask for fewer, or use --device cpu"
+                f"--workers {low}: each needs a GPU, and the cluster has at most {max_gpus}; use"
+                " fewer, or --device cpu",
+                code="too_many_workers",
             )
         count = max(low, min(high or low, int(ray.cluster_resources().get("GPU", 0))))
         return Workers(count, True, cpus_per_worker, -(-count // nodes))
@@ -75,7 +79,8 @@ def place_workers(
     if low * each > max_cpus - 1:
         raise ConfigError(
             f"--workers {low}: {plural(each, 'CPU')} each and one to decode covers need"
-            f" {low * each + 1:g}, and the cluster has at most {max_cpus:g}; ask for fewer"
+            f" {low * each + 1:g}, and the cluster has at most {max_cpus:g}; use fewer",
+            code="too_many_workers",
         )
     fitting = int((float(ray.cluster_resources().get("CPU", 0)) - 1) / each)
     count = max(low, min(high or low, fitting))
@@ -83,11 +88,12 @@ def place_workers(
 
 
 def check_task_limit(workers: int | None) -> None:
-    """Raises ConfigError where the cluster can never run so many tasks of one CPU at a time."""
+    """Raises ConfigError if the cluster can never run this many one-CPU tasks in parallel."""
     if workers and workers > (max_cpus := autoscaling.max_resources("CPU")):
         raise ConfigError(
-            f"--workers {workers}: each needs a CPU, and the cluster has at most {max_cpus:g}; ask"
-            " for fewer"
+            f"--workers {workers}: each needs a CPU, and the cluster has at most {max_cpus:g}; use"
+            " fewer",
+            code="too_many_workers",
         )
 
 
@@ -103,8 +109,8 @@ def node_count() -> int:
 
 @contextlib.contextmanager
 def log_pending_resources(kind: str, need: float) -> Iterator[None]:
-    """While the body runs and the cluster has less than `need` of `kind` ("CPU" or "GPU"), log
-    every 15 seconds that the autoscaler has not started all machines yet."""
+    """While the body runs and the cluster has fewer than `need` of `kind` ("CPU" or "GPU"), log it
+    every 15 seconds: the autoscaler has not started all machines yet."""
     import ray
 
     def available() -> bool:
@@ -114,33 +120,15 @@ def log_pending_resources(kind: str, need: float) -> Iterator[None]:
             logger.info(f"waiting for machines: {needed} needed, {have:g} available")
         return bool(have >= need)
 
-    # First checked here, so that a job which waits says so at once.
-    with contextlib.nullcontext() if available() else polling(available):
+    # Checked here first, so that the first line is logged at once.
+    with contextlib.nullcontext() if available() else polling(available, POLL_SECONDS):
         yield
-
-
-@contextlib.contextmanager
-def polling(check: Callable[[], bool]) -> Iterator[None]:
-    """While the body runs, call `check` every 15 seconds on a thread, until it returns True."""
-    stop = threading.Event()
-
-    def poll() -> None:
-        while not stop.wait(_POLL_SECONDS) and not check():
-            pass
-
-    thread = threading.Thread(target=poll, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def use_cores(workers: Workers) -> None:
     """Let torch in this worker use its share of the machine's cores.
 
-    Ray would limit it to the reserved CPUs, which are few so that decoding always gets some.
+    Ray would limit it to the reserved CPUs, which are few, to leave some for decoding.
     """
     import torch
 
@@ -148,7 +136,7 @@ def use_cores(workers: Workers) -> None:
 
 
 def available_cores() -> int:
-    """Cores that this process may run on; in a container often fewer than the machine has."""
+    """Cores that this process may use; in a container often fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from covergenre import inference, schema
-from covergenre.cluster.workers import Workers, log_pending_resources, place_workers
+from covergenre.cluster.workers import Workers, choose_workers, log_pending_resources
 from covergenre.config import EvaluateConfig
 from covergenre.data import dataset
 from covergenre.data.covers import DatasetReader
@@ -96,7 +96,7 @@ def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
             return Evaluated(out, config.split, storage.read_json(metrics_file), remark)
         bundle, manifest = run.inputs
         run.start_ray({"--out": out, "model directory": bundle.uri, "dataset": manifest.uri})
-        workers = place_workers(config.workers, config.device, config.cpus_per_worker)
+        workers = choose_workers(config.workers, config.device, config.cpus_per_worker)
         run.record()
         return _evaluate(out, config, bundle, manifest, workers)
 

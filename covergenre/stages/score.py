@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covergenre import inference, schema
-from covergenre.cluster.workers import log_pending_resources, place_workers
+from covergenre.cluster.workers import choose_workers, log_pending_resources
 from covergenre.config import ScoreConfig
 from covergenre.data import dataset
 from covergenre.data.catalog import CatalogReader
@@ -178,7 +178,7 @@ def _score(
         count_rows(out, done, total)
     if len(pending):
         run.start_ray({"--out": out, "model directory": bundle.uri, "the cover": plan.local_cover})
-        workers = place_workers(config.workers, config.device, config.cpus_per_worker)
+        workers = choose_workers(config.workers, config.device, config.cpus_per_worker)
         rows = int((stops - starts).sum())
         with (
             log_pending_resources(*workers.required_resource),

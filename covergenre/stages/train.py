@@ -41,8 +41,8 @@ from covergenre.training.sampler import Steps
 from covergenre.training.supervisor import (
     CHECKPOINTS,
     TrainingResult,
-    choose_workers,
     run_training,
+    training_workers,
 )
 
 logger = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ def _check_output(out: str, state: str, *, resume: bool) -> None:
 
 
 def _choose_workers(config: TrainConfig) -> Workers:
-    workers = choose_workers(config)
+    workers = training_workers(config)
     if config.batch_size < workers.count:
         raise ConfigError(
             f"--batch-size {config.batch_size}: less than one album for each of"

@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from covergenre.cluster.ray_runtime import unwrap_ray_errors
-from covergenre.cluster.workers import Workers, log_pending_resources, place_workers, polling
+from covergenre.cluster.workers import (
+    POLL_SECONDS,
+    Workers,
+    choose_workers,
+    log_pending_resources,
+)
 from covergenre.config import TrainConfig
 from covergenre.data.dataset import Manifest
 from covergenre.data.image_decoding import Preprocessing
@@ -24,6 +29,7 @@ from covergenre.errors import ConfigError, CovergenreError, DeviceMemoryError, S
 from covergenre.formatting import plural
 from covergenre.io import storage
 from covergenre.metrics import base_rate_loss
+from covergenre.polling import polling
 from covergenre.training import checkpoints
 from covergenre.training.job import Job
 from covergenre.training.loader import READING_CPUS
@@ -48,9 +54,9 @@ class TrainingResult:
     """Of the best epoch, as safetensors."""
 
 
-def choose_workers(config: TrainConfig) -> Workers:
+def training_workers(config: TrainConfig) -> Workers:
     """The workers that the settings ask for. Raises ConfigError where the cluster has no room."""
-    return place_workers(
+    return choose_workers(
         config.worker_range(), config.device, config.cpus_per_worker, reading=READING_CPUS
     )
 
@@ -209,7 +215,7 @@ def _resizing(config: TrainConfig, job: Job) -> Iterator[None]:
     def check() -> bool:
         nonlocal requested
         with contextlib.suppress(ConfigError):
-            count = choose_workers(config).count
+            count = training_workers(config).count
             if count == job.workers.count:
                 return False
             if count != requested:
@@ -224,7 +230,7 @@ def _resizing(config: TrainConfig, job: Job) -> Iterator[None]:
         return False
 
     try:
-        with polling(check):
+        with polling(check, POLL_SECONDS):
             yield
     finally:
         job.monitor.end_group.remote()
@@ -235,7 +241,7 @@ def _wait_for_workers(config: TrainConfig) -> Workers:
     logged = False
     while True:
         try:
-            return choose_workers(config)
+            return training_workers(config)
         except ConfigError as error:
             if not logged:
                 logger.info(f"waiting for machines: {error}")

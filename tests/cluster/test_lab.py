@@ -400,11 +400,11 @@ def test_doctor_checks_both_hosts(lab: Lab) -> None:
         *(covergenre, "doctor", "--address", DASHBOARD, "--storage", lab.root, "--workers", "2")
     )
     found = done.stdout.splitlines()
-    assert "ok    workers: 2 CPU workers can be placed" in found
+    assert "ok    workers: 2 CPU workers can be scheduled" in found
     for host in ("driver", "cg2", "cg3"):
         assert any(line.startswith(f"ok    {host}: storage {lab.root}") for line in found), found
     (cluster,) = (line for line in found if "cluster: " in line)
-    assert "2 machines now" in cluster and "with a token" in cluster
+    assert "2 machines now" in cluster and "token authentication on" in cluster
 
 
 @pytest.mark.parametrize(
@@ -442,4 +442,4 @@ def test_submission_without_the_token_is_refused(lab: Lab) -> None:
     covergenre = str(Path(sys.prefix, "bin/covergenre"))
     done = stranger.run(covergenre, "submit", "score", "m", "c", "--out", "s3://lab/x")
     assert done.returncode == 2
-    assert "the cluster requires its token" in done.stderr
+    assert "the cluster requires a token" in done.stderr

@@ -28,7 +28,7 @@ def test_healthy_cluster_has_no_failed_checks(
         storage = [line for line in found if " storage " in line]
         assert len(storage) == 2  # the driver's, and the node's
         assert all(line.startswith("ok") and place in line for line in storage)
-        assert "ok    workers: 2 CPU workers can be placed" in found
+        assert "ok    workers: 2 CPU workers can be scheduled" in found
         assert code == (2 if any(line.startswith("FAIL") for line in found) else 0)
     assert not list(tmp_path.iterdir())
 
@@ -39,14 +39,14 @@ def test_failed_checks_come_with_their_fix(
 ) -> None:
     file = tmp_path / "file"
     file.touch()
-    monkeypatch.setattr(doctor, "_LEAST_DISK_BYTES", 2**60)
+    monkeypatch.setattr(doctor, "_MIN_DISK_BYTES", 2**60)
     monkeypatch.setattr(doctor, "__version__", "9.9")  # of the driver; the node has its own
     assert doctor.doctor(None, str(file), 99) == 2
     wrong = [line for line in lines(capsys) if line.startswith("FAIL")]
     assert sum("cannot write" in line for line in wrong) == 2
-    assert sum("give it at least" in line for line in wrong) == 1
+    assert sum("GiB are needed" in line for line in wrong) == 1
     assert sum("99 workers" in line or "--workers 99" in line for line in wrong) == 1
-    assert sum("covergenre 0" in line and "9.9 at the driver" in line for line in wrong) == 1
+    assert sum("covergenre 0" in line and "the driver has 9.9" in line for line in wrong) == 1
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -69,12 +69,12 @@ def test_failing_node_check_is_one_finding(
     def fails(uri: str | None) -> dict[str, object]:
         raise ModuleNotFoundError("No module named 'boto3'")
 
-    here = doctor.look(None)
-    monkeypatch.setattr(doctor, "look", lambda uri: here if uri is None else fails(uri))
+    here = doctor.inspect_machine(None)
+    monkeypatch.setattr(doctor, "inspect_machine", lambda uri: here if uri is None else fails(uri))
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    findings = list(doctor._of_nodes(nodes, here, "x"))
+    findings = list(doctor._node_findings(nodes, here, "x"))
     assert len(findings) == 1
     seen, advice = findings[0]
     assert seen.endswith(": no answer")
@@ -136,5 +136,6 @@ def test_directory_without_covergenre_is_not_submitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="be in covergenre's folder"):
+    with pytest.raises(ConfigError) as caught:
         doctor.doctor("http://127.0.0.1:9", None, None)
+    assert caught.value.code == "no_source"

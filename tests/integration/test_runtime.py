@@ -194,7 +194,7 @@ TIME_OUT = Exception("The current node timed out during startup.\nThis could hap
 
 def test_start_that_times_out_is_retried(embed: Callable[..., list[str]]) -> None:
     (line,) = embed(TIME_OUT, None)
-    assert line == "Ray did not start in its time on this busy machine; trying again"
+    assert line == "Ray did not start in time; retrying"
 
 
 def test_repeated_start_timeouts_are_an_error_of_one_line(embed: Callable[..., list[str]]) -> None:
@@ -202,7 +202,7 @@ def test_repeated_start_timeouts_are_an_error_of_one_line(embed: Callable[..., l
         embed(*[TIME_OUT] * ray_runtime._START_ATTEMPTS)
     assert str(caught.value).startswith(
         "Ray did not start on this machine: The current node timed out during startup. This could"
-        " happen; run the same command again when it is less busy; its logs are in /tmp/"
+        " happen; try again when the machine is less busy; its logs are in /tmp/"
     )
 
 

@@ -37,6 +37,7 @@ AT_TOP = {
     "covergenre.training.ranks": TORCH,
     "covergenre.training.state": TORCH,
     "covergenre.training.worker": TORCH,
+    "covergenre.cluster.dashboard_client": {"ray"},
     "covergenre.cluster.ray_internals": {"ray"},
 }
 # Modules that --help may import.

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from covergenre.cluster import embedded
+from covergenre.cluster import embedded, ray_runtime
 from covergenre.cluster.embedded import MAX_BASE_BYTES, EmbeddedRayDirectory
 from covergenre.errors import ConfigError
 
@@ -33,32 +33,32 @@ def directory(base: Path) -> Iterator[EmbeddedRayDirectory]:
     made.delete()
 
 
-def test_only_this_user_can_read_it(directory: EmbeddedRayDirectory, base: Path) -> None:
+def test_directory_is_private(directory: EmbeddedRayDirectory, base: Path) -> None:
     assert directory.path.parent == base
     assert stat.S_IMODE(directory.path.stat().st_mode) == 0o700
     assert stat.S_IMODE(directory.token.stat().st_mode) == 0o600
     assert len(directory.token.read_text()) == 64
 
 
-def test_its_code_is_this_package_alone(directory: EmbeddedRayDirectory) -> None:
+def test_code_directory_contains_only_this_package(directory: EmbeddedRayDirectory) -> None:
     (package,) = directory.code.iterdir()
     assert package.name == "covergenre"
     assert package.resolve() == Path(embedded.__file__).resolve().parents[1]
 
 
-def test_rays_longest_socket_path_fits() -> None:
+def test_longest_socket_path_fits() -> None:
     base = "x" * MAX_BASE_BYTES
     socket = f"{base}/cg-12345678{embedded._SOCKET_NAME}"
     assert len(socket) == embedded._SOCKET_PATH_BYTES
 
 
-def test_deleting_leaves_nothing(directory: EmbeddedRayDirectory, base: Path) -> None:
+def test_delete_removes_all_files(directory: EmbeddedRayDirectory, base: Path) -> None:
     directory.delete()
     assert not list(base.iterdir())
 
 
 @pytest.mark.parametrize("unusable", ["long", "missing", "file", "full"])
-def test_an_unusable_tmpdir_is_passed_over(
+def test_unusable_tmpdir_is_skipped(
     unusable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tmpdir = {
@@ -82,35 +82,35 @@ def test_an_unusable_tmpdir_is_passed_over(
     assert str(made.path.parent) == "/tmp"
 
 
-def test_no_usable_directory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_usable_directory_is_an_error_with_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "_base_directories", lambda: ["/nowhere", "/" + "x" * 99])
     with pytest.raises(ConfigError) as caught:
         EmbeddedRayDirectory()
     text = str(caught.value)
-    assert "/nowhere: No such file or directory; " in text
-    assert f"x: its path is longer than {MAX_BASE_BYTES} bytes); set RAY_TMPDIR" in text
-    assert "\n" not in text
+    assert caught.value.code == "no_temporary_directory" and "\n" not in text
+    for fact in ("/nowhere: ", "/xx", f" {MAX_BASE_BYTES} bytes", "RAY_TMPDIR"):
+        assert fact in text
 
 
-def test_what_a_killed_run_left_is_removed_and_what_a_living_one_uses_is_not(
+def test_directories_of_killed_runs_are_removed_and_those_in_use_are_not(
     directory: EmbeddedRayDirectory, base: Path
 ) -> None:
     code = "from covergenre.cluster.embedded import EmbeddedRayDirectory as D; d = D(); import os;"
     subprocess.run([sys.executable, "-c", code + "os.kill(os.getpid(), 9)"], check=False)
     assert len(list(base.iterdir())) == 2
-    unlocked = base / "cg-12345678"  # as one that another run is making
+    unlocked = base / "cg-12345678"  # as if another run was creating it
     unlocked.mkdir()
     foreign = base / "cg-file"
     foreign.touch()
-    somebodys = base / "cg-project"
-    somebodys.mkdir()
-    (somebodys / "lock").touch()
+    other_program = base / "cg-project"
+    other_program.mkdir()
+    (other_program / "lock").touch()
     another = EmbeddedRayDirectory()
-    assert set(base.iterdir()) == {directory.path, another.path, unlocked, foreign, somebodys}
+    assert set(base.iterdir()) == {directory.path, another.path, unlocked, foreign, other_program}
     another.delete()
 
 
-def test_the_environment_names_no_proxy_and_no_current_directory(
+def test_environment_has_no_proxy_and_no_current_directory(
     directory: EmbeddedRayDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", ":/opt/a::/opt/b:")
@@ -122,19 +122,19 @@ def test_the_environment_names_no_proxy_and_no_current_directory(
 
 
 @pytest.mark.parametrize("before", ["", "1"])
-def test_only_processes_of_ray_have_the_safe_import_path(
+def test_safe_import_path_is_temporary(
     before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONSAFEPATH", before)
     (tmp_path / "beside.py").touch()
     command = [sys.executable, "-c", "import beside"]
-    with embedded.safe_import_path():
+    with ray_runtime.temporary_environment({"PYTHONSAFEPATH": "1"}):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "No module named 'beside'" in done.stderr
     assert os.environ["PYTHONSAFEPATH"] == before
 
 
-def test_a_user_without_a_home_gets_one(
+def test_user_without_home_directory_gets_one(
     directory: EmbeddedRayDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)

@@ -1,6 +1,6 @@
-"""The private APIs of Ray that ray_internals.py uses are as they were in Ray 2.60.
+"""The private APIs of Ray that ray_internals.py uses are those of Ray 2.60.
 
-Each failure names an API; then read what Ray does instead, and adapt the function that uses it.
+A failure names an API that has changed; adapt the function that uses it.
 """
 
 import inspect
@@ -31,7 +31,7 @@ def test_written_for_this_ray() -> None:
 
 
 @pytest.mark.parametrize("name", [*ray_internals._UNUSED_PROCESSES, ray_internals._LOG_MONITOR])
-def test_node_starts_these_processes_by_methods(name: str) -> None:
+def test_node_has_a_method_for_each_process(name: str) -> None:
     assert callable(getattr(node.Node, name, None)), f"ray._private.node.Node.{name}: {USED_BY}"
 
 
@@ -53,7 +53,7 @@ def test_node_starts_these_processes_by_methods(name: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_ray_still_uses_what_is_replaced_or_passed(code: Any, text: str) -> None:
+def test_ray_uses_the_replaced_attributes_and_arguments(code: Any, text: str) -> None:
     assert text in inspect.getsource(code), f"{code} has no {text!r}: {USED_BY}"
 
 
@@ -78,7 +78,7 @@ def test_attributes_and_errors_exist() -> None:
     assert ray_internals.is_token_auth_enabled() in (True, False)
 
 
-def test_a_startup_timeout_is_told_from_other_errors() -> None:
+def test_startup_timeout_is_distinguished_from_other_errors() -> None:
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     timeout = exceptions.ControllerError(WorkerGroupStartupTimeoutError(num_workers=1))

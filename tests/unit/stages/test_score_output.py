@@ -52,7 +52,7 @@ def scored_here(
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     workers = Workers(1, use_gpu=False, cpus=1.0, per_node=1)
     monkeypatch.setattr(ray_runtime, "start_ray", lambda **_: None)
-    monkeypatch.setattr(score_stage, "place_workers", lambda *_: workers)
+    monkeypatch.setattr(score_stage, "choose_workers", lambda *_: workers)
     monkeypatch.setattr(score_stage, "log_pending_resources", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(inference, "score_plan", scored_here)
 
