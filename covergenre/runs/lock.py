@@ -14,21 +14,20 @@ import contextlib
 import logging
 import os
 import platform
-import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from covergenre.errors import StorageError
 from covergenre.io import storage
+from covergenre.polling import polling
 
 logger = logging.getLogger(__name__)
 
 LOCK_DIRECTORY = "_state/lock"
 _HEARTBEAT_SECONDS = 5.0
 _STALE_SECONDS = 30.0
-"""Without a heartbeat for so long, the lock of a process on another machine is stale."""
+"""Time without a heartbeat after which the lock of another machine's process is stale."""
 _POLL_SECONDS = 1.0
 
 
@@ -46,19 +45,13 @@ class OutputLock:
         }
         self._uri = ""
         self._is_lost = False
-        self._released = threading.Event()
-        self._thread = threading.Thread(target=self._send_heartbeats, daemon=True)
+        self._heartbeats = contextlib.ExitStack()
 
     def __enter__(self) -> "OutputLock":
         self.acquire()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def acquire(self) -> None:
@@ -75,14 +68,13 @@ class OutputLock:
                 break
         if newest:
             storage.delete_file(storage.join(self._directory, newest))
-        self._thread.start()
+        self._heartbeats.enter_context(polling(self._heartbeat, _HEARTBEAT_SECONDS))
 
     def release(self) -> None:
         """Let other runs acquire the lock."""
-        self._released.set()
-        self._thread.join()
+        self._heartbeats.close()
         if not self._is_lost:
-            with contextlib.suppress(StorageError):  # it is stale when this process has ended
+            with contextlib.suppress(StorageError):  # the lock is stale once this process has ended
                 storage.delete_file(self._uri)
 
     def check(self) -> None:
@@ -125,11 +117,11 @@ class OutputLock:
             if now != holder:
                 raise held
 
-    def _send_heartbeats(self) -> None:
-        while not self._is_lost and not self._released.wait(_HEARTBEAT_SECONDS):
-            # A store that is out of reach for a moment gets the next heartbeat.
-            with contextlib.suppress(StorageError):
-                self._send_heartbeat()
+    def _heartbeat(self) -> bool:
+        """Send a heartbeat; returns whether the lock is lost."""
+        with contextlib.suppress(StorageError):  # unavailable for now: the next one may arrive
+            self._send_heartbeat()
+        return self._is_lost
 
     def _send_heartbeat(self) -> None:
         # A newer file, not the absence of our own, shows that the lock is lost: our previous
@@ -147,7 +139,7 @@ def _pause() -> None:
 
 
 def _read(uri: str) -> dict[str, Any] | None:
-    """The holder's record; None if there is no such file, or something else in it."""
+    """The holder's record; None if the file is missing or contains something else."""
     try:
         value = storage.read_json(uri)
     except StorageError as error:
@@ -158,7 +150,7 @@ def _read(uri: str) -> dict[str, Any] | None:
 
 
 def _this_machine() -> dict[str, str]:
-    """Differs between two machines, two boots of one, and two process namespaces on one."""
+    """Identifies the machine, its boot and the process namespace."""
     if not Path("/proc/self/ns/pid").exists():  # not Linux
         return {"boot": platform.node(), "namespace": ""}
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,6 +1,6 @@
 """Output directories: a stage writes to a new or empty one, or resumes the same run.
 
-OUT/_state/run.json   the run record: stage, settings and inputs of the run OUT belongs to
+OUT/_state/run.json   the run record: stage, settings and inputs of the run
 OUT/_state/lock/      see lock.py
 """
 
@@ -19,8 +19,8 @@ _RUN_RECORD = f"{STATE}/run.json"
 
 
 def check_not_inside(out: str, inputs: Mapping[str, str]) -> None:
-    """Raises StorageError if `out` is in one of `inputs` (name -> path or URI), which it would
-    change, and if a URI has a scheme that is not supported."""
+    """Raises StorageError if `out` is inside one of `inputs` (name -> path or URI), which the run
+    would change, or if a URI has an unsupported scheme."""
     storage.check_scheme(out)
     for what, uri in inputs.items():
         storage.check_scheme(uri)
@@ -46,7 +46,7 @@ def check_available(out: str) -> None:
     check_is_directory(out)
     if has_run_record(out):
         return
-    # What a run left in _state/ before it wrote its record is no result.
+    # Files in _state/ without a record are those of a run that failed before it wrote any result.
     files = [name for name in storage.list_sizes(out) if not name.startswith(f"{STATE}/")]
     if files:
         raise StorageError(
@@ -61,10 +61,10 @@ def has_run_record(out: str) -> bool:
 
 
 def run_record(stage: str, config: StageConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What is written to run.json.
+    """The content of run.json.
 
-    inputs: identifies what the run reads, by content (such as a hash of the catalog): the same
-    settings with other inputs are another run.
+    inputs: identity of what the run reads, such as a hash of the catalog. The same settings with
+    other inputs are another run.
     """
     return {
         "stage": stage,

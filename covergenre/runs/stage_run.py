@@ -1,9 +1,9 @@
 """The start of a stage, the same for all four:
 
 1. check the output directory
-2. read the inputs: most of a user's mistakes surface here, before anything is written or started
-3. compare with the run record, if there is one: another run's directory is refused
-4. see whether the same command has finished already
+2. read the inputs, which finds most mistakes of the user before anything is written or started
+3. compare with the run record, if there is one: the directory of another run is refused
+4. check whether the same command has already finished
 5. lock the output directory
 6. start Ray, and check that all machines of the cluster can reach the paths (`start_ray`)
 7. write the run record (`record`); then the stage writes its first result
@@ -39,7 +39,7 @@ class StageRun(Generic[T]):
         self.inputs = inputs
         """What `read_inputs` returned."""
         self.is_finished = False
-        """The same command has finished: there is nothing to do, and `record` was not called."""
+        """Whether the same command has finished before: there is nothing to do."""
         self._stage, self._config, self._directory = stage, config, directory
         self._identify, self._verbose = identify, verbose
         self._lock: OutputLock | None = None
@@ -47,7 +47,7 @@ class StageRun(Generic[T]):
     def start_ray(self, paths: Mapping[str, str | None]) -> None:
         """Start or join Ray. Raises ConfigError if a machine of the cluster cannot reach a path.
 
-        paths: what workers read and write, name -> path or URI, or None for what does not exist.
+        paths: what workers read and write, name -> path or URI, or None if there is none.
         """
         ray_runtime.start_ray(verbose=self._verbose)
         check_reachable(paths, self._config.shared_filesystem)
@@ -55,7 +55,7 @@ class StageRun(Generic[T]):
     def record(self, identity: Mapping[str, Any] | None = None) -> None:
         """Write the run record: from now on the output directory belongs to this run.
 
-        To be called when all that can be checked has been, and before the first result is written.
+        Call it after all checks, and before the first result is written.
         identity: see `stage_run`; by default what `identify` returns. Raises StorageError if the
         directory belongs to another run.
         """

@@ -1,11 +1,13 @@
-"""Progress of training: an actor collects the workers' reports, a thread shows them."""
+"""Progress of training: an actor collects the events of workers, and the driver reports them."""
 
+import contextlib
 import logging
 import math
-import threading
+from collections.abc import Iterator
 from typing import Any
 
 from covergenre.metrics import dev_metrics, macro_over
+from covergenre.polling import polling
 from covergenre.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -16,7 +18,7 @@ _POLL_SECONDS = 0.3
 class Monitor:
     """A Ray actor between the training workers and the driver.
 
-    Workers report their progress to it and ask it whether the driver wants to resize their group.
+    Workers report events to it, and ask it whether the driver requests a resize of the group.
     """
 
     def __init__(self) -> None:
@@ -37,7 +39,7 @@ class Monitor:
         self._events.append(("message", line))
 
     def drain(self) -> list[tuple[str, Any]]:
-        """The reports since the last call, oldest first."""
+        """The events since the last call, oldest first."""
         events, self._events = self._events, []
         return events
 
@@ -66,51 +68,45 @@ class Monitor:
         self._workers = []
 
 
-class ProgressReporter:
-    """Shows what the monitor collects, on a thread, while the `with` block runs."""
+@contextlib.contextmanager
+def progress_reported(monitor: Any, epochs: int, rows: int) -> Iterator[None]:
+    """While the body runs, report the events of the monitor as progress and log lines.
 
-    def __init__(self, monitor: Any, epochs: int, rows: int) -> None:
-        """monitor: handle of a Monitor actor; epochs, rows: of the whole run."""
-        self._monitor, self._epochs = monitor, epochs
-        self._progress = Progress("train", rows, "covers")
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    monitor: handle of a Monitor actor. epochs, rows: of the whole run.
+    """
+    import ray
 
-    def __enter__(self) -> "ProgressReporter":
-        self._thread.start()
-        return self
+    with Progress("train", rows, "covers") as progress:
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._show_reports()
-        self._progress.__exit__(None, None, None)
+        def report() -> bool:
+            for kind, value in ray.get(monitor.drain.remote()):
+                _report(kind, value, progress, epochs)
+            return False
 
-    def _run(self) -> None:
-        while not self._stop.wait(_POLL_SECONDS):
-            self._show_reports()
+        try:
+            with polling(report, _POLL_SECONDS):
+                yield
+        finally:
+            report()
 
-    def _show_reports(self) -> None:
-        import ray
 
-        for kind, value in ray.get(self._monitor.drain.remote()):
-            if kind == "progress":
-                epoch, rows, loss = value
-                self._progress.update_to(rows, f"epoch {epoch + 1}/{self._epochs} loss {loss:.3f}")
-            elif kind == "message":
-                logger.info(value)
-            else:
-                self._progress.epoch_ended(value)
-                best = "  (best so far)" if value["best"] else ""
-                logger.info(
-                    f"epoch {value['epoch']}/{self._epochs}: loss {value['train_loss']:.4f},"
-                    f" dev {format_dev_metrics(value)},"
-                    f" {value['images_per_second']:.1f} covers/s{best}"
-                )
+def _report(kind: str, value: Any, progress: Progress, epochs: int) -> None:
+    if kind == "progress":
+        epoch, rows, loss = value
+        progress.update_to(rows, f"epoch {epoch + 1}/{epochs} loss {loss:.3f}")
+    elif kind == "message":
+        logger.info(value)
+    else:
+        progress.epoch_ended(value)
+        best = "  (best so far)" if value["best"] else ""
+        logger.info(
+            f"epoch {value['epoch']}/{epochs}: loss {value['train_loss']:.4f},"
+            f" dev {format_dev_metrics(value)}, {value['images_per_second']:.1f} covers/s{best}"
+        )
 
 
 def format_dev_metrics(record: dict[str, Any]) -> str:
-    """The dev metrics of an epoch's record in one line, with the genres of the macro means."""
+    """The dev metrics in the record of an epoch, in one line."""
 
     def shown(name: str) -> str:
         value = record[f"dev_{name}"]

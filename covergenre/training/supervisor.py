@@ -33,7 +33,7 @@ from covergenre.polling import polling
 from covergenre.training import checkpoints
 from covergenre.training.job import Job
 from covergenre.training.loader import READING_CPUS
-from covergenre.training.monitor import Monitor, ProgressReporter
+from covergenre.training.monitor import Monitor, progress_reported
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,8 @@ def run_training(
     if 0 < step < steps:
         logger.info(f"resuming from step {step:,} of {steps:,}")
     failures = 0
-    reporter = ProgressReporter(job.monitor, len(job.steps.epochs), job.steps.total_rows)
-    with reporter, _machines_requested(config, workers):
+    reporting = progress_reported(job.monitor, len(job.steps.epochs), job.steps.total_rows)
+    with reporting, _machines_requested(config, workers):
         while (last := _final_state(folder, steps, temporary)) is None:
             step = checkpoints.latest_step(folder)
             error: Exception | None = None

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def lock_files(out: str) -> list[str]:
 
 
 def refused(out: str) -> str:
-    """The message of the lock's refusal, one line."""
+    """The message of the refusal, one line."""
     with pytest.raises(StorageError) as caught:
         OutputLock(out).acquire()
     assert caught.value.code == "locked" and "\n" not in str(caught.value)
@@ -92,13 +93,13 @@ def test_stale_lock_of_a_dead_process_is_taken_over(out: str) -> None:
 
 
 def on_another_machine(out: str) -> str:
-    """Change the lock file to one of another machine; its URI."""
+    """Change the lock file to one of another machine; returns its URI."""
     uri = storage.join(out, LOCK_DIRECTORY, "00000001")
     storage.put_json(uri, storage.read_json(uri) | {"boot": "another", "host": "there"})
     return uri
 
 
-def test_holder_on_another_machine_is_judged_by_its_heartbeat(
+def test_lock_of_another_machine_is_stale_without_a_heartbeat(
     out: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     process = start_holder(out)
@@ -135,13 +136,17 @@ def instantly_stale(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("instantly_stale")
-def test_run_whose_lock_was_taken_over_notices(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_notices_that_its_lock_was_taken_over(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "_HEARTBEAT_SECONDS", 0.01)
     first = OutputLock(out)
     first.acquire()
     monkeypatch.setattr(lock, "_this_machine", lambda: {"boot": "another", "namespace": ""})
     with OutputLock(out):
-        first._thread.join(60)
+        deadline = time.monotonic() + 60
+        while not first._is_lost and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert_lost(first)
         first.release()
         assert len(lock_files(out)) == 1
