@@ -1,5 +1,4 @@
-"""Speed as ratios in one run, memory, and the floors that a model has to beat. Not part of the
-package."""
+"""Benchmarks of speed and memory, and a baseline of the metrics. Not part of the package."""
 
 import sys
 from collections.abc import Callable
@@ -8,9 +7,8 @@ from covergenre.errors import CovergenreError
 from covergenre.progress import log_to_stderr, reporting
 
 
-def told(main: Callable[[], None]) -> None:
-    """Run `main` with log lines and progress on stderr; a mistake is one line, as with the
-    commands."""
+def run_benchmark(main: Callable[[], None]) -> None:
+    """Run `main` with logs and progress on stderr. A user error is one line, as in the CLI."""
     try:
         with log_to_stderr(), reporting(True):
             main()

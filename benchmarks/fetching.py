@@ -2,8 +2,8 @@
 
     uv run python -m benchmarks.fetching s3://bucket/prefix
 
-Writes 400 synthetic covers there, downloads them as prepare and score do (in one process; a cluster
-has one such process per CPU), and deletes them. Ratios are relative to one request at a time.
+Writes 400 synthetic covers to the prefix, downloads them as prepare and score do (in one process; a
+cluster has one such process per CPU), and deletes them. Ratios are relative to one request at once.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import uuid
 
 import pyarrow as pa
 
-from benchmarks import told
+from benchmarks import run_benchmark
 from covergenre.data import covers
 from covergenre.data.covers import Cover, Source
 from covergenre.demo.run import make_sample
@@ -34,7 +34,7 @@ def main() -> None:
         uris = storage.list_files(storage.join(folder, "covers"))
         records = [{"row": n, "album_id": uri, "cover": uri} for n, uri in enumerate(uris)]
         plan = pa.Table.from_pylist(records, schema=covers.PLAN)
-        rates = {n: _rate(plan, n) for n in (8, *IN_FLIGHT)}  # the first run warms up
+        rates = {n: _measure(plan, n) for n in (8, *IN_FLIGHT)}  # the first run warms up
         sizes = storage.list_sizes(storage.join(folder, "covers")).values()
     finally:
         storage.delete_directory(folder)
@@ -45,7 +45,7 @@ def main() -> None:
     print(json.dumps({"covers": len(uris), "mean_bytes": sum(sizes) // len(uris), **shown}))
 
 
-def _rate(plan: pa.Table, in_flight: int) -> float:
+def _measure(plan: pa.Table, in_flight: int) -> float:
     began = time.perf_counter()
     for _, outcomes in covers.load(plan, Source(download_concurrency=in_flight), plan.num_rows):
         if not all(isinstance(outcome, Cover) for outcome in outcomes):
@@ -54,4 +54,4 @@ def _rate(plan: pa.Table, in_flight: int) -> float:
 
 
 if __name__ == "__main__":
-    told(main)
+    run_benchmark(main)

@@ -1,9 +1,8 @@
-"""Peak memory of score for N and for 10 N albums; or the time until a long catalog starts to be
-scored, and until it is resumed.
+"""Peak memory of score for N and 10 N albums, or the time to start and to resume a long catalog.
 
     uv run python -m benchmarks.memory                     # 3,000 albums, then 30,000
-    uv run python -m benchmarks.memory --plan 300000       # only prepare's plan, then ten times
-    uv run python -m benchmarks.memory --rows 5000000      # URLs only, stopped after a first part
+    uv run python -m benchmarks.memory --plan 300000       # only planning, as by prepare
+    uv run python -m benchmarks.memory --rows 5000000      # stopped after the first output part
 
 Runs the command `covergenre score` on an embedded Ray, with an untrained model. Sampled ten times
 per second from /proc (Linux only): memory of the driver, of all Ray workers and their children, and
@@ -25,15 +24,15 @@ from typing import Any
 
 import psutil
 
-from benchmarks import told
+from benchmarks import run_benchmark
 from covergenre.config import PrepareConfig
 from covergenre.demo.sample import write_sample, write_untrained_model
 from covergenre.stages.prepare import plan_dataset, read_inputs
 
 _COVERS = 50
 _SAMPLE_SECONDS = 0.1
-_GONE = (psutil.Error, OSError, KeyError)
-_TIMES = 10
+_PROCESS_EXITED = (psutil.Error, OSError, KeyError)
+_FACTOR = 10
 
 
 def main() -> None:
@@ -52,7 +51,7 @@ def main() -> None:
         print(json.dumps(_plan(Path(args.plan_catalog))))
         return
     if args.plan:
-        print(json.dumps(_planned(args.plan)))
+        print(json.dumps(_compare_plans(args.plan)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -74,11 +73,11 @@ def _catalog(file: Path, covers: list[Path], rows: int) -> Path:
     return file
 
 
-def _planned(rows: int) -> dict[str, Any]:
-    """Peak memory of the driver, each time in a separate process, without Ray."""
+def _compare_plans(rows: int) -> dict[str, Any]:
+    """Peak memory of planning N and 10 N rows, each in a separate process, without Ray."""
     results = []
     with tempfile.TemporaryDirectory() as temporary:
-        for count in (rows, rows * _TIMES):
+        for count in (rows, rows * _FACTOR):
             catalog = _labelled_catalog(Path(temporary, f"{count}.csv"), count)
             command = [sys.executable, "-m", "benchmarks.memory", "--plan-catalog", str(catalog)]
             result = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -108,7 +107,7 @@ def _labelled_catalog(file: Path, rows: int) -> Path:
 
 
 def _plan(catalog: Path) -> dict[str, Any]:
-    """Plan the dataset of a catalog in this process."""
+    """Plan the dataset of a catalog in this process; returns its peak memory."""
     out = str(catalog.with_suffix(".out"))
     config = PrepareConfig(catalog=str(catalog), out=out, group_by="artist")
     began = time.monotonic()
@@ -127,14 +126,14 @@ def _plan(catalog: Path) -> dict[str, Any]:
 
 def _compare(folder: Path, model: str, covers: list[Path], albums: int) -> dict[str, Any]:
     peaks = []
-    for count in (albums, albums * _TIMES):
+    for count in (albums, albums * _FACTOR):
         run = _Run(model, _catalog(folder / f"{count}.csv", covers, count), folder / f"out-{count}")
         if run.process.wait():
             raise SystemExit(f"score exited with code {run.process.returncode}")
         peaks.append(run.peaks())
     few, many = peaks
     return {
-        "albums": [albums, albums * _TIMES],
+        "albums": [albums, albums * _FACTOR],
         **{f"{name}_mib": [few[name], many[name]] for name in few},
         **{f"{name}_ratio": round(many[name] / few[name], 2) for name in few},
     }
@@ -145,9 +144,8 @@ def _time_to_start(folder: Path, model: str, covers: list[Path], rows: int) -> d
     found: dict[str, Any] = {"rows": rows, "catalog_mib": catalog.stat().st_size >> 20}
     for name in ("started", "resumed"):
         before = len(_parts(out))
-        run = _Run(
-            model, catalog, out, "--part-rows", "64"
-        )  # small, so that the first is written early
+        # Small output parts, so that the first one is written early.
+        run = _Run(model, catalog, out, "--part-rows", "64")
         while len(_parts(out)) == before:
             if run.process.poll() is not None:
                 raise SystemExit(f"score exited with code {run.process.returncode}")
@@ -186,16 +184,16 @@ class _Run:
     def _watch(self) -> None:
         driver = psutil.Process(self.process.pid)
         while self.process.poll() is None:
-            now = dict.fromkeys(self._peaks, 0)
-            with suppress(*_GONE):
-                now["driver"] = _kib(driver.pid)
+            sample = dict.fromkeys(self._peaks, 0)
+            with suppress(*_PROCESS_EXITED):
+                sample["driver"] = _kib(driver.pid)
                 for process in driver.children(recursive=True):
-                    with suppress(*_GONE):
+                    with suppress(*_PROCESS_EXITED):
                         if "raylet" in process.name():
-                            now["object_store"] = _store_kib(process.pid)
+                            sample["object_store"] = _store_kib(process.pid)
                         elif _is_worker(process):
-                            now["workers"] += _kib(process.pid)
-            self._peaks = {name: max(kib, now[name]) for name, kib in self._peaks.items()}
+                            sample["workers"] += _kib(process.pid)
+            self._peaks = {name: max(kib, sample[name]) for name, kib in self._peaks.items()}
             time.sleep(_SAMPLE_SECONDS)
 
 
@@ -223,4 +221,4 @@ def _store_kib(pid: int) -> int:
 
 
 if __name__ == "__main__":
-    told(main)
+    run_benchmark(main)

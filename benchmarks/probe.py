@@ -1,10 +1,10 @@
-"""The baseline that fine-tuning has to beat: logistic regression on frozen features.
+"""A baseline for fine-tuned models: logistic regression on frozen features.
 
     uv run python -m benchmarks.probe DATASET --model mobilenet_v2 --weights FILE
 
 Features are the backbone's output for each cover of a prepared dataset, with the dataset's own
-splits. One logistic regression per genre (scikit-learn, standardised features); C is chosen on dev
-by macro ROC AUC, then measured once on test. Does not use Ray: an independent check.
+splits. One logistic regression per genre (scikit-learn, standardised features); C is selected by
+macro ROC AUC on dev, and the metrics are computed once on test. Does not use Ray.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks import told
+from benchmarks import run_benchmark
 from covergenre.data.dataset import Manifest, read_manifest, read_table
 from covergenre.data.image_decoding import Preprocessing, decode
 from covergenre.metrics import multilabel_metrics
@@ -86,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told(main)
+    run_benchmark(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import told
+from benchmarks import run_benchmark
 from covergenre.config import PrepareConfig
 from covergenre.data.image_decoding import decode, validate_and_reencode
 from covergenre.demo.sample import write_sample
@@ -35,7 +35,6 @@ def main() -> None:
 
 def compare(model_uri: str, covers: Path) -> dict[str, float]:
     """Differences between the scores of original and re-encoded images in `covers`."""
-
     max_side = int(PrepareConfig.model_fields["max_side"].default)
     bundle = read_bundle(model_uri)
     model = to_device(load_model(bundle), "cpu")
@@ -58,4 +57,4 @@ def compare(model_uri: str, covers: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    told(main)
+    run_benchmark(main)

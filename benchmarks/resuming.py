@@ -2,8 +2,8 @@
 
     uv run python -m benchmarks.resuming DIRECTORY         # local, or s3://bucket/prefix
 
-Writes 5,000 output parts of 1,024 albums there, and deletes them. 100 million albums are 97,657
-parts; both times are proportional to their number.
+Writes 5,000 output parts of 1,024 albums to the directory, and deletes them. Both times are
+proportional to the number of parts; 100 million albums have 97,657.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
-from benchmarks import told
+from benchmarks import run_benchmark
 from covergenre import schema
 from covergenre.data import dataset
 from covergenre.io import storage
@@ -32,26 +32,26 @@ def main() -> None:
     parser.add_argument("directory", help="a directory or prefix to write to")
     parser.add_argument("--parts", type=int, default=5000)
     args = parser.parse_args()
-    place = storage.join(storage.absolute(args.directory), f"resuming-{uuid.uuid4().hex}")
+    directory = storage.join(storage.absolute(args.directory), f"resuming-{uuid.uuid4().hex}")
     data = _part()
     names = [f"part-{part:08d}.parquet" for part in range(args.parts)]
     try:
         with ThreadPoolExecutor(32) as pool:
-            list(pool.map(lambda n: storage.put(storage.join(place, n), data), names))
+            list(pool.map(lambda n: storage.put(storage.join(directory, n), data), names))
         tracemalloc.start()
-        score.finished_parts(place)
+        score.finished_parts(directory)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         began = time.perf_counter()  # again, because tracing is slow
-        parts = score.finished_parts(place)
+        parts = score.finished_parts(directory)
         listed = time.perf_counter()
         total: Counter[str] = Counter()
-        score.count_rows(place, parts, total)
+        score.count_rows(directory, parts, total)
         counted = time.perf_counter()
     finally:
-        storage.delete_directory(place)
+        storage.delete_directory(directory)
     if total["scored"] != args.parts * _ROWS:
-        raise SystemExit("the footers do not add up")
+        raise SystemExit("the counts in the footers do not add up")
     result = {
         "parts": args.parts,
         "listing_seconds": round(listed - began, 2),
@@ -83,4 +83,4 @@ def _part() -> pa.Buffer:
 
 
 if __name__ == "__main__":
-    told(main)
+    run_benchmark(main)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks import told
+from benchmarks import run_benchmark
 from covergenre.cluster import autoscaling
 from covergenre.cluster.ray_runtime import start_ray
 from covergenre.config import PrepareConfig, ScoreConfig, TrainConfig
@@ -140,7 +140,7 @@ def main() -> None:
         trained = json.loads(history[-1])["images_per_second"]
         header, *rows = synthetic_catalog.read_text().splitlines()
         many = synthetic_catalog.with_name("many.csv")
-        again = [f"{time_}-{row}" for time_ in range(args.repeats) for row in rows]
+        again = [f"{repeat}-{row}" for repeat in range(args.repeats) for row in rows]
         many.write_text("\n".join([header, *again]) + "\n")
         ledger = score(
             ScoreConfig(
@@ -168,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told(main)
+    run_benchmark(main)

@@ -1,6 +1,6 @@
 """Write docs/api.md from the docstrings of the public names: python docs/make_api.py
 
-A test fails where the file is older than the docstrings.
+A test fails if the file does not match the docstrings.
 """
 
 import inspect

@@ -288,11 +288,11 @@ storage.put(to, "\\n".join([header, *many]).encode())
 @contextlib.contextmanager
 def cut_off(lab: Lab) -> Iterator[None]:
     """The second host is off the network meanwhile; whoever is connected to it is not told."""
-    script("hosts.sh", "cut", WORKER.rpartition(".")[2], **lab.hosts)
+    script("hosts.sh", "disconnect", WORKER.rpartition(".")[2], **lab.hosts)
     try:
         yield
     finally:
-        script("hosts.sh", "mend", WORKER.rpartition(".")[2], **lab.hosts)
+        script("hosts.sh", "reconnect", WORKER.rpartition(".")[2], **lab.hosts)
 
 
 def parts(lab: Lab, place: str) -> int:

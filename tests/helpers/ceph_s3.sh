@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A real S3 store on one machine: Ceph's gateway over one object store daemon in memory.
+# An S3 store on one machine: Ceph's gateway and one storage daemon in memory.
 #
 #   ceph_s3.sh up [ADDRESS]   start it at http://ADDRESS:9000 (127.0.0.1); prints what to export
-#   ceph_s3.sh down           end it; nothing is kept
+#   ceph_s3.sh down           stop it and delete all data
 #
 # Needs root and Debian's radosgw ceph-mon ceph-osd ceph-common uuid-runtime curl. State lives in
 # $CEPH_LAB.
 set -euo pipefail
-D=${CEPH_LAB:?a folder}
+D=${CEPH_LAB:?set it to a directory}
 ADDRESS=${2:-127.0.0.1}
 KEY=covergenre
 SECRET=covergenre-secret
@@ -71,7 +71,7 @@ CONF
     "AWS_SECRET_ACCESS_KEY=$SECRET AWS_DEFAULT_REGION=us-east-1"
   ;;
 down)
-  # In memory only: nothing to flush, so they are ended at once.
+  # In memory only: there is nothing to flush.
   for pidfile in "$D"/run/*.pid; do
     [ -f "$pidfile" ] && kill -KILL "$(cat "$pidfile")" 2> /dev/null || true
   done

@@ -1,4 +1,4 @@
-"""A Ray dashboard's HTTP interface for jobs, which fails a given number of times."""
+"""A fake of the job API of Ray's dashboard, which fails as configured."""
 
 import base64
 import hashlib
@@ -8,17 +8,17 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-_WEBSOCKET = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # of RFC 6455
+_WEBSOCKET = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # from RFC 6455
 
 NO_AGENT = "No available agent to submit job, please try again later."
 
 
 class FakeDashboard:
-    """Answers on 127.0.0.1 while it is entered.
+    """Serves on 127.0.0.1 in its `with` block.
 
-    fails: (method, start of a path) -> how its next requests fail: a status with its text, "drop"
-    (the request is carried out and the connection closed without an answer) or "silent" (no answer
-    until the end).
+    fails: (method, start of the path) -> failures of the next requests: a status with its text,
+    "drop" (the request is processed, and the connection closed without a response) or "silent" (no
+    response until the end of the block).
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class FakeDashboard:
         self.log = "a line of the job\n"
         self.end: dict[str, Any] = {"status": "SUCCEEDED", "driver_exit_code": 0}
         self.version: Any = {"version": "4", "ray_version": "2.60.0", "ray_commit": "x"}
-        self.over = threading.Event()
+        self.stopped = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -39,7 +39,7 @@ class FakeDashboard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.over.set()
+        self.stopped.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -80,7 +80,7 @@ class FakeDashboard:
                 fake.requests.append(f"{self.command} {self.path}")
                 failure = fake.failure(self.command, self.path)
                 if failure == "silent":
-                    fake.over.wait()
+                    fake.stopped.wait()
                     self.close_connection = True
                     return
                 status, text = failure if isinstance(failure, tuple) else do()
@@ -135,7 +135,7 @@ class FakeDashboard:
                 data = fake.log.encode()
                 assert len(data) < 126
                 text = bytes([0x81, len(data)]) + data
-                self.wfile.write(text + b"\x88\x02\x03\xe8")  # then: closed, 1000
+                self.wfile.write(text + b"\x88\x02\x03\xe8")  # and a close frame, code 1000
                 self.close_connection = True
 
         return Handler

@@ -1,16 +1,16 @@
-"""A proxy in front of an S3 store that makes one request in five fail, in different ways.
+"""A proxy for an S3 store that makes one request in five fail, in different ways.
 
     python flaky_proxy.py http://127.0.0.1:9000 [--one-in 5] [--seed 0]
 
-prints its URL and, after Ctrl-C, how many faults it caused for each kind of request. Each 40
-requests of a kind have the same faults, in an order that depends on the seed:
+prints its URL and, after Ctrl-C, the number of faults per kind of request. Every 40 requests of a
+kind have the same faults, in an order that depends on the seed:
 
     slow_down     503 SlowDown
-    reset         the connection is reset before the store gets the request
-    lost          the store carries it out; then the connection is reset
-    stall         no response, until the client gives up; the store gets no request
-    lost_stall    the store carries it out; then no response
-    short         the response's body is cut in half (`lost` if it has none)
+    reset         the connection is reset before the request reaches the store
+    lost          the store processes the request; then the connection is reset
+    stall         the request does not reach the store; no response until the client gives up
+    lost_stall    the store processes the request; no response until the client gives up
+    short         the body of the response is cut in half (`lost` if it has none)
 """
 
 import argparse
@@ -28,28 +28,28 @@ from urllib.parse import parse_qs, urlsplit
 
 FAULTS = ("slow_down", "slow_down", "reset", "lost", "stall", "lost_stall", "short", "short")
 _ERROR = "<?xml version='1.0'?><Error><Code>{0}</Code><Message>{0}</Message></Error>"
-_OF_A_CONNECTION = {"connection", "expect", "keep-alive", "transfer-encoding"}
+_HOP_BY_HOP_HEADERS = {"connection", "expect", "keep-alive", "transfer-encoding"}
 
 
 class FlakyProxy:
-    """Runs while its `with` block does; `url` is on this machine only."""
+    """Serves on 127.0.0.1 in its `with` block."""
 
     def __init__(
         self, upstream: str, *, one_in: int = 5, seed: int = 0, stall_seconds: float = 3600
     ) -> None:
         self.upstream = urlsplit(upstream).netloc
         self.one_in = one_in
-        """0: no fault at all."""
+        """0: no random faults."""
         self.refused: dict[str, str] = {}
-        """Access key -> the error code of the responses to its requests."""
+        """Access key -> error code of all responses to its requests."""
         self.next: dict[str, list[str]] = defaultdict(list)
-        """Kind of request -> faults ("" is none) of the next requests, before random ones."""
+        """Kind of request -> faults of the next requests ("": none), before random faults."""
         self.keyed: Counter[tuple[str, bool]] = Counter()
-        """(kind of request, whether it had a customer's key) -> how many."""
+        """(kind of request, whether it had a customer-provided key) -> number of requests."""
         self.counts: Counter[tuple[str, str]] = Counter()
-        """(kind of request, fault, or "" where it went through) -> how many."""
+        """(kind of request, fault or "") -> number of requests."""
         self.stall_seconds = stall_seconds
-        """The proxy ends a stall after so long."""
+        """Maximum duration of a stall."""
         self.over = threading.Event()
         self._random = random.Random(seed)
         self._decks: dict[str, list[str]] = defaultdict(list)
@@ -72,7 +72,7 @@ class FlakyProxy:
         self._server.server_close()
 
     def faults(self) -> Counter[str]:
-        """Fault -> how many, of all kinds of requests."""
+        """Fault -> number of requests of all kinds."""
         found: Counter[str] = Counter()
         for (_, fault), number in self.counts.items():
             if fault:
@@ -80,7 +80,7 @@ class FlakyProxy:
         return found
 
     def draw(self, kind: str) -> str:
-        """The fault of the next request of this kind, or ""."""
+        """The fault of the next request of this kind; "": none."""
         with self._lock:
             if self.next[kind]:
                 return self.next[kind].pop(0)
@@ -105,14 +105,14 @@ class _Server(ThreadingHTTPServer):
         self.proxy = proxy
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that gave up
+        pass  # the client closed the connection
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
 
-    def _any(self) -> None:
+    def _handle(self) -> None:
         proxy = self.server.proxy
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         kind = _kind(self.command, self.path)
@@ -133,12 +133,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif answer is None:
             self._refuse(400 if code else 503, code or "SlowDown")
         else:
-            self._pass_on(answer, data, data[: len(data) // 2] if fault == "short" else data)
+            self._respond(answer, data, data[: len(data) // 2] if fault == "short" else data)
 
-    def _pass_on(self, answer: http.client.HTTPResponse, data: bytes, sent: bytes) -> None:
+    def _respond(self, answer: http.client.HTTPResponse, data: bytes, sent: bytes) -> None:
         self.send_response_only(answer.status, answer.reason)
         for name, value in answer.getheaders():
-            if name.lower() not in _OF_A_CONNECTION | {"content-length"}:
+            if name.lower() not in _HOP_BY_HOP_HEADERS | {"content-length"}:
                 self.send_header(name, value)
         length = answer.getheader("Content-Length") if self.command == "HEAD" else len(data)
         if length is not None and answer.status != 204:
@@ -147,14 +147,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(sent)
         self.close_connection = len(sent) < len(data)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any  # noqa: N815
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815
 
     def _forward(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
         upstream = http.client.HTTPConnection(self.server.proxy.upstream, timeout=60)
         try:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():  # with the Host that was signed
-                if name.lower() not in _OF_A_CONNECTION:
+            for name, value in self.headers.items():  # including Host, which is signed
+                if name.lower() not in _HOP_BY_HOP_HEADERS:
                     upstream.putheader(name, value)
             upstream.endheaders(body)
             answer = upstream.getresponse()
@@ -179,7 +179,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         end = time.monotonic() + self.server.proxy.stall_seconds
         while not self.server.proxy.over.is_set() and time.monotonic() < end:
-            if select.select([self.connection], [], [], 0.05)[0]:  # the client has gone
+            if select.select([self.connection], [], [], 0.05)[
+                0
+            ]:  # the client closed the connection
                 return
 
     def log_message(self, *_: Any) -> None:
@@ -187,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _kind(method: str, target: str) -> str:
-    """What S3 calls the request, nearly."""
+    """The kind of S3 request."""
     query = parse_qs(urlsplit(target).query, keep_blank_values=True)
     if "list-type" in query:
         return "LIST"
@@ -210,7 +212,7 @@ def main() -> None:
             proxy.over.wait()
         except KeyboardInterrupt:
             for (kind, fault), number in sorted(proxy.counts.items()):
-                print(f"{kind:10} {fault or 'through':12} {number}")
+                print(f"{kind:10} {fault or 'no fault':12} {number}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Two (or more) hosts on one Linux machine, for `ray up` over real ssh.
 #
-#   hosts.sh up [COUNT]   start COUNT hosts (2): 10.99.0.2, 10.99.0.3, ... ; prints the ssh key's path
-#   hosts.sh down         end them and take the network away
-#   hosts.sh cut N        cut host N (last byte of its address) off the network
-#   hosts.sh mend N       join it again
+#   hosts.sh up [COUNT]      start COUNT hosts (2): 10.99.0.2, 10.99.0.3, ...; prints the path of the ssh key
+#   hosts.sh down            stop them and delete the network
+#   hosts.sh disconnect N    disconnect host N (last byte of its address) from the network
+#   hosts.sh reconnect N     connect it again
 #
-# A host has its own name (cg2, cg3, ...), network, processes, /tmp, /dev/shm and home, and runs sshd.
-# The rest of the file system is shared, so nothing is installed on it; folders below /tmp or the home
-# that it has to see (the virtual environment) are named in $KEEP, separated by colons. With $PIN set
-# each host has one core, the first host the first.
+# A host has its own name (cg2, cg3, ...), network, processes, /tmp, /dev/shm and home directory, and runs
+# sshd. It shares the rest of the file system, and the directories below /tmp or the home directory that
+# are listed in $KEEP, separated by colons (the virtual environment). If $PIN is set, each host uses one
+# core.
 # Needs root and Debian's iproute2, openssh-server, rsync. State lives in $LAB.
 set -euo pipefail
-: "${LAB:?a folder that is neither below /tmp nor below the home}"
+: "${LAB:?set it to a directory that is not below /tmp or the home directory}"
 NET=10.99.0
 home=$HOME
 
@@ -81,17 +81,17 @@ up)
 down)
   for pidfile in "$LAB"/host*/pid; do
     [ -f "$pidfile" ] || continue
-    # The first process of a host's own process table ends all of the host.
+    # Killing the first process of the host's PID namespace kills all its processes.
     pkill -KILL -P "$(cat "$pidfile")" || true
     rm -f "$pidfile"
   done
   for ns in $(ip netns list | awk '/^cg[0-9]/ {print $1}'); do ip netns del "$ns"; done
   ip link del cgbr0 2> /dev/null || true
   ;;
-cut) ip link set "cgv$2" down ;;
-mend) ip link set "cgv$2" up ;;
+disconnect) ip link set "cgv$2" down ;;
+reconnect) ip link set "cgv$2" up ;;
 *)
-  sed -n '2,13p' "$0"
+  sed -n '2,12p' "$0"
   exit 2
   ;;
 esac

@@ -16,7 +16,7 @@ from covergenre.data.covers import Source
 
 @dataclass
 class TableReader:
-    """A plan.RowReader of tables."""
+    """A plan.RowReader that reads from tables."""
 
     tables: Iterable[pa.Table]
     image_source: Source = field(default_factory=Source)
@@ -55,7 +55,7 @@ def read_catalog(uri: Path | str, settings: CatalogSettings) -> Catalog:
 
 
 def plan_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
-    """Rows of covers.PLAN, numbered; the columns first_* follow from `first_row`."""
+    """Numbered rows of covers.PLAN; the columns first_* are filled in from `first_row`."""
     rows = list(rows)
     numbered = []
     for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Small training runs, and what they leave."""
+"""Small training runs and their output files."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 BATCH_SIZE = 9
-"""Leaves a single row of the dataset's 118 for the last step, so that of two ranks one has none."""
+"""The last step of the 118 training rows has one row, so that the second of two ranks has none."""
 EPOCHS = 2
 SETTINGS: dict[str, Any] = {
     "model": "tiny",
@@ -25,7 +25,7 @@ FLAGS = ("--model", "tiny", "--epochs", "2", "--batch-size", "9", "--shuffle-win
 
 
 def train_config(dataset: Path, out: Path, **settings: Any) -> TrainConfig:
-    """SETTINGS, but for `settings`."""
+    """SETTINGS, overridden by `settings`."""
     return TrainConfig(dataset=str(dataset), out=str(out), **(SETTINGS | settings))
 
 
@@ -34,14 +34,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def losses(model: Path) -> list[float]:
-    """The training loss of every step; none is missing and none comes twice."""
+    """The training loss of every step. Each step must be recorded exactly once."""
     lines = read_jsonl(model / "steps.jsonl")
     assert [line["step"] for line in lines] == list(range(len(lines)))
     return [line["loss"] for line in lines]
 
 
 def scale_dev_logits(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    """Have every worker of a training run multiply the logits of the dev split."""
+    """Make every worker of a training run multiply the logits of the dev split by `factor`."""
 
     def scaled_loop(settings: dict[str, Any]) -> None:
         from covergenre.models import predictor

@@ -39,6 +39,23 @@ def test_readme_lists_every_module() -> None:
     assert named == modules - {"__init__.py"}
 
 
+def test_links_in_the_docs_exist() -> None:
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    anchors = {
+        page: {
+            re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
+            for heading in re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+        }
+        for page in pages
+    }
+    for page in pages:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), (page.name, link)
+            assert not anchor or anchor in anchors[target], (page.name, link)
+
+
 def test_docs_list_every_reason_of_rejection() -> None:
     listed = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "docs/formats.md").read_text(), re.M)
     assert {name: text for name, text in listed if name in REASONS} == REASONS
