@@ -5,8 +5,8 @@ DATASET/dev/...  DATASET/test/...
 DATASET/genres.json                the vocabulary, sorted
 DATASET/_manifest.json             counts, sizes, hashes, settings, versions; written last
 
-Everything that is not a row of the dataset begins with an underscore and has another extension, so
-that readers of the directory (DuckDB, polars, pandas, Spark, pyarrow) get the rows alone.
+Only shards have the extension .parquet, so that DuckDB, polars, pandas, Spark and pyarrow read only
+the rows; names of files that `prepare` needs or reports begin with an underscore.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ from covergenre.io import parquet, storage
 FORMAT_VERSION = 3
 MANIFEST = "_manifest.json"
 ROW_GROUP_ROWS = 256
-"""Also the rows that one task of evaluate or score reads."""
+"""Rows of a row group, and of a task of evaluate or score."""
 ROW_GROUP_BYTES = 48 * 2**20
-"""Under 64 MiB, with room for the other columns and one more cover."""
+"""Under 64 MiB, with space for the other columns and one more cover."""
 _LARGE_GROUP_BYTES = 64 * 2**20
 _BUFFER_BYTES = 8 * 2**20
 _STREAMED_ROWS = 64
@@ -124,7 +124,7 @@ def read_manifest(uri: str) -> Manifest:
     try:
         if value["format_version"] != FORMAT_VERSION:
             raise DatasetError(
-                f"{path}: has format version {value['format_version']}, this covergenre reads"
+                f"{path}: format version {value['format_version']} is not supported, only"
                 f" version {FORMAT_VERSION}; prepare the dataset again",
                 code="format_version",
             )
@@ -140,7 +140,8 @@ def read_manifest(uri: str) -> Manifest:
         )
     except (KeyError, TypeError) as error:
         raise DatasetError(
-            f"{path}: not a manifest of covergenre: {error}", code="invalid_manifest"
+            f"{path}: not a valid manifest ({error}); prepare the dataset again",
+            code="invalid_manifest",
         ) from error
 
 
@@ -186,9 +187,9 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 @lru_cache(maxsize=16)
-def _open(uri: str, stamp: tuple[int, int], buffered: bool) -> pq.ParquetFile:
-    # A worker reads many parts of one file: its footer is read once, unless the file changes.
-    # Buffered, a column of a row group is read in pieces; else all of it at once.
+def _open(uri: str, stat: storage.FileStat, buffered: bool) -> pq.ParquetFile:
+    # A worker reads many parts of one file; its footer is read again only if the file changes.
+    # With a buffer, a column of a row group is read in pieces instead of as a whole.
     settings = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False} if buffered else {}
     return parquet.opened(storage.open_input(uri), **settings)
 
@@ -226,7 +227,7 @@ def read_rows(uri: str, start: int, stop: int, columns: Sequence[str] | None = N
 def stream_rows(uri: str, rows: Sequence[int], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """`rows` (ascending) of the Parquet file `uri`, a few at a time; reads each row group once.
 
-    Large row groups, as in catalogs made by other tools, are never in memory as a whole.
+    Large row groups, as other tools write them, are never in memory as a whole.
     """
     wanted = np.asarray(rows, np.int64)
     with storage.translate_errors(uri, "read as Parquet"):

@@ -1,4 +1,4 @@
-"""Decodes covers in a child process, so that a file that crashes the decoder harms nothing else.
+"""Decodes covers in a child process, so that a crash of a decoder affects only one cover.
 
 `decode` and `validate_and_reencode` do what the functions of the same names in `image_decoding` do,
 in a child process that each process starts once and reuses. A cover that crashes the child, needs
@@ -42,12 +42,12 @@ _ATTEMPTS = 2
 """Attempts before a cover is rejected: the child may have been killed or suspended."""
 _START_SECONDS = 120.0
 _END_SECONDS = 10.0
-"""Time for a child that failed to start to exit by itself, with its exit code."""
+"""How long to wait for the exit code of a child that failed to start."""
 _ALARM_SECONDS = 5.0
-"""After the parent's timeout, the child exits by itself, in case the parent is gone."""
+"""The child exits by itself this long after the parent's timeout, if the parent has exited."""
 
-# Environment variables that the child gets. No others: they may contain credentials, which a
-# decoder that was taken over by a hostile cover must not see.
+# The only environment variables of the child: others may contain credentials, which a hostile cover
+# could read if it took over the decoder.
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 # Python's isolated mode keeps only the standard library and installed packages on the import path.
@@ -112,14 +112,14 @@ class Decoder:
                 child, self._child = self._child or _Child(self._memory), None
                 try:
                     answer, body = child.request(request, data, self._seconds)
-                    # Only now: a child with a pending answer would return it for the next cover.
+                    # Only now: else, after an interrupt, the next cover would get this answer.
                     self._child = child
                     break
                 except (TimeoutError, EOFError, ConnectionError) as error:
                     code = child.kill()
                     late = isinstance(error, TimeoutError) or code == -signal.SIGALRM
                     failure = _hung(self._seconds) if late else _crashed(code, self._seconds)
-                    if code == -signal.SIGPROF:  # CPU time exceeded: it would be again
+                    if code == -signal.SIGPROF:  # another attempt would exceed the limit, too
                         raise failure from None
                 finally:
                     if self._child is None:
@@ -171,6 +171,10 @@ def _package_directories() -> dict[str, str]:
     } | {own.name: str(own)}
 
 
+def _start_error(reason: str) -> CovergenreError:
+    return CovergenreError(f"the decoder did not start: {reason}", code="decoder_start")
+
+
 class _Child:
     """The child process, and the socket that is its standard input."""
 
@@ -190,23 +194,19 @@ class _Child:
                 )
             except OSError as error:
                 self._socket.close()
-                raise CovergenreError(f"the decoder did not start: {error}") from error
+                raise _start_error(str(error)) from error
         try:
             _receive(self._socket, time.monotonic() + _START_SECONDS)
         except TimeoutError:
             self.kill()
-            detail = self._last_stderr_line()
-            raise CovergenreError(
-                f"the decoder did not start: no answer in {_START_SECONDS:g} s{detail}"
-            ) from None
+            reason = f"no response in {_START_SECONDS:g} s"
+            raise _start_error(f"{reason}{self._last_stderr_line()}") from None
         except (OSError, EOFError):
             # The child closed its socket: it has exited, or is about to.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_SECONDS)
             reason = _exit_reason(self.kill())
-            raise CovergenreError(
-                f"the decoder did not start: {reason}{self._last_stderr_line()}"
-            ) from None
+            raise _start_error(f"{reason}{self._last_stderr_line()}") from None
         finally:
             assert self._process.stderr is not None
             self._process.stderr.close()
@@ -227,7 +227,7 @@ class _Child:
         return _receive(self._socket, deadline)
 
     def kill(self) -> int:
-        """Kill the process. Returns its exit code, which is its own if it had exited before."""
+        """Kill the process if it is running. Returns its exit code."""
         self._process.kill()
         self._socket.close()
         code: int = self._process.wait()
@@ -273,7 +273,7 @@ def serve(memory: int) -> None:
     connection = socket.socket(fileno=0)
     _set_limits(memory)
     AvifImagePlugin.DEFAULT_MAX_THREADS = (
-        1  # one thread per core would use memory, and cores of others
+        1  # one per core would use memory and other workers' cores
     )
     Image.init()  # imports the decoders
     # Discard what libraries print about damaged files; nobody reads it.
@@ -316,7 +316,7 @@ def _set_timers(seconds: float) -> None:
 
 
 def _libc_errno() -> ctypes.c_int:
-    """The errno of the C library: set by a failed allocation, unchanged by a successful one."""
+    """The errno of the C library, which a failed allocation sets."""
     libc = ctypes.CDLL(None)
     location = libc.__error if sys.platform == "darwin" else libc.__errno_location
     location.restype = ctypes.POINTER(ctypes.c_int)
@@ -336,7 +336,7 @@ def _answer(request: dict[str, Any], received: bytearray) -> tuple[dict[str, Any
         return {"reason": error.reason, "detail": error.detail}, b""
     except MemoryError as error:
         return {"reason": "too_much_memory", "detail": image_decoding.one_line(error)}, b""
-    except Exception as error:  # unexpected: treated as a crash, but the child can go on
+    except Exception as error:  # unexpected: treated as a crash, but the child can continue
         return {"reason": "decoder_crashed", "detail": image_decoding.one_line(error)}, b""
 
 

@@ -25,7 +25,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 """Supported formats: those that Pillow decodes itself. For EPS it would run Ghostscript."""
 
 MAX_BYTES = 25_000_000
-"""Larger files are rejected: a cover has to fit into a row group of the dataset."""
+"""Larger files are rejected; a cover must fit into a row group of the dataset."""
 
 MAX_PIXELS = 100_000_000
 """Covers with more pixels are rejected as possible decompression bombs."""
@@ -42,7 +42,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _HIGH_BIT_DEPTH = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # grey with more than 8 bits
-_SRGB_TOLERANCE = 3  # of 255, invisible: a profile with smaller differences is treated as sRGB
+_SRGB_TOLERANCE = 3  # of 255; profiles that differ less from sRGB are ignored
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -60,7 +60,7 @@ class CoverError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """The steps from encoded bytes to normalised pixels. Changing any step needs a new version."""
+    """The steps from encoded bytes to normalised pixels. Changing a step requires a new version."""
 
     version: int = 1
     side: int = 224
@@ -86,7 +86,10 @@ class Preprocessing:
         """Raises ModelError if this version of covergenre does not support one of the steps."""
         known = {f.name for f in fields(cls)}
         if set(values) != known:
-            raise ModelError(f"preprocessing: expected {sorted(known)}, found {sorted(values)}")
+            raise ModelError(
+                f"preprocessing: expected {sorted(known)}, found {sorted(values)}",
+                code="preprocessing_fields",
+            )
         arguments: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
@@ -113,7 +116,7 @@ def decode(data: bytes, spec: Preprocessing) -> NDArray[np.uint8]:
 
 
 def decode_image(image: Image.Image, spec: Preprocessing) -> NDArray[np.uint8]:
-    """The same of an image in memory, which is not decoded at a reduced size."""
+    """Pixels of an image in memory; see `decode`. It is not decoded at a reduced size."""
     return _resized(_load_rgb(image, None), spec)
 
 
@@ -178,7 +181,7 @@ def _read_without_repair(data: bytes, at_least: int | None) -> tuple[Image.Image
 def _open(data: bytes) -> ImageFile:
     """The image with only its header read."""
     with warnings.catch_warnings():
-        # Pillow warns about damaged metadata and large images; the checks below decide instead.
+        # Pillow warns about damaged metadata and large images, which are checked below.
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -292,7 +295,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             _builtin_profile("sRGB"),
             mode,
             "RGB",
-            # as image viewers do: white is the paper, black the darkest ink
+            # as image viewers do: paper is white, and the darkest ink black
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
             flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )

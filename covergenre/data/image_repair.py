@@ -1,7 +1,7 @@
 """Repairs PNG and WebP files with intact pixels but damaged metadata, so that Pillow can read them.
 
-Removes what other programs ignore: stray bytes before the image (JPEG and GIF, too), and metadata
-that is damaged, too large or truncated. Pixel data is never invented.
+Removes data that other programs ignore: stray bytes before the image (also of JPEG and GIF), and
+metadata that is damaged, too large or truncated. Pixels are never invented.
 """
 
 import io
@@ -20,7 +20,7 @@ _STRAY = re.compile(
     re.DOTALL,
 )
 _CRITICAL = (b"IHDR", b"PLTE", b"IDAT")
-# Chunks that change the image (transparency, colours, orientation); texts by keyword
+# Chunks that affect the image (transparency, colours, orientation); text chunks by keyword
 _PNG_USED = (b"tRNS", b"iCCP", b"eXIf")
 _PNG_USED_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
 _WEBP_FLAGS = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}
@@ -60,7 +60,7 @@ def _png(data: bytes) -> bytes | None:
                 header = chunk
             parts.append(chunk)
         elif (use := _png_use(kind, chunk[8:])) and use not in seen:
-            seen.add(use)  # once each, so that a file with very many of them costs no time
+            seen.add(use)  # only the first of each, however many there are
             if valid and _png_chunk_is_readable(header, chunk):
                 parts.append(chunk)
     return b"".join([*parts, _png_chunk(b"IEND", b"")])

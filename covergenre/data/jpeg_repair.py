@@ -2,9 +2,9 @@
 
 A missing EOI marker is added, and metadata that is too short for Pillow is removed.
 
-With an EOI marker appended, libjpeg silently invents missing pixels. Therefore the Huffman codes
-are counted first: a file is complete if it has the codes of every block of its last scan, and its
-scans together contain every coefficient of every component.
+libjpeg silently invents missing pixels if an EOI marker is appended. So the Huffman codes are
+counted first: a file is complete if it has the codes of every block of its last scan, and its scans
+together contain every coefficient of every component.
 """
 
 import re
@@ -114,11 +114,18 @@ class _Scan:
     start: int
     end: int
 
+    def ac_table(self) -> list[int]:
+        """The table of a scan of AC coefficients, which has one component."""
+        return _lookup(self.tables[0x10 | self.components[0][1] & 15])
+
 
 class _Image:
+    """The frame and scans of a JPEG file, possibly without an EOI marker."""
+
     def __init__(self, data: bytes) -> None:
         self._data = data
         self.end: int | None = None
+        """Where the EOI marker is missing; None if it is not, or the file cannot be repaired."""
         self._components: dict[int, _Component] = {}
         self._scans: list[_Scan] = []
         self._progressive = False
@@ -172,6 +179,7 @@ class _Image:
         )
 
     def is_complete(self) -> bool:
+        """Whether only the EOI marker is missing."""
         if self.end is None or not self._scans:
             return False
         if any(any(component.pending) for component in self._components.values()):
@@ -225,9 +233,8 @@ class _Image:
             if not self._progressive:
                 complete = _skip_sequential(bits, _block_tables(scan, blocks), stop - start)
             elif scan.first:
-                table = _lookup(scan.tables[0x10 | blocks[0] & 15])
                 skip = _skip_refinement if scan.refines else _skip_ac
-                complete = skip(bits, table, range(start, stop), scan.first, scan.last, nonzero)
+                complete = skip(bits, scan, range(start, stop), nonzero)
             elif scan.refines:
                 complete = (stop - start) * len(blocks) <= bits.count
             else:
@@ -298,8 +305,8 @@ class _Bits:
         """24 bits from each byte on; 16 at bit `at`: windows[at >> 3] >> 8 - (at & 7) & 0xFFFF."""
 
 
-# Each of these walks through the codes and returns whether the data has them all. The loops are
-# inlined because function calls would dominate the run time.
+# Each of these functions skips the codes of the blocks and returns whether the data has all of
+# them. Function calls in the loops would dominate the run time.
 
 
 def _skip_sequential(bits: _Bits, tables: list[tuple[bytes, bytes]], num_mcus: int) -> bool:
@@ -335,18 +342,12 @@ def _skip_dc(bits: _Bits, tables: list[tuple[bytes, bytes]], num_mcus: int) -> b
     return True
 
 
-def _skip_ac(
-    bits: _Bits,
-    table: list[int],
-    blocks: range,
-    first: int,
-    last: int,
-    nonzero: "array[int] | None",
-) -> bool:
+def _skip_ac(bits: _Bits, scan: _Scan, blocks: range, nonzero: "array[int] | None") -> bool:
     windows, count, at = bits.windows, bits.count, 0
+    table, last = scan.ac_table(), scan.last
     block = blocks.start
     while block < blocks.stop:
-        k = first
+        k = scan.first
         while k <= last:
             window = windows[at >> 3] >> 8 - (at & 7) & 0xFFFF
             entry = table[window]
@@ -362,7 +363,7 @@ def _skip_ac(
                 k += 1
             elif run == 15:
                 k += 16
-            else:  # end of band: this many blocks, this one included, have no more coefficients
+            else:  # end of band: no more coefficients in this block and in those that are skipped
                 more = windows[at >> 3] >> 8 - (at & 7) & 0xFFFF
                 block += (1 << run | more >> 16 - run) - 1
                 at += run
@@ -373,21 +374,15 @@ def _skip_ac(
     return True
 
 
-def _skip_refinement(
-    bits: _Bits,
-    table: list[int],
-    blocks: range,
-    first: int,
-    last: int,
-    nonzero: "array[int] | None",
-) -> bool:
+def _skip_refinement(bits: _Bits, scan: _Scan, blocks: range, nonzero: "array[int] | None") -> bool:
     assert nonzero is not None
     windows, count, at = bits.windows, bits.count, 0
+    table, last = scan.ac_table(), scan.last
     band = (1 << last + 1) - 1
-    ended = 0  # this many blocks have no more new coefficients
+    ended = 0  # number of blocks, from this one on, without further new coefficients
     for block in blocks:
         before = now = nonzero[block]
-        k = first
+        k = scan.first
         while k <= last and not ended:
             entry = table[windows[at >> 3] >> 8 - (at & 7) & 0xFFFF]
             at += entry >> 8

@@ -2,7 +2,8 @@
 
 An album depends only on the seed and its number, so a larger sample extends a smaller one. Each
 genre has palettes and motifs. Albums of two genres use the palette of one and the motif of the
-other, and some albums look like a random genre, so the genres can be learnt, but not perfectly.
+other, and some albums have the style of a random genre: the genres can be learnt, but not
+perfectly.
 """
 
 import csv
@@ -18,7 +19,7 @@ from covergenre.errors import ConfigError, StorageError
 
 COLUMNS = ("album_id", "cover", "genres", "title", "artist")
 JPEG_QUALITY = 85
-SMALLEST_SIDE = 32
+MIN_SIDE = 32
 ATYPICAL = 0.12
 """Share of albums in the style of a random genre."""
 
@@ -117,9 +118,11 @@ def write_sample(out: Path, albums: int, seed: int = 0, side: int = 240) -> Path
     Raises ConfigError if `albums` or `side` is too small, StorageError if `out` cannot be written.
     """
     if albums < 1:
-        raise ConfigError(f"albums: {albums} is too small; the minimum is 1")
-    if side < SMALLEST_SIDE:
-        raise ConfigError(f"side: {side} is too small; the minimum is {SMALLEST_SIDE} pixels")
+        raise ConfigError(f"albums: {albums} is too small; the minimum is 1", code="too_small")
+    if side < MIN_SIDE:
+        raise ConfigError(
+            f"side: {side} is too small; the minimum is {MIN_SIDE} pixels", code="too_small"
+        )
     catalog = out / "catalog.csv"
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")

@@ -1,6 +1,6 @@
-"""Arrow IPC files of this package's own state, in batches of a fixed number of rows.
+"""Arrow IPC files of internal state, in batches of a fixed number of rows.
 
-Unlike Parquet they are not taken for results by tools that read a whole output directory.
+Not Parquet, which tools that read a whole output directory would take for results.
 """
 
 from functools import lru_cache
@@ -15,7 +15,7 @@ _TAIL_BYTES = 4 + len(_MAGIC)  # the footer's length, and _MAGIC
 
 
 def options() -> pa.ipc.IpcWriteOptions:
-    """How these files are written."""
+    """Settings for writing these files."""
     return pa.ipc.IpcWriteOptions(compression="zstd")
 
 
@@ -46,14 +46,14 @@ def read_rows(uri: str, start: int, stop: int, batch_rows: int) -> pa.Table:
 
 @lru_cache(maxsize=16)
 def _open(uri: str, stat: storage.FileStat) -> pa.ipc.RecordBatchFileReader:
-    # A worker reads many ranges of one file: its footer is read once, until the file changes.
+    # A worker reads many ranges of one file; its footer is read again only if the file changes.
     file = storage.open_input(uri)
     _check_no_extension(uri, file)
     return pa.ipc.open_file(file)
 
 
 def _check_no_extension(uri: str, file: pa.NativeFile) -> None:
-    """Arrow would call the Python code that this process has registered for an extension type."""
+    """Raises StorageError for extension types: Arrow would run Python code registered for them."""
     size = file.size()
     file.seek(max(size - _TAIL_BYTES, 0))
     length = int.from_bytes(file.read(4), "little")
@@ -61,4 +61,7 @@ def _check_no_extension(uri: str, file: pa.NativeFile) -> None:
         raise pa.ArrowInvalid("not an Arrow IPC file, or truncated")
     file.seek(size - _TAIL_BYTES - length)
     if b"ARROW:extension:name" in file.read(length):
-        raise StorageError(f"{uri}: has a column of an extension type; covergenre writes none")
+        raise StorageError(
+            f"{uri}: has a column of an extension type; covergenre writes none",
+            code="extension_type",
+        )

@@ -1,4 +1,4 @@
-"""Hashes of tables by their values: independent of chunks, offsets and the bytes under nulls."""
+"""Hashes of the values of tables, independent of chunks, offsets and the memory of nulls."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ def hash_rows(digest: Any, rows: pa.Table) -> None:
 
 
 def _content(column: pa.Array) -> Iterator[bytes | pa.Buffer]:
-    """The bytes of the values, without chunks, offsets and what is under nulls."""
+    """The bytes of the values, for nulls those of an empty value."""
     if pa.types.is_list(column.type) and pa.types.is_string(column.type.value_type):
         yield pc.fill_null(pc.list_value_length(column), -1).to_numpy().tobytes()
         column = pc.list_flatten(column)

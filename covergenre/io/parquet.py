@@ -1,4 +1,4 @@
-"""Untrusted Parquet files, read without running code that they name."""
+"""Reads untrusted Parquet files without running code that they refer to."""
 
 import base64
 import re
@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _EXTENSION = b"ARROW:extension:name"
-_EXTENSION_IGNORED = b"arrow.extension.name"  # of the same length, and ignored by Arrow
+_EXTENSION_IGNORED = b"arrow.extension.name"  # same length; Arrow ignores it
 
 _MAGIC = b"PAR1"
-_TAIL_BYTES = 8  # the length of the footer, and _MAGIC
+_TAIL_BYTES = 8  # length of the footer, then _MAGIC
 # The footer's entry for Arrow's schema, in Thrift's compact protocol: key, type and length, base64.
 _ARROW_SCHEMA = re.compile(rb"(ARROW:schema\x18[\x80-\xff]*[\x00-\x7f])([A-Za-z0-9+/=]*)")
 
@@ -25,8 +25,8 @@ CANONICAL_EXTENSIONS = {
 def opened(file: pa.NativeFile, **settings: Any) -> pq.ParquetFile:
     """`file` opened as Parquet; columns of extension types have their storage types.
 
-    Arrow would call the Python code that this process has registered for an extension type, and
-    Ray's types unpickle what they find in the file. settings: pq.ParquetFile's.
+    Arrow would call the Python code that is registered for an extension type; that of Ray's types
+    unpickles data in the file. settings: those of pq.ParquetFile.
     """
     return pq.ParquetFile(
         file, metadata=_without_extensions(file), arrow_extensions_enabled=False, **settings
@@ -34,7 +34,7 @@ def opened(file: pa.NativeFile, **settings: Any) -> pq.ParquetFile:
 
 
 def extension_name(field: pa.Field) -> str | None:
-    """The extension type that a field of an `opened` file was written with."""
+    """The original extension type of a field of an `opened` file, if any."""
     name: bytes | None = (field.metadata or {}).get(_EXTENSION_IGNORED)
     return name.decode(errors="replace") if name is not None else None
 
@@ -42,7 +42,7 @@ def extension_name(field: pa.Field) -> str | None:
 def _without_extensions(file: pa.NativeFile) -> pq.FileMetaData:
     """The footer, with the key that marks extension types replaced in its Arrow schema.
 
-    The footer is changed as bytes, because Arrow instantiates the types when it reads them.
+    The bytes of the footer are changed, because Arrow instantiates the types when it parses them.
     """
     size = file.size()
     file.seek(max(size - _TAIL_BYTES, 0))

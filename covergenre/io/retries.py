@@ -1,7 +1,7 @@
-"""The retry policy of requests over the network: exponential backoff with full jitter.
+"""The retry policy of network requests: exponential backoff with full jitter.
 
-Full jitter (a wait between 0 and the backoff) keeps processes that were refused together from
-coming back together.
+With full jitter (waits between 0 and the backoff), processes that failed at the same time do not
+retry at the same time.
 """
 
 import time
@@ -32,13 +32,12 @@ def with_retries(
     min_wait: Callable[[BaseException], float] | None = None,
     before_retry: Callable[[BaseException], None] | None = None,
 ) -> T:
-    """What `send()` returns; raises what its last attempt raised.
+    """Return `send()`, or raise the error of its last attempt.
 
-    send: may have been carried out although it failed (the response was lost): it must be safe to
-    repeat.
+    send: must be safe to repeat; a request may have succeeded, with only its response lost.
     first_wait, max_wait: seconds; the limit of the random wait doubles with each attempt.
-    timeout: seconds from the first attempt, after which no further one begins.
-    min_wait: the least wait after an error, such as that of a Retry-After header.
+    timeout: seconds after the first attempt; no attempt begins later.
+    min_wait: the minimum wait after an error, such as that of a Retry-After header.
     before_retry: called with the error before each wait.
     """
     jitter = wait_random_exponential(multiplier=first_wait, max=max_wait)

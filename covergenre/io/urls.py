@@ -1,4 +1,4 @@
-"""URLs and paths as they may be shown: some contain a secret, and some a whole image."""
+"""URLs and paths for messages, without secrets; data: URIs shortened."""
 
 import os
 import re
@@ -36,6 +36,6 @@ def redacted(uri: PathOrUri) -> str:
 
 
 _USER = re.compile(r"\A(?:[^/?#]*@|[^/?#:[]*:(?!\d*(?:[/?#]|\Z)).*@)", re.DOTALL)
-"""User and password, before the host. A / in a password makes a URL invalid: it is hidden, too."""
+"""User and password, before the host, also of an invalid URL whose password contains a slash."""
 _VALUE = re.compile(r"(?<==).*|^[^=]+$", re.DOTALL)
 """The value in `name=value`; all of a part of a query that has no name."""

@@ -1,4 +1,4 @@
-"""Decoding in a process of its own, with covers that do to it what they do in the wild."""
+"""Decoding in a child process: crashes, timeouts, memory limits, isolation."""
 
 import contextlib
 import itertools
@@ -39,7 +39,7 @@ GOOD = encoded(gradient(), "JPEG")
 
 @pytest.fixture(scope="module")
 def endless() -> bytes:
-    """3 MB; 20 minutes of decoding."""
+    """A file of 3 MB that takes 20 minutes to decode."""
     return many_scans(200_000)
 
 
@@ -56,7 +56,7 @@ def reason(action: Callable[[], object]) -> CoverError:
 
 
 def children() -> set[psutil.Process]:
-    """Decoders of this process that live."""
+    """Running decoders of this process."""
     return {
         child
         for child in psutil.Process().children()
@@ -73,21 +73,21 @@ def child_of(decoder: Decoder) -> psutil.Process:
 
 
 @contextlib.contextmanager
-def struck(signal_number: int, times: int, before: set[psutil.Process]) -> Iterator[list[int]]:
-    """Send a signal to `times` new decoders, each in the midst of decoding. Their pids."""
+def signalled(signal_number: int, times: int, before: set[psutil.Process]) -> Iterator[list[int]]:
+    """Send a signal to `times` new decoders while they decode; yields the list of their pids."""
     hit: list[int] = []
     over = threading.Event()
 
-    def strike() -> None:
+    def send() -> None:
         while len(hit) < times and not over.wait(0.01):
             for child in children() - before:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    # its start takes 0.2 s, and no other cover this long
+                    # starting takes 0.2 s, and no other cover takes this long
                     if child.pid not in hit and child.cpu_times().user > 0.5:
                         child.send_signal(signal_number)
                         hit.append(child.pid)
 
-    thread = threading.Thread(target=strike)
+    thread = threading.Thread(target=send)
     thread.start()
     try:
         yield hit
@@ -96,10 +96,10 @@ def struck(signal_number: int, times: int, before: set[psutil.Process]) -> Itera
         thread.join()
 
 
-# The same as without
+# Equal to decoding in this process
 
 
-def test_results_are_those_of_decoding_in_this_process(decoder: Decoder) -> None:
+def test_results_equal_those_of_image_decoding(decoder: Decoder) -> None:
     for form, side in itertools.product(("PNG", "JPEG", "WEBP", "GIF", "TIFF"), (1, 16, 300, 700)):
         data = encoded(gradient(side), form)
         for spec in (SMALL, Preprocessing()):
@@ -111,7 +111,7 @@ def test_results_are_those_of_decoding_in_this_process(decoder: Decoder) -> None
     assert len(children()) == 1
 
 
-def test_rejections_are_those_of_decoding_in_this_process(decoder: Decoder) -> None:
+def test_rejections_equal_those_of_image_decoding(decoder: Decoder) -> None:
     for data in (b"", b"\0", b"<html>", GOOD[:-99], GOOD[:30], b"GIF89a"):
         for ours, plain in (
             (partial(decoder.decode, data, SMALL), partial(image_decoding.decode, data, SMALL)),
@@ -124,13 +124,15 @@ def test_rejections_are_those_of_decoding_in_this_process(decoder: Decoder) -> N
             assert (refused.reason, refused.detail) == (expected.reason, expected.detail)
 
 
-def test_too_many_bytes_do_not_travel(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_file_is_not_sent_to_the_child(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(image_decoding, "MAX_BYTES", len(GOOD) - 1)
     assert reason(lambda: decoder.decode(GOOD, SMALL)).reason == "file_too_large"
     assert not children()
 
 
-def test_one_child_does_all(decoder: Decoder) -> None:
+def test_child_is_reused(decoder: Decoder) -> None:
     child = child_of(decoder)
     for data in (GOOD, GOOD[:-99], GOOD, b"no image", GOOD):
         with contextlib.suppress(CoverError):
@@ -142,7 +144,7 @@ def test_one_child_does_all(decoder: Decoder) -> None:
     assert decoder.decode(GOOD, SMALL).shape == (16, 16, 3)
 
 
-def test_threads_get_each_their_own(decoder: Decoder) -> None:
+def test_threads_share_a_decoder(decoder: Decoder) -> None:
     levels = list(range(0, 256, 3))
     data = [encoded(Image.new("L", (40, 40), level)) for level in levels]
     with ThreadPoolExecutor(8) as pool:
@@ -152,39 +154,41 @@ def test_threads_get_each_their_own(decoder: Decoder) -> None:
     assert len(children()) == 1
 
 
-# What covers do to it
+# Crashes, timeouts, memory
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
-def test_a_cover_that_kills_the_decoder(
+def test_cover_that_crashes_the_decoder_is_rejected(
     decoder: Decoder, endless: bytes, number: signal.Signals
 ) -> None:
-    """As a crash of native code does it; the second death is the cover's."""
-    with struck(number, times=2, before=children()) as hit:
+    """A signal, as from a crash in native code; after two, the cover is rejected."""
+    with signalled(number, times=2, before=children()) as hit:
         refused = reason(lambda: decoder.decode(endless, SMALL))
     assert refused.reason == "decoder_crashed"
-    assert refused.detail == f"the decoder crashed: {signal.strsignal(number)}"
+    assert str(signal.strsignal(number)) in refused.detail
     assert len(set(hit)) == 2
     assert np.array_equal(decoder.decode(GOOD, SMALL), image_decoding.decode(GOOD, SMALL))
 
 
-def test_a_decoder_killed_once_costs_no_cover(decoder: Decoder) -> None:
+def test_cover_is_decoded_again_if_the_decoder_is_killed(decoder: Decoder) -> None:
     slow = many_scans(200)
-    with struck(signal.SIGKILL, times=1, before=children()) as hit:
+    with signalled(signal.SIGKILL, times=1, before=children()) as hit:
         pixels = decoder.decode(slow, SMALL)
     assert len(hit) == 1
     assert np.array_equal(pixels, image_decoding.decode(slow, SMALL))
 
 
-def test_a_decoder_killed_between_covers_costs_none(decoder: Decoder) -> None:
+def test_decoder_killed_between_covers_is_replaced(decoder: Decoder) -> None:
     child = child_of(decoder)
     child.kill()
     assert decoder.decode(GOOD, SMALL).shape == (16, 16, 3)
     assert child not in children()
 
 
-def test_a_cover_that_decodes_for_ever(endless: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    # On a busy machine the limit of wall-clock time would come first.
+def test_cover_that_takes_too_long_is_rejected(
+    endless: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a busy machine, the limit of wall-clock time would be exceeded first.
     monkeypatch.setattr(decoder_process, "_WALL_CLOCK_FACTOR", 60)
     with contextlib.closing(Decoder(seconds=0.5)) as decoder:
         child = child_of(decoder)
@@ -194,12 +198,12 @@ def test_a_cover_that_decodes_for_ever(endless: bytes, monkeypatch: pytest.Monke
         ):
             refused = reason(action)
             assert refused.reason == "decode_timeout"
-            assert "0.5 s of CPU time" in refused.detail
+            assert "0.5 s" in refused.detail
         assert child not in children()
         assert decoder.validate_and_reencode(GOOD, 300) == GOOD
 
 
-def test_a_decoder_that_stands_still_is_replaced() -> None:
+def test_suspended_decoder_is_replaced() -> None:
     with contextlib.closing(Decoder(seconds=0.5)) as decoder:
         child = child_of(decoder)
         child.suspend()
@@ -208,8 +212,8 @@ def test_a_decoder_that_stands_still_is_replaced() -> None:
 
 
 @pytest.fixture(scope="module")
-def little() -> int:
-    """Address space that is enough for a small cover, in bytes."""
+def small_memory() -> int:
+    """Bytes of address space that suffice for a small cover only."""
     with contextlib.closing(Decoder()) as decoder:
         return int(child_of(decoder).memory_info().vms) + 20 * 2**20
 
@@ -230,23 +234,23 @@ LARGE = Image.linear_gradient("L").resize((3000, 3000))
         ("BMP", "L", {}),
     ],
 )
-def test_a_cover_that_takes_too_much_memory(
-    little: int, form: str, mode: str, options: dict[str, Any]
+def test_cover_that_takes_too_much_memory_is_rejected(
+    small_memory: int, form: str, mode: str, options: dict[str, Any]
 ) -> None:
-    """Also where a library only says that the file is broken."""
+    """Also if the library reports a damaged file."""
     data = encoded(LARGE.convert(mode), form, **options)
-    with contextlib.closing(Decoder(memory=little)) as decoder:
+    with contextlib.closing(Decoder(memory=small_memory)) as decoder:
         child = child_of(decoder)
         assert reason(lambda: decoder.validate_and_reencode(data, 1500)).reason == "too_much_memory"
         assert decoder.decode(GOOD, SMALL).shape == (16, 16, 3)
-        # memory that was not there is no crash, and damage is no lack of memory
+        # the child has not crashed, and a damaged file is still told from a lack of memory
         assert children() == {child}
         assert reason(lambda: decoder.decode(GOOD[:-99], SMALL)).reason == "truncated_image"
     with contextlib.closing(Decoder()) as decoder:
         assert len(decoder.validate_and_reencode(data, 1500)) > 100
 
 
-def test_an_interrupt_does_not_give_the_next_cover_this_ones_pixels() -> None:
+def test_interrupted_cover_does_not_affect_the_next_one() -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -256,12 +260,12 @@ def test_an_interrupt_does_not_give_the_next_cover_this_ones_pixels() -> None:
     with contextlib.closing(Decoder()) as decoder:
         child = child_of(decoder)
 
-        def strike() -> None:
+        def send() -> None:
             while child.cpu_times().user < 0.5:
                 over.wait(0.01)
             os.kill(os.getpid(), signal.SIGUSR1)
 
-        thread = threading.Thread(target=strike)
+        thread = threading.Thread(target=send)
         thread.start()
         try:
             with pytest.raises(KeyboardInterrupt):
@@ -282,7 +286,7 @@ def test_an_interrupt_does_not_give_the_next_cover_this_ones_pixels() -> None:
         ("kill -KILL $$", "Killed"),
     ],
 )
-def test_the_cause_is_told_when_the_decoder_does_not_start(
+def test_error_has_the_cause_if_the_decoder_does_not_start(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, cause: str
 ) -> None:
     program = tmp_path / "python"
@@ -291,20 +295,21 @@ def test_the_cause_is_told_when_the_decoder_does_not_start(
     monkeypatch.setattr(sys, "executable", str(program))
     with pytest.raises(CovergenreError) as caught:
         decoder.decode(GOOD, SMALL)
-    assert str(caught.value) == f"the decoder did not start: {cause}"
+    assert caught.value.code == "decoder_start" and str(caught.value).endswith(f": {cause}")
     monkeypatch.undo()
     assert decoder.decode(GOOD, SMALL).shape == (16, 16, 3)
 
 
-def test_a_decoder_that_cannot_be_spawned_is_told(
+def test_decoder_that_cannot_be_spawned_is_an_error(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(CovergenreError, match=r"did not start: .*No such file.*/nowhere/python"):
+    with pytest.raises(CovergenreError, match="/nowhere/python") as caught:
         decoder.decode(GOOD, SMALL)
+    assert caught.value.code == "decoder_start"
 
 
-def test_a_decoder_that_does_not_answer_is_told(
+def test_decoder_that_does_not_respond_is_an_error(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "python"
@@ -312,12 +317,13 @@ def test_a_decoder_that_does_not_answer_is_told(
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setattr(decoder_process, "_START_SECONDS", 0.1)
-    with pytest.raises(CovergenreError, match=r"^the decoder did not start: no answer in 0\.1 s$"):
+    with pytest.raises(CovergenreError, match=r"0\.1 s$") as caught:
         decoder.decode(GOOD, SMALL)
+    assert caught.value.code == "decoder_start"
 
 
-def test_the_decoder_imports_nothing_from_the_parents_import_path(tmp_path: Path) -> None:
-    """PIL tries defusedxml and others where they are installed."""
+def test_decoder_imports_nothing_from_the_import_path_of_its_parent(tmp_path: Path) -> None:
+    """PIL imports defusedxml and others if they are installed."""
     for name in ("token", "string", "random", "numpy", "PIL", "covergenre", "defusedxml", "cffi"):
         (tmp_path / f"{name}.py").write_text(
             f"open({str(tmp_path / 'ran')!r}, 'a').write('{name}')"
@@ -334,7 +340,7 @@ def test_the_decoder_imports_nothing_from_the_parents_import_path(tmp_path: Path
     assert not (tmp_path / "ran").exists()
 
 
-# What it does to its surroundings
+# Isolation
 
 
 def run(script: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -355,8 +361,8 @@ def run(script: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
-def test_it_is_silent() -> None:
-    """libtiff says what it thinks of a file on standard error."""
+def test_decoder_prints_nothing() -> None:
+    """libtiff prints warnings to standard error."""
     script = """
         data = bytearray(encoded(Image.new("L", (600, 600), 7), "TIFF", compression="tiff_lzw"))
         data[12:400] = bytes(388)
@@ -371,7 +377,7 @@ def test_it_is_silent() -> None:
     assert (child.stdout, child.stderr) == ("truncated_image\n", "")
 
 
-def test_it_ends_with_its_parent_and_leaves_no_word() -> None:
+def test_decoder_exits_with_its_parent() -> None:
     done = run(
         """
         assert decoder_process.decode(GOOD, SMALL).shape == (16, 16, 3)
@@ -383,8 +389,8 @@ def test_it_ends_with_its_parent_and_leaves_no_word() -> None:
         psutil.Process(int(done.stdout)).wait(60)
 
 
-def test_it_ends_when_its_parent_is_killed(endless: bytes, tmp_path: Path) -> None:
-    """Idle or at work: nobody is left who would end it."""
+def test_decoder_exits_when_its_parent_is_killed(endless: bytes, tmp_path: Path) -> None:
+    """Whether it is idle or decoding."""
     (tmp_path / "endless.jpg").write_bytes(endless)
     script = f"""
         import sys
@@ -415,8 +421,8 @@ def test_it_ends_when_its_parent_is_killed(endless: bytes, tmp_path: Path) -> No
         assert not orphan.is_running()
 
 
-def test_it_needs_nothing_of_the_current_directory(tmp_path: Path) -> None:
-    """The package lies where only the parent's sys.path says, and it is that package."""
+def test_decoder_imports_nothing_from_the_current_directory(tmp_path: Path) -> None:
+    """It imports the package that its parent imported, wherever that is."""
     packages, here = tmp_path / "packages", tmp_path / "here"
     shutil.copytree(Path(covergenre.__file__).parent, packages / "covergenre")
     with (packages / "covergenre" / "data" / "image_decoding.py").open("a") as file:
@@ -450,20 +456,22 @@ def test_it_needs_nothing_of_the_current_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_it_holds_no_secret(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+def test_environment_of_the_decoder_has_no_credentials(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     assert "AWS_SECRET_ACCESS_KEY" not in child_of(decoder).environ()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_it_keeps_to_one_core(decoder: Decoder) -> None:
+def test_decoder_has_one_thread(decoder: Decoder) -> None:
     child = child_of(decoder)
     decoder.decode(encoded(gradient(900), "AVIF", speed=10), SMALL)
     assert child.num_threads() == 1
 
 
-def test_after_a_fork_each_process_has_its_own() -> None:
-    """Also where another thread holds the lock as the process forks."""
+def test_forked_process_gets_its_own_decoder() -> None:
+    """Also if another thread holds the lock during the fork."""
     done = run(
         """
         slow = encoded(Image.new("L", (4000, 4000), 99), "JPEG", progressive=True)
@@ -492,7 +500,7 @@ def test_after_a_fork_each_process_has_its_own() -> None:
     assert (done.stdout, done.stderr) == ("good\n", "")
 
 
-def test_the_module_has_one_for_each_process() -> None:
+def test_functions_of_the_module_decode() -> None:
     assert np.array_equal(decoder_process.decode(GOOD, SMALL), image_decoding.decode(GOOD, SMALL))
     assert decoder_process.validate_and_reencode(GOOD, 300) == GOOD
     decoder_process._process_decoder().close()

@@ -1,6 +1,6 @@
-"""A mutation fuzzer: what real encoders wrote, damaged; each mutant gives pixels or a reason.
+"""A mutation fuzzer: damaged images decode, or are rejected with a reason.
 
-A mutant depends on nothing but SEED and its number, so `mutant(SEED, number)` is the file again.
+A mutant depends only on SEED and its number: `mutant(SEED, number)` reproduces the file.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from images import encoded
+from images import encoded, rings_and_bars
 from PIL import Image
 
 from covergenre.data.decoder_process import Decoder
@@ -26,17 +26,10 @@ SPEC = Preprocessing(side=32)
 SECONDS = 5.0
 
 
-def picture(width: int, height: int) -> Image.Image:
-    y, x = np.mgrid[:height, :width]
-    rings = 127 + 127 * np.sin(((x - width / 3) ** 2 + (y - height / 4) ** 2) / 200)
-    bars = 255.0 * ((x // 5 + y // 7) % 2)
-    return Image.fromarray(np.stack([rings, bars, 255 - rings], -1).astype(np.uint8))
-
-
 @cache
 def samples() -> list[bytes]:
-    """One of each kind of file that is opened, small enough that a mutation hits something."""
-    small, large = picture(48, 40), picture(160, 120)
+    """A file of each supported kind, so small that most mutations have an effect."""
+    small, large = rings_and_bars(48, 40), rings_and_bars(160, 120)
     rgba = small.copy()
     rgba.putalpha(Image.linear_gradient("L").resize(small.size))
     deep = Image.fromarray(np.asarray(small.convert("L")).astype(np.uint16) * 257)
@@ -81,7 +74,7 @@ def samples() -> list[bytes]:
     ]
 
 
-# Mutations: (the file, chance) -> the file, worse
+# Mutations: each changes the file in place
 
 
 def flip_bits(data: bytearray, rng: random.Random) -> None:
@@ -90,7 +83,7 @@ def flip_bits(data: bytearray, rng: random.Random) -> None:
 
 
 def set_bytes(data: bytearray, rng: random.Random) -> None:
-    """A run of bytes, to what decoders fear."""
+    """Set a few bytes to values that are critical for decoders."""
     at = rng.randrange(len(data))
     run = data[at : at + rng.choice((1, 2, 4, 16))]
     data[at : at + len(run)] = bytes([rng.choice((0, 1, 0x7F, 0x80, 0xFF))]) * len(run)
@@ -106,13 +99,13 @@ def remove(data: bytearray, rng: random.Random) -> None:
 
 
 def splice(data: bytearray, rng: random.Random) -> None:
-    """The beginning of this file and the end of another."""
+    """Join the beginning of this file to the end of another."""
     other = rng.choice(samples())
     data[rng.randrange(1, len(data)) :] = other[rng.randrange(len(other)) :]
 
 
 def repeat(data: bytearray, rng: random.Random) -> None:
-    """A part of the file once more, or many times."""
+    """Insert copies of a part of the file."""
     start = rng.randrange(len(data))
     part = data[start : start + rng.choice((8, 64, 512))]
     at = rng.randrange(len(data))
@@ -120,16 +113,16 @@ def repeat(data: bytearray, rng: random.Random) -> None:
 
 
 def edit_length(data: bytearray, rng: random.Random) -> None:
-    """A number that could be a length, an offset or a side becomes one that it should not be."""
+    """Change a number that may be a length, an offset or a side."""
     kind, size = rng.choice((("H", 2), ("I", 4)))
     order = rng.choice("<>")
-    places = [
+    offsets = [
         at
         for at in range(len(data) - size)
         if 0 < struct.unpack_from(order + kind, data, at)[0] <= max(len(data), 255)
     ]
-    if places:
-        at = rng.choice(places)
+    if offsets:
+        at = rng.choice(offsets)
         value = struct.unpack_from(order + kind, data, at)[0]
         top = 256**size - 1
         new = rng.choice((0, 1, value - 1, value + 1, value * 2, len(data), top, top // 2 + 1))
@@ -137,7 +130,7 @@ def edit_length(data: bytearray, rng: random.Random) -> None:
 
 
 def chunks(data: bytes) -> list[tuple[int, int]]:
-    """(start, stop) of the segments, chunks or boxes, where the format has them."""
+    """(start, stop) of the segments, chunks or boxes of formats that have them."""
     found: list[tuple[int, int]] = []
     at = {b"\xff\xd8": 2, b"\x89P": 8, b"RI": 12}.get(data[:2], 0)
     while at + 8 <= len(data):
@@ -158,7 +151,7 @@ def chunks(data: bytes) -> list[tuple[int, int]]:
 
 
 def move_chunk(data: bytearray, rng: random.Random) -> None:
-    """A whole chunk is doubled, taken out, or put elsewhere."""
+    """Copy, remove or move a chunk."""
     parts = chunks(bytes(data))
     if not parts:
         return repeat(data, rng)
@@ -178,14 +171,14 @@ MUTATIONS: tuple[Callable[[bytearray, random.Random], None], ...] = (
 
 
 def with_checksums(data: bytearray) -> None:
-    """Right the checksums of a PNG: with wrong ones, nothing behind them would be reached."""
+    """Correct the checksums of a PNG; with wrong ones, Pillow would not decode the chunks."""
     for start, stop in chunks(bytes(data)):
         if stop - start >= 12:
             data[stop - 4 : stop] = struct.pack(">I", zlib.crc32(data[start + 4 : stop - 4]))
 
 
 def mutant(seed: int, number: int) -> bytes:
-    """Always the same for the same two numbers (and the same encoders)."""
+    """A damaged file; the same for equal arguments and encoders."""
     rng = random.Random(f"{seed} {number}")
     data = bytearray(rng.choice(samples()))
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
@@ -197,7 +190,7 @@ def mutant(seed: int, number: int) -> bytes:
 
 
 def outcome(decoder: Decoder, data: bytes) -> str:
-    """What becomes of a file: `pixels`, or a reason."""
+    """`pixels` if the file decodes, else the reason for its rejection."""
     try:
         pixels = decoder.decode(data, SPEC)
     except CoverError as error:
@@ -208,7 +201,7 @@ def outcome(decoder: Decoder, data: bytes) -> str:
         assert pixels.shape == (SPEC.side, SPEC.side, 3)
         assert pixels.dtype == np.uint8
         reason = "pixels"
-    try:  # what prepare would store is a cover, too
+    try:  # the bytes that prepare stores decode, too
         reencoded = decoder.validate_and_reencode(data, 32)
     except CoverError as error:
         assert error.reason in REASONS
@@ -218,7 +211,7 @@ def outcome(decoder: Decoder, data: bytes) -> str:
 
 
 def fuzz(count: int) -> Counter[str]:
-    """How many of `count` mutants came to which end."""
+    """Number of mutants with each outcome."""
     seen: Counter[str] = Counter()
     with contextlib.closing(Decoder(seconds=SECONDS)) as decoder:
         for number in range(count):
@@ -230,18 +223,18 @@ def fuzz(count: int) -> Counter[str]:
                     f"mutant({SEED}, {number}): {data[:16].hex(' ')}..."
                 ) from error
     assert seen.total() == count
-    # Neither all refused at the door nor all unharmed: the decoders were reached.
+    # Not all were rejected by their header, nor were all unaffected: the decoders were reached.
     assert min(seen["pixels"], seen["truncated_image"]) > count / 10
     print(dict(seen.most_common()))
     return seen
 
 
-def test_the_samples_are_good() -> None:
+def test_samples_decode() -> None:
     with contextlib.closing(Decoder(seconds=SECONDS)) as decoder:
         assert {outcome(decoder, data) for data in samples()} == {"pixels"}
 
 
-def test_a_mutant_can_be_made_again() -> None:
+def test_mutants_are_reproducible() -> None:
     made = [mutant(SEED, number) for number in range(50)]
     assert [mutant(SEED, number) for number in range(50)] == made
     assert [mutant(SEED + 1, number) for number in range(50)] != made

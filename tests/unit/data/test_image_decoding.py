@@ -1,4 +1,4 @@
-"""Covers: every kind of image that Pillow can make, and every kind of broken one."""
+"""Decoding of covers: all formats, modes and colour spaces, and damaged files."""
 
 import ast
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from images import encoded
+from images import encoded, png_chunk
 from numpy.typing import NDArray
 from PIL import EpsImagePlugin, Image, ImageCms
 
@@ -37,14 +37,14 @@ Pixels = NDArray[np.uint8]
 
 
 def picture(width: int = 64, height: int = 48) -> Image.Image:
-    """A smooth picture that no mirror or turn leaves as it is."""
+    """A smooth picture that no reflection or rotation leaves unchanged."""
     x = np.linspace(0, 255, width)[None, :] * np.ones((height, 1))
     y = np.linspace(0, 255, height)[:, None] * np.ones((1, width))
     return Image.fromarray(np.stack([x, y, (x + y) / 2], -1).astype(np.uint8))
 
 
 def detailed(width: int, height: int) -> Image.Image:
-    """Edges and fine lines, as lettering has."""
+    """Edges and fine lines, like those of lettering."""
     y, x = np.mgrid[:height, :width]
     rings = 127 + 127 * np.sin(((x - width / 3) ** 2 + (y - height / 4) ** 2) / 9000)
     bars = 255.0 * ((x // 23 + y // 31) % 2)
@@ -52,7 +52,7 @@ def detailed(width: int, height: int) -> Image.Image:
 
 
 def squashed(image: Image.Image, side: int = 16) -> Pixels:
-    """What the pixels should be: all of the image in RGB, then one resize."""
+    """The expected pixels: the whole image in RGB, resized once."""
     return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
 
 
@@ -62,7 +62,7 @@ def difference(a: Pixels, b: Pixels) -> float:
 
 
 def reason(data: bytes, max_side: int | None = 300) -> str:
-    """Why decode and validate_and_reencode, both, refuse `data`."""
+    """The reason why decode and validate_and_reencode both reject `data`."""
     reasons = set()
     for action in (lambda: decode(data, SMALL), lambda: validate_and_reencode(data, max_side)):
         with pytest.raises(CoverError) as caught:
@@ -104,7 +104,7 @@ def test_every_mode_becomes_rgb(mode: str, form: str, limit: float) -> None:
     source = (picture().convert("RGBA") if mode == "PA" else picture()).convert(mode)
     data = encoded(source, form)
     with Image.open(io.BytesIO(data)) as saved:
-        assert saved.mode == mode or form == "WEBP", "the file is not what the test is about"
+        assert saved.mode == mode or form == "WEBP", "Pillow saved another mode"
     pixels = decode(data, SMALL)
     assert pixels.shape == (16, 16, 3)
     assert pixels.dtype == np.uint8
@@ -127,13 +127,13 @@ def test_sixteen_bits_are_scaled_not_clipped(order: str, form: str) -> None:
         assert (decode(plain, SMALL) == expected).all()
 
 
-def test_the_aspect_ratio_is_squashed() -> None:
+def test_aspect_ratio_is_not_kept() -> None:
     for size in ((64, 48), (16, 100), (1, 1), (300, 2)):
         assert decode(encoded(picture(*size)), SMALL).shape == (16, 16, 3)
     assert difference(decode(encoded(picture(16, 16)), SMALL), np.asarray(picture(16, 16))) == 0
 
 
-# stored picture = upright picture, turned by this
+# EXIF orientation -> transposition from the upright picture to the stored one
 TURNED = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -159,7 +159,7 @@ def with_orientation(orientation: int, image: Image.Image, form: str) -> bytes:
 def test_exif_orientation_is_applied(orientation: int, form: str) -> None:
     data = with_orientation(orientation, picture(), form)
     assert difference(decode(data, SMALL), squashed(picture())) < 2.5
-    # also where the JPEG comes reduced, and where it is reencoded
+    # also if the JPEG is decoded at a reduced size, and if it is re-encoded
     large = picture(400, 300)
     data = with_orientation(orientation, large, form)
     assert difference(decode(data, SMALL), squashed(large)) < 2.5
@@ -170,8 +170,8 @@ def test_exif_orientation_is_applied(orientation: int, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
-def test_damaged_exif_does_not_cost_a_good_cover(form: str) -> None:
-    """Of every byte of an EXIF block in turn, and of its end."""
+def test_damaged_exif_is_ignored(form: str) -> None:
+    """Damage at each byte of an EXIF block, and truncation there."""
     exif = Image.Exif()
     exif[0x0112] = 3
     exif[0x010F] = "maker"
@@ -185,7 +185,7 @@ def test_damaged_exif_does_not_cost_a_good_cover(form: str) -> None:
             block[:at],
         ):
             pixels = decode(encoded(picture(20, 20), form, exif=bad), SMALL)
-            # the byte may have been the orientation's own: any of the eight, but no other picture
+            # the damaged byte may be that of the orientation: any of the eight is accepted
             assert min(
                 difference(pixels, seen)
                 for start in (upright, turned)
@@ -195,12 +195,12 @@ def test_damaged_exif_does_not_cost_a_good_cover(form: str) -> None:
             ) < (1 if form == "PNG" else 3)
 
 
-def test_an_orientation_beside_a_damaged_field_is_still_applied() -> None:
+def test_orientation_beside_a_damaged_exif_field_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
     exif[0x011A] = 72.0
     block = exif.tobytes()
-    # the rational's type becomes one that it cannot be
+    # an invalid type for a rational number
     at = block.index(bytes.fromhex("011a0005"))
     damaged = block[: at + 2] + b"\0\xff" + block[at + 4 :]
     pixels = decode(encoded(picture(), exif=damaged), SMALL)
@@ -208,7 +208,7 @@ def test_an_orientation_beside_a_damaged_field_is_still_applied() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB", "L"])
-def test_what_is_transparent_becomes_white(mode: str) -> None:
+def test_transparent_pixels_become_white(mode: str) -> None:
     size = (16, 16)
     if mode in ("RGBA", "LA"):
         image = Image.new(mode, size, (0, 0, 0, 0) if mode == "RGBA" else (0, 0))
@@ -235,12 +235,12 @@ def test_what_is_transparent_becomes_white(mode: str) -> None:
     assert (pixels[:, :8] == 0).all()
 
 
-def test_half_transparent_is_half_white() -> None:
+def test_alpha_is_composited_over_white() -> None:
     data = encoded(Image.new("RGBA", (16, 16), (255, 0, 0, 51)))  # 51 / 255 = 0.2
     assert (decode(data, SMALL) == (255, 204, 204)).all()
 
 
-def test_a_progressive_jpeg_is_as_good_as_a_baseline_one() -> None:
+def test_progressive_and_baseline_jpeg_have_equal_pixels() -> None:
     plain = encoded(detailed(300, 200), "JPEG", quality=90)
     progressive = encoded(detailed(300, 200), "JPEG", quality=90, progressive=True)
     assert b"\xff\xc2" in progressive and b"\xff\xc2" not in plain
@@ -249,11 +249,11 @@ def test_a_progressive_jpeg_is_as_good_as_a_baseline_one() -> None:
 
 
 @pytest.mark.parametrize("size", [(2000, 1600), (3000, 900), (900, 2400)])
-def test_a_huge_jpeg_comes_reduced_and_looks_the_same(
+def test_large_jpeg_is_decoded_at_a_reduced_size(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Mean absolute difference from a full decode, of 255: 0.1 measured on a smooth cover, 1.9 on
-    a harsh pattern of lines."""
+    """Measured mean absolute difference from a full decode, of 255: 0.1 on a smooth cover, 1.9 on a
+    pattern of fine lines."""
     spec = Preprocessing()
     smooth = encoded(picture(*size), "JPEG", quality=90)
     loaded = squashed(Image.open(io.BytesIO(smooth)), spec.side)
@@ -261,25 +261,19 @@ def test_a_huge_jpeg_comes_reduced_and_looks_the_same(
 
     data = encoded(detailed(*size), "JPEG", quality=90)
     whole = squashed(Image.open(io.BytesIO(data)), spec.side)
-    came: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int]] = []
     resize = Image.Image.resize
 
     def spied(self: Image.Image, *args: Any, **kwargs: Any) -> Image.Image:
-        came.append(self.size)
+        sizes.append(self.size)
         return resize(self, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "resize", spied)
     pixels = decode(data, spec)
-    ((width, height),) = came
-    assert width < size[0] and height < size[1]  # it did come reduced
-    assert min(width, height) >= 2 * spec.side  # but to no less than twice the side
+    ((width, height),) = sizes
+    assert width < size[0] and height < size[1]
+    assert min(width, height) >= 2 * spec.side
     assert difference(pixels, whole) < 2.5
-
-
-def test_the_first_picture_of_several_counts() -> None:
-    second = picture().transpose(Image.Transpose.ROTATE_180)
-    data = encoded(picture(), "GIF", save_all=True, append_images=[second])
-    assert difference(decode(data, SMALL), squashed(picture())) < 6
 
 
 def test_decode_is_deterministic() -> None:
@@ -289,7 +283,7 @@ def test_decode_is_deterministic() -> None:
         assert validate_and_reencode(data, 100) == validate_and_reencode(data, 100)
 
 
-# What cannot be used
+# Rejected files
 
 
 @pytest.mark.parametrize(
@@ -312,18 +306,13 @@ def test_decode_is_deterministic() -> None:
         *("jpeg", "progressive", "png", "webp"),
     ],
 )
-def test_reasons(data: bytes, expected: str) -> None:
+def test_reasons_for_rejection(data: bytes, expected: str) -> None:
     assert reason(data) == expected
     assert reason(data, None) == expected
 
 
-def test_postscript_is_not_run() -> None:
-    """Pillow hands an EPS to Ghostscript; a cover from outside must start no program."""
-    assert reason(encoded(picture(), "EPS")) == "not_an_image"
-
-
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
-def test_no_prefix_of_an_image_makes_another_picture(form: str) -> None:
+def test_truncated_image_is_rejected_or_has_all_pixels(form: str) -> None:
     data = encoded(picture(20, 14), form)
     whole = decode(data, SMALL)
     refused = 0
@@ -333,13 +322,13 @@ def test_no_prefix_of_an_image_makes_another_picture(form: str) -> None:
         except CoverError as error:
             assert error.reason in REASONS
             refused += 1
-        else:  # only what follows the pixels was cut
+        else:  # truncated after the pixels
             assert (pixels == whole).all(), length
     assert refused > len(data) * 0.3
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG2000"])
-def test_damaged_bytes_give_pixels_or_a_reason(form: str) -> None:
+def test_damaged_image_decodes_or_is_rejected(form: str) -> None:
     rng = random.Random(form)
     data = encoded(picture(20, 14), form)
     for _ in range(150):
@@ -354,24 +343,20 @@ def test_damaged_bytes_give_pixels_or_a_reason(form: str) -> None:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises more than it holds."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
+    """A PNG of this size without pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+    chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b""))
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 @pytest.mark.parametrize(
     "size", [(10_001, 10_000), (12_000, 12_000), (14_000, 14_000), (100_000, 100_000)]
 )
-def test_a_decompression_bomb_is_set_aside(size: tuple[int, int]) -> None:
+def test_image_with_too_many_pixels_is_rejected(size: tuple[int, int]) -> None:
     assert reason(png_header(*size)) == "too_many_pixels"
 
 
-def test_limits_are_the_last_that_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_are_inclusive(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(picture(20, 10))
     monkeypatch.setattr(image_decoding, "MAX_PIXELS", 200)
     monkeypatch.setattr(image_decoding, "MAX_BYTES", len(data))
@@ -383,8 +368,8 @@ def test_limits_are_the_last_that_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(data) == "file_too_large"
 
 
-def test_a_large_cover_below_the_limit_makes_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns from here, as it does
+def test_large_cover_below_the_limit_causes_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # above this, Pillow warns
     data = encoded(picture(40, 30))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -393,7 +378,7 @@ def test_a_large_cover_below_the_limit_makes_no_noise(monkeypatch: pytest.Monkey
         assert decode(data, SMALL).shape == (16, 16, 3)
 
 
-def test_cover_error_survives_a_pickle() -> None:
+def test_cover_error_can_be_pickled() -> None:
     for error in (CoverError("empty_file"), CoverError("truncated_image", "OSError: cut")):
         again = pickle.loads(pickle.dumps(error))
         assert (again.reason, again.detail) == (error.reason, error.detail)
@@ -402,12 +387,12 @@ def test_cover_error_survives_a_pickle() -> None:
     assert str(CoverError("truncated_image", "cut")) == "truncated_image: cut"
 
 
-# What is stored
+# Stored bytes
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP"])
 @pytest.mark.parametrize("size", [(300, 300), (300, 20), (64, 48), (1, 1)])
-def test_a_small_cover_keeps_its_bytes(form: str, size: tuple[int, int]) -> None:
+def test_small_cover_is_stored_unchanged(form: str, size: tuple[int, int]) -> None:
     data = encoded(picture(*size), form)
     assert validate_and_reencode(data, 300) == data
 
@@ -423,7 +408,7 @@ def test_a_small_cover_keeps_its_bytes(form: str, size: tuple[int, int]) -> None
         ((1500, 2), (300, 1)),
     ],
 )
-def test_a_larger_cover_is_stored_smaller(
+def test_large_cover_is_stored_at_the_maximum_size(
     form: str, size: tuple[int, int], stored: tuple[int, int]
 ) -> None:
     reencoded = validate_and_reencode(encoded(picture(*size), form), 300)
@@ -432,16 +417,16 @@ def test_a_larger_cover_is_stored_smaller(
     assert validate_and_reencode(reencoded, 300) == reencoded
 
 
-def test_original_bytes_are_kept_only_of_covers_that_decode() -> None:
+def test_covers_are_validated_without_a_maximum_size() -> None:
     for form in ("JPEG", "PNG"):
         data = encoded(detailed(700, 500), form)
         assert validate_and_reencode(data, None) == data
         assert reason(data[: len(data) // 2], None) == "truncated_image"
 
 
-def test_packing_hardly_changes_what_a_model_sees() -> None:
-    """Mean absolute difference of the 224 x 224 pixels, of 255: 0.5 (PNG) and 0.6 (JPEG) measured
-    on a smooth cover, 3.9 and 3.6 on a harsh pattern of lines; 0 where the bytes are kept."""
+def test_reencoding_changes_the_pixels_of_a_model_little() -> None:
+    """Measured mean absolute difference of 224 x 224 pixels, of 255: 0.5 (PNG) and 0.6 (JPEG) on a
+    smooth cover, 3.9 and 3.6 on a pattern of fine lines."""
     spec = Preprocessing()
     for source, limit in ((picture(1000, 800), 0.8), (detailed(1000, 800), 4.5)):
         for form in ("PNG", "JPEG"):
@@ -458,7 +443,7 @@ def test_sha256_is_of_the_bytes() -> None:
 # Preprocessing
 
 
-def test_preprocessing_survives_json() -> None:
+def test_preprocessing_is_read_as_written() -> None:
     for spec in (Preprocessing(), Preprocessing(side=64, mean=(0.5, 0.5, 0.5), std=(1, 1, 1))):
         again = Preprocessing.from_json(json.loads(json.dumps(spec.to_json())))
         assert again == spec
@@ -475,28 +460,29 @@ def test_preprocessing_survives_json() -> None:
         ("filter", "bicubic"),
     ],
 )
-def test_unsupported_preprocessing_is_refused(name: str, value: object) -> None:
+def test_unsupported_preprocessing_is_an_error(name: str, value: object) -> None:
     with pytest.raises(ModelError) as caught:
         Preprocessing.from_json(Preprocessing().to_json() | {name: value})
     assert caught.value.code == "preprocessing_unsupported"
     assert f"{name} {value!r}" in str(caught.value)
 
 
-def test_a_missing_or_unknown_step_is_refused() -> None:
+def test_missing_or_unknown_step_is_an_error() -> None:
     values = Preprocessing().to_json()
     for name in values:
         less = {key: value for key, value in values.items() if key != name}
-        with pytest.raises(ModelError, match="preprocessing: expected"):
+        with pytest.raises(ModelError) as caught:
             Preprocessing.from_json(less)
-    with pytest.raises(ModelError, match="preprocessing: expected"):
+        assert caught.value.code == "preprocessing_fields"
+    with pytest.raises(ModelError, match="gamma"):
         Preprocessing.from_json(values | {"gamma": 2.2})
 
 
-# Colours, as a person sees them
+# Colours
 
 
 def icc(space: bytes, pcs: bytes, kind: bytes, tags: dict[bytes, bytes]) -> bytes:
-    """A version 2 ICC profile of these tags."""
+    """A version 2 ICC profile with these tags."""
     table, body = struct.pack(">I", len(tags)), b""
     for name, value in tags.items():
         at = 128 + 4 + 12 * len(tags) + len(body)
@@ -522,7 +508,7 @@ def xyz_tag(*xyz: float) -> bytes:
     return b"XYZ " + bytes(4) + struct.pack(">iii", *(round(v * 65536) for v in xyz))
 
 
-# Colorants of Adobe RGB (1998), adapted to D50, as its own profile has them
+# Colorants of Adobe RGB (1998), adapted to D50
 ADOBE_RGB = icc(
     b"RGB ",
     b"XYZ ",
@@ -543,10 +529,10 @@ GREY_GAMMA_1 = icc(
 
 
 def press() -> bytes:
-    """CMYK of inks like a press's: cyan paper is (0, 151, 218), which no plain formula gives."""
+    """A profile of printing inks: cyan is (0, 151, 218), unlike in the simple CMYK formula."""
     lab = {"C": (55, -37, -50), "M": (48, 74, -3), "Y": (89, -5, 93)}
     nodes = b""
-    for ink in range(16):  # the corners: every ink wholly there or not
+    for ink in range(16):  # the corners: each ink at 0 or 100 %
         used = [name for bit, name in zip((8, 4, 2), "CMY", strict=True) if ink & bit]
         level, a, b = 100.0, 0.0, 0.0
         for name in used:
@@ -584,7 +570,7 @@ def assert_is(pixels: Pixels, colour: Any, within: int) -> None:
     "colour", [(200, 100, 50), (60, 160, 80), (128, 128, 128), (30, 60, 200), (255, 255, 255)]
 )
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF"])
-def test_a_wide_gamut_becomes_srgb(form: str, colour: tuple[int, int, int]) -> None:
+def test_adobe_rgb_is_converted_to_srgb(form: str, colour: tuple[int, int, int]) -> None:
     options: dict[str, Any] = {"quality": 98} if form in ("JPEG", "WEBP", "AVIF") else {}
     image = Image.new("RGB", (32, 32), colour)
     data = encoded(image, form, icc_profile=ADOBE_RGB, **options)
@@ -595,7 +581,7 @@ def test_a_wide_gamut_becomes_srgb(form: str, colour: tuple[int, int, int]) -> N
         assert difference(decode(encoded(image, form, **options), SMALL), expected) > 5
 
 
-def test_a_profile_applies_to_every_kind_of_colour() -> None:
+def test_profile_applies_to_every_mode() -> None:
     expected = of_adobe_rgb((60, 160, 80))
     palette = Image.new("P", (16, 16), 1)
     palette.putpalette([0, 0, 0, 60, 160, 80])
@@ -612,7 +598,7 @@ def test_a_profile_applies_to_every_kind_of_colour() -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
-def test_srgb_by_any_name_changes_nothing(form: str) -> None:
+def test_srgb_profile_changes_nothing(form: str) -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     plain = decode(encoded(detailed(60, 40), form), SMALL)
     same = encoded(detailed(60, 40), form, icc_profile=srgb)
@@ -627,15 +613,15 @@ def test_srgb_by_any_name_changes_nothing(form: str) -> None:
         *(b"no profile", ADOBE_RGB[:200], ADOBE_RGB[:128] + bytes(400), GREY_GAMMA_1, press()),
         bytes(len(ADOBE_RGB)),
     ],
-    ids=["text", "cut", "no tags", "of grey", "of CMYK", "nul"],
+    ids=["text", "truncated", "no tags", "grey", "CMYK", "zeros"],
 )
-def test_a_profile_that_cannot_be_used_is_ignored(profile: bytes) -> None:
+def test_unusable_profile_is_ignored(profile: bytes) -> None:
     for form in ("PNG", "JPEG", "TIFF", "WEBP"):
         plain = decode(encoded(picture(), form), SMALL)
         assert (decode(encoded(picture(), form, icc_profile=profile), SMALL) == plain).all()
 
 
-INKS = {  # (C, M, Y, K) of 255 -> what a person sees
+INKS = {  # (C, M, Y, K) of 255 -> RGB
     (0, 0, 0, 0): (255, 255, 255),
     (255, 0, 0, 0): (0, 255, 255),
     (0, 255, 0, 0): (255, 0, 255),
@@ -648,8 +634,8 @@ INKS = {  # (C, M, Y, K) of 255 -> what a person sees
 
 
 def ycck(inks: tuple[int, int, int, int]) -> bytes:
-    """A JPEG as Photoshop writes CMYK: inks inverted, CMY in YCbCr, and an Adobe marker that says
-    so. Pillow writes the four channels; those of YCbCr are worked out here."""
+    """A CMYK JPEG like those of Photoshop: inverted inks, CMY as YCbCr, and an Adobe marker for it.
+    Pillow writes the four channels unchanged, so they are converted here."""
     y, cb, cr = Image.new("RGB", (1, 1), inks[:3]).convert("YCbCr").getpixel((0, 0))  # type: ignore
     stored = Image.new("CMYK", (32, 32), (255 - y, 255 - cb, 255 - cr, inks[3]))
     data = bytearray(encoded(stored, "JPEG", quality=98))
@@ -660,8 +646,7 @@ def ycck(inks: tuple[int, int, int, int]) -> bytes:
 
 
 @pytest.mark.parametrize("inks", INKS)
-def test_cmyk_and_ycck_are_seen_as_printed(inks: tuple[int, int, int, int]) -> None:
-    """Also by another decoder, with its own idea of Adobe's inverted inks."""
+def test_cmyk_and_ycck_have_the_colours_of_another_decoder(inks: tuple[int, int, int, int]) -> None:
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -672,14 +657,14 @@ def test_cmyk_and_ycck_are_seen_as_printed(inks: tuple[int, int, int, int]) -> N
         assert_is(pixels, INKS[inks], 4)
         raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of all of torchvision.io
+            warnings.simplefilter("ignore", DeprecationWarning)  # of torchvision.io
             other = decode_jpeg(raw, mode=ImageReadMode.RGB)[:, 0, 0].numpy()
         assert_is(pixels, other, 4)
     tiff = encoded(Image.new("CMYK", (32, 32), inks), "TIFF")
     assert_is(decode(tiff, SMALL), INKS[inks], 1)
 
 
-def test_the_profile_of_a_press_is_used() -> None:
+def test_profile_of_cmyk_is_applied() -> None:
     for form, within in (("JPEG", 4), ("TIFF", 2)):
         for inks, seen in (
             ((255, 0, 0, 0), (0, 151, 218)),
@@ -691,7 +676,7 @@ def test_the_profile_of_a_press_is_used() -> None:
 
 
 def tiff(samples: NDArray[Any], bits: int, kind: int = 1, photometric: int = 1) -> bytes:
-    """Uncompressed grey of any depth; kind: TIFF's SampleFormat."""
+    """An uncompressed grey TIFF of any depth. kind: SampleFormat."""
     height, width = samples.shape
     data = samples.tobytes()
     fields = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8}
@@ -711,16 +696,18 @@ def tiff(samples: NDArray[Any], bits: int, kind: int = 1, photometric: int = 1) 
         ("<f4", 32, 3, {-1.0: 0, 0.0: 0, 0.5: 127, 1.0: 255, 7.0: 255, np.nan: 0, np.inf: 255}),
     ],
 )
-def test_deep_grey_is_scaled(dtype: str, bits: int, kind: int, levels: dict[Any, int]) -> None:
+def test_grey_of_high_bit_depth_is_scaled(
+    dtype: str, bits: int, kind: int, levels: dict[Any, int]
+) -> None:
     for level, expected in levels.items():
         data = tiff(np.full((4, 4), level, dtype), bits, kind)
         assert_is(decode(data, SMALL), expected, 0)
-    if dtype in ("<u2", "<f4"):  # white is 0, it says
+    if dtype in ("<u2", "<f4"):  # photometric 0: white is 0
         white = tiff(np.zeros((4, 4), dtype), bits, kind, photometric=0)
         assert_is(decode(white, SMALL), 255, 0)
 
 
-def test_deep_grey_of_12_bits() -> None:
+def test_grey_of_12_bits() -> None:
     # two samples in three bytes
     for level, expected in ((0, 0), (2056, 128), (4095, 255)):
         two_samples = np.frombuffer(f"{level:03x}{level:03x}".encode() * 8, "S1")
@@ -731,7 +718,7 @@ def test_deep_grey_of_12_bits() -> None:
         assert_is(decode(bytes(data), SMALL), expected, 0)
 
 
-def test_deep_colours() -> None:
+def test_colours_of_16_bits() -> None:
     """16 bits a channel: PNG with and without alpha, and TIFF."""
     wide = np.full((4, 4, 4), (51_400, 25_700, 12_850, 65_535), ">u2")
     wide[:, 2:, 3] = 0
@@ -745,14 +732,14 @@ def test_deep_colours() -> None:
     data = png(grey.tobytes(), 2, 2, depth=16, colour=0, tRNS=struct.pack(">H", 51_400))
     pixels = decode(data, Preprocessing(side=2))
     assert_is(pixels, [[[255] * 3, [200] * 3]] * 2, 0)
-    # and red of which one is
+    # RGB, of which one colour is transparent
     data = png(
         wide[:, :, :3].tobytes(), 4, 4, depth=16, colour=2, tRNS=struct.pack(">HHH", 1, 2, 3)
     )
     assert_is(decode(data, SMALL), (200, 100, 50), 1)
 
 
-def test_lab_is_seen_as_its_colours() -> None:
+def test_lab_is_converted_to_srgb() -> None:
     # as TIFF stores it: L of 255, a and b signed; sRGB's red is Lab 54.3, 80.8, 69.9 (D50)
     for (level, a, b), seen in (
         ((54.3, 80.8, 69.9), (255, 0, 0)),
@@ -763,7 +750,7 @@ def test_lab_is_seen_as_its_colours() -> None:
         assert_is(decode(encoded(lab, "TIFF"), SMALL), seen, 6)  # a step of a or b is 2 levels
 
 
-# Files from the wild
+# Unusual files
 
 
 def png(
@@ -776,20 +763,18 @@ def png(
     interlaced: bool = False,
     **more: bytes,
 ) -> bytes:
-    """A PNG of unfiltered rows, or of passes that carry their own filter bytes."""
+    """A PNG of unfiltered rows; if interlaced, of passes with their filter bytes."""
     step = len(rows) // height
     if not interlaced:
         rows = b"".join(b"\0" + rows[y * step : (y + 1) * step] for y in range(height))
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
     parts = {b"IHDR": header} | {k.encode(): v for k, v in more.items()}
     parts |= {b"IDAT": zlib.compress(rows, 1), b"IEND": b""}
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in parts.items()
-    )
+    chunks = (png_chunk(kind, body) for kind, body in parts.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def test_an_interlaced_png() -> None:
+def test_interlaced_png() -> None:
     image = np.asarray(picture(37, 29))
     passes = b""
     for x, y, dx, dy in (
@@ -805,14 +790,14 @@ def test_an_interlaced_png() -> None:
     assert reason(data[: len(data) // 2]) == "truncated_image"
 
 
-def test_an_interlaced_gif() -> None:
-    plain, laced = (encoded(picture(), "GIF", interlace=way) for way in (0, 1))
-    assert plain != laced
-    assert (decode(plain, SMALL) == decode(laced, SMALL)).all()
+def test_interlaced_gif() -> None:
+    plain, interlaced = (encoded(picture(), "GIF", interlace=value) for value in (0, 1))
+    assert plain != interlaced
+    assert (decode(plain, SMALL) == decode(interlaced, SMALL)).all()
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "AVIF", "TIFF", "MPO"])
-def test_the_first_picture_of_any_format_counts(form: str) -> None:
+def test_first_frame_is_decoded(form: str) -> None:
     second = picture().transpose(Image.Transpose.ROTATE_180)
     data = encoded(picture(), form, save_all=True, append_images=[second, picture()])
     with Image.open(io.BytesIO(data)) as saved:
@@ -840,15 +825,15 @@ def test_newer_formats(form: str, options: dict[str, Any], limit: float) -> None
         assert (decode(encoded(clear, form, **options), SMALL) >= 254).all()
 
 
-def test_20_000_by_20_000_is_set_aside() -> None:
-    """A real file, 0.05 MB: black and white, 1 bit each."""
+def test_small_file_with_400_million_pixels_is_rejected() -> None:
+    """A complete file of 0.05 MB, 1 bit per pixel."""
     data = png(bytes(2500) * 20_000, 20_000, 20_000, depth=1, colour=0)
     assert len(data) < 300_000
     assert reason(data) == "too_many_pixels"
 
 
-def test_more_pixels_than_it_says_are_not_inflated() -> None:
-    """1 x 1, and 50 MB of rows behind it."""
+def test_pixels_beyond_the_size_in_the_header_are_not_decompressed() -> None:
+    """1 x 1 pixels by the header, followed by 50 MB of rows."""
     data = png(b"\xc8" + bytes(50_000_000), 1, 1, depth=8, colour=0)
     assert len(data) < 300_000
     tracemalloc.start()
@@ -878,8 +863,10 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("kind", PROGRAMS)
-def test_no_program_is_started(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow would give an EPS to Ghostscript. One that tells of itself is first on the PATH."""
+def test_ghostscript_is_not_started(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow would open an EPS with Ghostscript; a fake one on the PATH records that it ran."""
     started = tmp_path / "started"
     program = tmp_path / "gs"
     program.write_text(f"#!/bin/sh\necho ran >> {started}\n")
@@ -888,14 +875,14 @@ def test_no_program_is_started(kind: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     assert reason(PROGRAMS[kind]) == "not_an_image"
     assert not started.exists()
-    if kind != "pdf":  # and Pillow alone does start it
+    if kind != "pdf":  # Pillow itself starts it
         with contextlib.suppress(OSError), Image.open(io.BytesIO(PROGRAMS[kind])) as image:
             image.load()
         assert started.exists()
 
 
-def test_what_is_opened_is_a_list() -> None:
-    """Of all that Pillow can write, the formats that are opened, and no other."""
+def test_only_the_supported_formats_are_decoded() -> None:
+    """Tried with every format that Pillow can write."""
     Image.init()
     opened = set()
     for form in Image.SAVE:
@@ -907,12 +894,11 @@ def test_what_is_opened_is_a_list() -> None:
                 opened.add(form)
             except CoverError as error:
                 assert error.reason == "not_an_image", form
-    # DIB is a BMP without its header; MPO and the rest are among the nine
     assert opened == {*image_decoding.FORMATS, "MPO"}
 
 
 def test_docs_list_every_reason_format_and_limit() -> None:
-    """docs/covers.md: every reason that decoding can give, every format, the limits."""
+    """docs/covers.md: every reason for rejection by the decoder, every format, and the limits."""
     root = Path(__file__).parents[3]
     text = (root / "docs" / "covers.md").read_text()
     given = set()

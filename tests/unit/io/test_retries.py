@@ -10,19 +10,19 @@ from covergenre.io.retries import with_retries
 
 
 class Busy(Exception):  # noqa: N818
-    """Worth a retry."""
+    """A retryable error."""
 
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits in seconds; none is waited."""
+    """The waits, in seconds; nothing sleeps."""
     found: list[float] = []
     monkeypatch.setattr(retries, "_sleep", found.append)
     return found
 
 
 def failing(times: int, error: type[BaseException] = Busy) -> tuple[Callable[[], str], list[int]]:
-    """A function that fails so often, and a list that grows with each call."""
+    """A function that fails `times` times, and a list that grows with each call."""
     calls: list[int] = []
 
     def send() -> str:
@@ -84,13 +84,13 @@ def test_no_attempt_begins_after_the_timeout(waits: list[float]) -> None:
     with pytest.raises(Busy, match="call 1"):
         retry(send, timeout=0.0)
     assert len(calls) == 1 and not waits
-    # nor is a longer wait begun that would end after it
+    # nor does a wait begin that would end after it
     with pytest.raises(Busy, match="call 2"):
         retry(send, timeout=60.0, min_wait=lambda _: 61.0)
     assert not waits
 
 
-def test_least_wait_of_an_error_is_kept(waits: list[float]) -> None:
+def test_wait_is_at_least_the_minimum_of_the_error(waits: list[float]) -> None:
     retry(failing(2)[0], min_wait=lambda _: 7.0)
     assert waits == [7.0, 7.0]
 

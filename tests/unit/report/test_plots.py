@@ -1,4 +1,4 @@
-"""The pictures: what they say, that no words run into each other, and odd inputs."""
+"""Plots: their texts and marks, no overlapping texts, and unusual inputs."""
 
 import ast
 import inspect
@@ -28,21 +28,21 @@ RNG = np.random.default_rng(0)
 
 
 def pixels(png: bytes) -> NDArray[np.uint8]:
-    """The picture, [height, width, 3]; fails where it is no PNG."""
+    """The pixels of a PNG, [height, width, 3]."""
     with Image.open(io.BytesIO(png)) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
 
 
 def count(png: bytes, color: str) -> int:
-    """How many pixels have exactly this colour."""
+    """Number of pixels with exactly this colour."""
     wanted = np.round(255 * np.array(to_rgb(color))).astype(np.uint8)
     return int((pixels(png) == wanted).all(axis=2).sum())
 
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were made into PNGs, so that their words can be looked at."""
+    """The figures that are saved as PNGs, for checks of their texts."""
     seen: list[Figure] = []
     save = Figure.savefig
 
@@ -55,7 +55,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def texts(figure: Figure) -> list[tuple[str, Bbox]]:
-    """Every text that can be seen, and the part of its box that is not cut off."""
+    """Every visible text, and the part of its box that is not clipped."""
     found = []
     # matplotlib keeps ticks beyond the ends of an axis, but does not draw them.
     hidden = set()
@@ -81,7 +81,7 @@ def words(figure: Figure) -> list[str]:
 
 
 def check_layout(figure: Figure) -> None:
-    """No text over another, and none beyond the edge of the picture."""
+    """No text overlaps another or exceeds the edge of the picture."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         found = texts(figure)
@@ -91,7 +91,7 @@ def check_layout(figure: Figure) -> None:
     low, high = boxes[:, :2], boxes[:, 2:]
     outside = ((low < -1) | (high > np.array(figure.bbox.max) + 1)).any(axis=1)
     assert not outside.any(), f"beyond the edge: {[names[i] for i in np.flatnonzero(outside)]}"
-    # Width and height of what each two boxes share; boxes have a little air around the letters.
+    # Width and height of the overlap of each two boxes; boxes have a small margin around the letters.
     shared = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)
     clash = np.argwhere(np.triu((shared > 2).all(axis=2), k=1))
     assert not len(clash), [(names[i], names[j]) for i, j in clash]
@@ -136,19 +136,21 @@ def cover(height: int = 60, width: int = 60) -> NDArray[np.uint8]:
     return RNG.integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
-def test_label_distribution_says_what_is_shown_and_what_is_not(figures: list[Figure]) -> None:
+def test_label_distribution_has_the_numbers_of_shown_and_selected_genres(
+    figures: list[Figure],
+) -> None:
     counts = {f"Genre {i}": 1000 - i for i in range(446)}
     png = plots.label_distribution(counts, 2000, ["Genre 0", "Genre 1"])
-    said = words(figures[0])
+    labels = words(figures[0])
     assert (
-        "Genres of 2,000 albums before filtering: the 40 most common (406 more not shown)" in said
+        "Genres of 2,000 albums before filtering: the 40 most common (406 more not shown)" in labels
     )
-    assert "50.0 %  (1,000)" in said
-    assert {"selected (2)", "not selected (444)"} <= set(said)
-    assert "Genre 39" in said
-    assert "Genre 40" not in said
+    assert "50.0 %  (1,000)" in labels
+    assert {"selected (2)", "not selected (444)"} <= set(labels)
+    assert "Genre 39" in labels
+    assert "Genre 40" not in labels
     none = plots.label_distribution(counts, 2000, [])
-    assert count(png, plots.BLUE) > 3 * count(none, plots.BLUE)  # the legend has the colour too
+    assert count(png, plots.BLUE) > 3 * count(none, plots.BLUE)  # the legend also has the colour
 
 
 def test_label_distribution_has_the_longest_bar_on_top(figures: list[Figure]) -> None:
@@ -159,7 +161,7 @@ def test_label_distribution_has_the_longest_bar_on_top(figures: list[Figure]) ->
     assert max(axes.get_xticks()) <= 100
 
 
-def test_genres_by_split_marks_what_is_missing_or_rare(figures: list[Figure]) -> None:
+def test_genres_by_split_marks_missing_and_rare_genres(figures: list[Figure]) -> None:
     by_split = {
         "Rock": {"train": 800, "dev": 100, "test": 0},
         "Jazz": {"train": 90, "dev": 0, "test": 0},
@@ -167,9 +169,9 @@ def test_genres_by_split_marks_what_is_missing_or_rare(figures: list[Figure]) ->
     }
     plots.genres_by_split(by_split, {"train": 1000, "dev": 120, "test": 0})
     check_layout(figures[0])
-    said = words(figures[0])
-    assert {"none", "4", "800", "train (1,000 albums)", "dev (120 albums)"} <= set(said)
-    assert not any("test" in text for text in said)
+    labels = words(figures[0])
+    assert {"none", "4", "800", "train (1,000 albums)", "dev (120 albums)"} <= set(labels)
+    assert not any("test" in text for text in labels)
     marked = [text.get_text() for text in figures[0].findobj(Text) if text.get_color() == plots.RED]
     assert marked == ["none", "4"]
     many = {f"Genre {n}": {"train": 900 - n, "dev": 50, "test": 50} for n in range(60)}
@@ -207,54 +209,54 @@ def test_loss_curve_without_dev_scores(figures: list[Figure]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("without", "said"),
+    ("without", "legend"),
     [
         ([], "macro over 5 genres"),
         (["Country"], "macro over 5 of 6 genres, without Country"),
         (LONG, "macro over 5 of 45 genres, without Contemporary Fo…, Contemporary Fo… and 38 more"),
     ],
 )
-def test_loss_curve_says_which_genres_macro_is_over(
-    figures: list[Figure], without: list[str], said: str
+def test_loss_curve_has_the_genres_of_the_macro_average(
+    figures: list[Figure], without: list[str], legend: str
 ) -> None:
     kept = {"dev_macro_genres": 5, "dev_genres_without_auc": without}
     plots.loss_curve([record | kept for record in epochs(3)])
-    assert said in words(figures[0])
+    assert legend in words(figures[0])
     check_layout(figures[0])
 
 
-def test_genre_bars_show_numbers_chance_and_gaps(figures: list[Figure]) -> None:
+def test_genre_bars_show_scores_chance_and_missing_values(figures: list[Figure]) -> None:
     rows = genre_rows(["Pop", "Jazz", "Metal"])
     rows["Jazz"].update(roc_auc=NAN, pr_auc=None)
     plots.genre_bars(rows)
-    said = words(figures[0])
-    assert said.count("n/a") == 2
-    assert {"Pop (2,000)", "0.90", "chance: 0.5"} <= {" ".join(text.split()) for text in said}
+    labels = words(figures[0])
+    assert labels.count("n/a") == 2
+    assert {"Pop (2,000)", "0.90", "chance: 0.5"} <= {" ".join(text.split()) for text in labels}
     roc, pr = figures[0].axes
     assert [bar.get_width() for bar in roc.patches][:2] == [0.9, 0]  # type: ignore[attr-defined]
     chance = pr.collections[0].get_segments()  # type: ignore[attr-defined]
     assert [round(line[0][0], 3) for line in chance] == [0.5, 0.25, 0.167]
 
 
-def test_genre_bars_of_very_many_genres_show_the_most_common(figures: list[Figure]) -> None:
+def test_genre_bars_show_the_most_common_of_many_genres(figures: list[Figure]) -> None:
     plots.genre_bars(genre_rows([f"Genre {i}" for i in range(446)]))
     assert "Scores by genre, most common first: 40 of 446 genres" in words(figures[0])
     assert len(figures[0].axes[0].patches) == 40
 
 
-def test_curves_are_those_of_a_case_worked_by_hand(figures: list[Figure]) -> None:
+def test_areas_of_curves_equal_those_computed_by_hand(figures: list[Figure]) -> None:
     truth = np.array([[1, 0], [1, 0], [0, 0], [0, 1]], dtype=bool)
     scores = np.array([[0.9, 0.1], [0.3, 0.2], [0.4, 0.3], [0.2, 0.8]], dtype=np.float32)
     plots.curves(truth, scores, ["Pop", "Jazz"])
-    said = words(figures[0])
+    labels = words(figures[0])
     # Pop ranks 1 0 1 0: average precision (1 + 2/3) / 2, and 3 of 4 pairs in order.
-    assert "0.83 / 0.75  Pop" in said
-    assert "1.00 / 1.00  Jazz" in said
+    assert "0.83 / 0.75  Pop" in labels
+    assert "1.00 / 1.00  Jazz" in labels
     # All eight: 1 1 0 (1 0 tied) 0 0 0: (1 + 1 + 3/5) / 3, and 13.5 of 15 pairs.
-    assert "0.87 / 0.90  all genres, micro" in said
+    assert "0.87 / 0.90  all genres, micro" in labels
 
 
-def test_curves_leave_out_genres_that_have_none(figures: list[Figure]) -> None:
+def test_curves_omit_genres_of_no_or_all_albums(figures: list[Figure]) -> None:
     truth, scores = decisions(60, 30)
     truth[:, 3], truth[:, 4] = False, True
     plots.curves(truth, scores, [f"Genre {i:02d}" for i in range(30)])
@@ -264,12 +266,12 @@ def test_curves_leave_out_genres_that_have_none(figures: list[Figure]) -> None:
     assert "PR AUC / ROC AUC: 20 of 30 genres" in words(figures[0])
 
 
-def test_curves_refuse_what_does_not_fit() -> None:
+def test_curves_raise_for_wrong_shapes_and_nan() -> None:
     truth, scores = decisions(10, 3)
     with pytest.raises(ValueError, match=r"\[albums, 2\]"):
         plots.curves(truth, scores, ["a", "b"])
     scores[2, 1] = NAN
-    with pytest.raises(ValueError, match="1 of 30 scores are NaN"):
+    with pytest.raises(ValueError, match="1 of 30"):
         plots.curves(truth, scores, ["a", "b", "c"])
 
 
@@ -284,17 +286,19 @@ def test_contact_sheet_colours_right_and_wrong() -> None:
     assert count(unsure, plots.GREEN) < count(right, plots.GREEN) / 5
 
 
-def test_contact_sheet_names_the_highest_scores_and_the_truth(figures: list[Figure]) -> None:
+def test_contact_sheet_has_the_highest_scores_and_the_true_genres(figures: list[Figure]) -> None:
     score = {"Pop": 0.2, "Jazz": 0.91, "Metal": NAN, "Blues": 0.44, "Folk": 0.1}
     truth = ["Opera", "Soul", "Disco", "Ska"]
     plots.contact_sheet([cover(), cover(30, 60)], [truth, []], [score, {"Funk": 1.0}])
-    said = words(figures[0])
-    assert [text for text in said if text in score] == ["Jazz", "Blues", "Pop"]
-    assert {"0.91", "0.44", "0.20", "Opera", "Soul", "and 2 more", "no genre", "Funk"} <= set(said)
-    assert "Disco" not in said
+    labels = words(figures[0])
+    assert [text for text in labels if text in score] == ["Jazz", "Blues", "Pop"]
+    assert {"0.91", "0.44", "0.20", "Opera", "Soul", "and 2 more", "no genre", "Funk"} <= set(
+        labels
+    )
+    assert "Disco" not in labels
 
 
-def test_contact_sheet_shows_the_cover_itself_whole() -> None:
+def test_contact_sheet_keeps_the_aspect_ratio_of_covers() -> None:
     red = np.zeros((50, 100, 3), np.uint8)
     red[..., 0] = 255
     sheet = pixels(plots.contact_sheet([red], [["Pop"]], [{"Pop": 0.5}]))
@@ -304,13 +308,13 @@ def test_contact_sheet_shows_the_cover_itself_whole() -> None:
     assert across / down == pytest.approx(2, abs=0.05)
 
 
-def test_contact_sheet_refuses_lists_of_different_lengths() -> None:
-    with pytest.raises(ValueError, match="2 covers, 1 truths and 2 scores"):
+def test_contact_sheet_raises_for_lists_of_different_lengths() -> None:
+    with pytest.raises(ValueError, match="2 covers"):
         plots.contact_sheet([cover(), cover()], [["Pop"]], [{}, {}])
 
 
 @pytest.mark.parametrize("genres", [["Pop"], LONG], ids=["one genre", "40 long names"])
-def test_no_words_run_into_others(figures: list[Figure], genres: list[str]) -> None:
+def test_texts_do_not_overlap(figures: list[Figure], genres: list[str]) -> None:
     many = len(genres)
     plots.label_distribution({g: 900 - 20 * i for i, g in enumerate(genres)}, 900, genres[:9])
     plots.genre_bars(genre_rows(genres))
@@ -324,20 +328,20 @@ def test_no_words_run_into_others(figures: list[Figure], genres: list[str]) -> N
         check_layout(figure)
 
 
-def test_overlong_and_odd_names_are_drawn_as_they_are(figures: list[Figure]) -> None:
-    """Dollars make no formula, a name has one line, and a script the font lacks is no warning."""
+def test_long_and_unusual_names_are_drawn_literally(figures: list[Figure]) -> None:
+    """No formula for dollars, one line per name, and no warning about glyphs the font lacks."""
     names = [r"$\frac$ Rap", "two\nlines", "日本のロック", "W" * 200]
     plots.genre_bars(genre_rows(names))
     plots.contact_sheet([cover(), cover()], [names, names], [dict.fromkeys(names, 0.7)] * 2)
     for figure in figures:
         check_layout(figure)
-        said = " ".join(words(figure))
-        assert r"$\frac$ Rap" in said
-        assert "two lines" in said
-        assert "W" * 29 + "…" in said or "and 2 more" in said
+        labels = " ".join(words(figure))
+        assert r"$\frac$ Rap" in labels
+        assert "two lines" in labels
+        assert "W" * 29 + "…" in said or "and 2 more" in labels
 
 
-def test_nothing_to_show_is_a_picture_that_says_so(figures: list[Figure]) -> None:
+def test_plots_without_data_have_a_message(figures: list[Figure]) -> None:
     truth = np.zeros((4, 2), dtype=bool)
     for png in (
         plots.label_distribution({}, 0, []),
@@ -350,13 +354,13 @@ def test_nothing_to_show_is_a_picture_that_says_so(figures: list[Figure]) -> Non
     assert [len(words(figure)) for figure in figures] == [2] * 5
 
 
-def test_a_users_own_style_changes_nothing() -> None:
+def test_style_of_the_user_has_no_effect() -> None:
     import matplotlib
 
     plain = plots.loss_curve(epochs(2))
     with matplotlib.rc_context({"font.size": 30, "axes.grid": False}):
         assert plots.loss_curve(epochs(2)) == plain
-    assert matplotlib.rcParams["text.parse_math"]  # ours does not leak either
+    assert matplotlib.rcParams["text.parse_math"]  # nor is it changed
 
 
 def test_importing_report_does_not_import_matplotlib() -> None:
