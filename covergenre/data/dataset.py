@@ -6,7 +6,7 @@ DATASET/genres.json                the vocabulary, sorted
 DATASET/_manifest.json             counts, sizes, hashes, settings, versions; written last
 
 Only shards have the extension .parquet, so that DuckDB, polars, pandas, Spark and pyarrow read only
-the rows; names of files that `prepare` needs or reports begin with an underscore.
+the rows.
 """
 
 import hashlib

@@ -91,7 +91,7 @@ def check_layout(figure: Figure) -> None:
     low, high = boxes[:, :2], boxes[:, 2:]
     outside = ((low < -1) | (high > np.array(figure.bbox.max) + 1)).any(axis=1)
     assert not outside.any(), f"beyond the edge: {[names[i] for i in np.flatnonzero(outside)]}"
-    # Width and height of the overlap of each two boxes; boxes have a small margin around the letters.
+    # Width and height of the overlap of each two boxes, which have a small margin.
     shared = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)
     clash = np.argwhere(np.triu((shared > 2).all(axis=2), k=1))
     assert not len(clash), [(names[i], names[j]) for i, j in clash]
@@ -338,7 +338,7 @@ def test_long_and_unusual_names_are_drawn_literally(figures: list[Figure]) -> No
         labels = " ".join(words(figure))
         assert r"$\frac$ Rap" in labels
         assert "two lines" in labels
-        assert "W" * 29 + "…" in said or "and 2 more" in labels
+        assert "W" * 29 + "…" in labels or "and 2 more" in labels
 
 
 def test_plots_without_data_have_a_message(figures: list[Figure]) -> None:
