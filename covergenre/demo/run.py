@@ -15,6 +15,7 @@ from covergenre.errors import StorageError
 from covergenre.formatting import plural
 from covergenre.io import storage
 from covergenre.metrics import macro_over
+from covergenre.runs.output_dir import check_is_directory
 from covergenre.stages.evaluate import evaluate
 from covergenre.stages.prepare import prepare
 from covergenre.stages.score import score
@@ -34,6 +35,7 @@ def make_sample(out: str, albums: int, seed: int) -> str:
     `out` must be new, empty, or contain an interrupted sample (whose catalog is written last).
     """
     directory = storage.absolute(out)
+    check_is_directory(directory)
     existing = storage.list_sizes(directory)
     if not all(name == "README.md" or _SYNTHETIC_COVER.fullmatch(name) for name in existing):
         raise StorageError(

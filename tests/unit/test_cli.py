@@ -133,6 +133,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, bool]]:
         ("sample --out o --albums 0", ["'--albums'", "x>=1"]),
         ("sample --out o --albums few", ["'--albums'", "'few'"]),
         ("sample --out=", ["--out", "PATH"]),
+        ("sample --out /dev/null", ["/dev/null", "--out"]),
+        ("demo --out /dev/null", ["/dev/null", "--out"]),
         ("demo --out=", ["--out", "PATH"]),
         # --config
         ("train d --out o --config none.yaml", ["none.yaml: no such file"]),
