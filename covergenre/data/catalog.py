@@ -13,20 +13,11 @@ import pyarrow.compute as pc
 
 from covergenre.config import CatalogSettings, flag
 from covergenre.data import mumu
+from covergenre.data.catalog_files import SourceFile, find_files, partitions
 from covergenre.data.covers import Source
 from covergenre.data.genre_lists import JOINT, as_lists, is_any_list, join_lists, make_lists
-from covergenre.data.readers import (
-    OWN,
-    SEPARATORS,
-    SourceFile,
-    find_files,
-    holds_bytes,
-    partitions,
-    read_delimited,
-    read_header,
-    read_jsonl,
-    read_parquet,
-)
+from covergenre.data.parquet_reader import holds_bytes, read_parquet
+from covergenre.data.readers import OWN, SEPARATORS, read_delimited, read_header, read_jsonl
 from covergenre.errors import CatalogError, ConfigError, did_you_mean
 from covergenre.genre_text import GenreTextError, clean_names, split_names
 from covergenre.io import storage
@@ -64,7 +55,7 @@ class CatalogReader:
         self.files: list[str] = []
         """Files with image bytes, which the column `source` counts from 0."""
         self.notes: list[str] = []
-        """Remarks for the user, one line each; complete when all parts have been read."""
+        """Notes for the user, one line each; complete when all parts have been read."""
         self.source_rows = 0
         """Rows of the source files; of MuMu's label files, songs."""
         self.image_column = settings.image_column
@@ -87,7 +78,7 @@ class CatalogReader:
             "columns": [*columns, *carry],
             "files": [[file, *storage.stat(file)] for file in self._paths],
         }
-        """Equal keys, equal rows: settings, and path, size and mtime of each file."""
+        """Settings, and path, size and mtime of each file; equal keys mean equal rows."""
 
     def parts(self) -> Iterator[pa.Table]:
         """All rows as tables with columns of schema.CATALOG, in catalog order."""
@@ -108,7 +99,7 @@ class CatalogReader:
             types = [(name, column.type) for name, column in others.items()]
             yield pa.table({**found, **others}, pa.schema([*fields, *types]))
         if not rows:
-            raise CatalogError(f"catalog {self.uri} has no rows", code="no_rows")
+            raise CatalogError(f"{self.uri}: the catalog has no rows", code="no_rows")
 
     def source(self) -> Source:
         """Where image bytes are; complete when all parts have been read."""
@@ -184,7 +175,7 @@ def _check_covers(folder: str) -> None:
 
 
 class _ColumnMapping:
-    """Which columns of the source are read as which columns of schema.CATALOG."""
+    """Maps columns of the source files to columns of schema.CATALOG."""
 
     def __init__(
         self, settings: CatalogSettings, columns: Collection[str], carry: Sequence[str]
@@ -201,7 +192,7 @@ class _ColumnMapping:
         self._needed = settings.needed_columns()
 
     def is_set(self, name: str) -> bool:
-        """Whether the user named the column of `name` ("artist"); then it has to exist."""
+        """Whether the user set the column of `name` ("artist"); then it must exist."""
         return name in self._set
 
     def may_ignore(self, name: str) -> bool:
@@ -251,7 +242,7 @@ class _ColumnMapping:
             needed.append("image")
         columns = file.names()
         for name in needed:
-            # A file without any column is empty, which is not an error of the settings.
+            # A file without columns is empty, which is not an error in the settings.
             if columns and self.names[name] not in columns:
                 raise self._missing(file.uri, columns, name)
 
@@ -280,10 +271,10 @@ class _ColumnMapping:
         return notes
 
     def check_carried(self, file: SourceFile) -> None:
-        """Raises CatalogError if the images are to be carried."""
+        """Raises CatalogError if --carry names the column of the images."""
         if file.image_column in self.carry and file.image_type and holds_bytes(file.image_type):
             raise CatalogError(
-                f"--carry {file.image_column}: is the column of the images in {file.uri}; carry"
+                f"--carry {file.image_column}: the column of the images in {file.uri}; carry"
                 " other columns",
                 code="image_column",
             )
@@ -304,7 +295,7 @@ class _ColumnMapping:
                 )
 
     def has_images(self, file: SourceFile) -> bool:
-        """Whether the covers are bytes in the file itself; else its cover column has paths."""
+        """Whether the covers are image bytes in the file; else the cover column has paths."""
         type_ = file.image_type
         if type_ is None:
             return False
@@ -326,7 +317,7 @@ class _ColumnMapping:
         )
 
     def _missing(self, source: str, columns: Collection[str], name: str) -> CatalogError:
-        """The error of a column that `source` does not have."""
+        """The error for a column that `source` does not have."""
         column = self.names[name]
         if len(columns) == 1 and (header := next(iter(columns))) != column:
             for separator, what in SEPARATORS.items():
@@ -344,7 +335,7 @@ class _ColumnMapping:
 
 
 class _GenreParser:
-    """From the text of a cell to the genres in it. Raises GenreTextError."""
+    """Parses the genres in the text of a cell. Raises GenreTextError."""
 
     def __init__(self, settings: CatalogSettings, default_separator: str) -> None:
         self.separator = settings.genres_separator or default_separator

@@ -14,7 +14,7 @@ import pytest
 from rows import Catalog, read_catalog
 
 from covergenre.config import CatalogSettings, parse
-from covergenre.data import readers
+from covergenre.data import parquet_reader, readers
 from covergenre.data.catalog import CatalogReader
 from covergenre.data.genre_map import apply_genre_map, load_genre_map
 from covergenre.data.plan import identity_of
@@ -717,5 +717,5 @@ def test_invalid_arguments_of_split_assigner(change: dict[str, Any], part: str) 
 def test_large_row_group_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_parquet(tmp_path / "a.parquet", {"album_id": pa.array("123"), "image": BYTES})
     assert read(file).table.num_rows == 3
-    monkeypatch.setattr(readers, "_ROW_GROUP_BYTES", 10)
+    monkeypatch.setattr(parquet_reader, "_ROW_GROUP_BYTES", 10)
     read_fails(file, str(file), "row_group_size=1000", code="row_group_too_large")
