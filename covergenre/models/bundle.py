@@ -10,7 +10,7 @@
     DIR/metrics.json           of the best epoch, on the dev split
     DIR/loss.png  README.md    the loss curve and the model card
 
-It is immutable: other thresholds or weights make another model. No file in it ends in .parquet.
+It is never changed: other thresholds or weights make another model. No name ends in .parquet.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ _PICKLES = (
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model directory that was read and checked; its weights are loaded by `load_model`."""
+    """A checked model directory; `load_model` loads its weights."""
 
     uri: str
     model: str
@@ -52,9 +52,9 @@ class Bundle:
     precision: str
     thresholds: dict[str, float]
     weights_id: str
-    """Of what decides a score: weights, genres, preprocessing, precision."""
+    """Identity of what determines a score: weights, genres, preprocessing, precision."""
     decision_id: str
-    """Of what decides a label from a score: the thresholds."""
+    """Identity of what determines a label from a score: the thresholds."""
     files: dict[str, str]
     """sha256 of each file."""
 
@@ -118,23 +118,25 @@ def is_bundle(uri: str) -> bool:
 
 
 def read_bundle(uri: str | Path) -> Bundle:
-    """Read the model directory at `uri`. Raises ModelError where it is not one, or was changed.
+    """Read the model directory at `uri`. Raises ModelError if it is not one, or was changed.
 
-    Only the files named above are opened. A directory that contains a pickle is refused: somebody
-    might load it, and loading a pickle can run any code.
+    Only the files named above are opened. A directory with a pickle is refused, because loading a
+    pickle can run any code, and another program might load it.
     """
     uri = storage.absolute(uri)
     if not storage.exists(uri):
-        raise ModelError(f"{uri}: no such model directory")
+        raise ModelError(f"{uri}: no such model directory", code="not_found")
     if not is_bundle(uri):
         raise ModelError(
-            f"{uri}: not a model directory (no bundle.json); make one with `covergenre train`"
+            f"{uri}: not a model directory (no bundle.json); create one with `covergenre train`",
+            code="not_a_model",
         )
     for name in storage.list_sizes(uri):
         if name.lower().endswith(_PICKLES):
             raise ModelError(
-                f"{storage.join(uri, name)}: may be a pickle, which can run code; remove it from"
-                " the model directory if you trust the rest"
+                f"{storage.join(uri, name)}: may be a pickle, which can run code; if you trust"
+                " the other files, remove it from the model directory",
+                code="pickle",
             )
     path = storage.join(uri, "bundle.json")
     value = _parsed(path, storage.read_bytes(path))
@@ -142,7 +144,9 @@ def read_bundle(uri: str | Path) -> Bundle:
     _expect(type(version) is int, path, "format_version")
     if version != FORMAT_VERSION:
         raise ModelError(
-            f"{path}: format version {version}, this covergenre reads {FORMAT_VERSION}"
+            f"{path}: format version {version}; this version of covergenre reads"
+            f" {FORMAT_VERSION}; train the model again",
+            code="format_version",
         )
     files = value.get("files")
     good = isinstance(files, dict) and all(isinstance(hashed, str) for hashed in files.values())
@@ -185,13 +189,13 @@ def _parsed(path: str, data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON: {error}") from error
+        raise ModelError(f"{path}: not valid JSON: {error}", code="invalid_json") from error
 
 
 def _expect(good: bool, path: str, what: str) -> None:
     if not good:
         raise ModelError(
-            f"{path}: not a bundle of covergenre: {what} is missing, or not as train writes it"
+            f"{path}: {what}: missing or invalid; copy the model directory again", code="invalid"
         )
 
 
@@ -200,7 +204,9 @@ def _genres(path: str, names: list[Any]) -> Genres:
     try:
         return Genres(tuple(names))
     except DatasetError as error:
-        raise ModelError(f"{path}: genres must be sorted, unique and not empty") from error
+        raise ModelError(
+            f"{path}: genres must be sorted, unique and not empty", code="invalid"
+        ) from error
 
 
 def _preprocessing(path: str, values: dict[str, Any]) -> Preprocessing:
@@ -238,15 +244,18 @@ def _checked(uri: str, name: str, files: Mapping[str, str]) -> bytes:
         data = storage.read_bytes(path)
     except StorageError as error:
         raise ModelError(
-            f"{path}: missing from the model directory; copy the whole directory"
+            f"{path}: missing from the model directory; copy the whole directory", code="missing"
         ) from error
     if hashlib.sha256(data).hexdigest() != files[name]:
-        raise ModelError(f"{path}: changed since it was written (sha256); copy the model again")
+        raise ModelError(
+            f"{path}: changed since it was written (sha256); copy the model directory again",
+            code="changed",
+        )
     return data
 
 
 def check_weights(bundle: Bundle) -> None:
-    """Raises ModelError where the weights are not those that were written: before work begins."""
+    """Raises ModelError if the file of the weights is missing or was changed."""
     _checked(bundle.uri, "model.safetensors", bundle.files)
 
 
@@ -258,30 +267,31 @@ def load_model(bundle: Bundle) -> "CoverModel":
 
     from covergenre.models.networks import build_model
 
-    with torch.device("meta"):  # the weights follow: no time is spent on random ones
+    with torch.device("meta"):  # no random weights: they would be replaced
         model = build_model(bundle.model, len(bundle.genres))
     data = _checked(bundle.uri, "model.safetensors", bundle.files)
     try:
         tensors = load(data)
-    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
-        raise _misfit(bundle, f"no safetensors of torch: {error}") from error
-    wanted = model.state_dict()
-    for name, tensor in wanted.items():
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
+        raise _other_weights(bundle, f"not a safetensors file: {error}") from error
+    expected = model.state_dict()
+    for name, tensor in expected.items():
         if name not in tensors:
-            raise _misfit(bundle, f"{name} is missing")
+            raise _other_weights(bundle, f"{name} is missing")
         found = tensors[name]
         if found.shape != tensor.shape:
-            raise _misfit(bundle, f"{name} is {list(found.shape)}, not {list(tensor.shape)}")
+            raise _other_weights(bundle, f"{name} is {list(found.shape)}, not {list(tensor.shape)}")
         if found.dtype != tensor.dtype:
-            raise _misfit(bundle, f"{name} is {found.dtype}, not {tensor.dtype}")
-    if unknown := sorted(tensors.keys() - wanted.keys()):
-        raise _misfit(bundle, f"{unknown[0]!r} is not one of its tensors")
+            raise _other_weights(bundle, f"{name} is {found.dtype}, not {tensor.dtype}")
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise _other_weights(bundle, f"{unknown[0]!r} is unknown")
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
-def _misfit(bundle: Bundle, what: str) -> ModelError:
+def _other_weights(bundle: Bundle, what: str) -> ModelError:
     return ModelError(
-        f"{storage.join(bundle.uri, 'model.safetensors')}: not the weights of {bundle.model} with"
-        f" {len(bundle.genres)} genres, as this covergenre builds it: {what}"
+        f"{storage.join(bundle.uri, 'model.safetensors')}: not the weights of this version's"
+        f" {bundle.model} with {len(bundle.genres)} genres: {what}",
+        code="other_weights",
     )

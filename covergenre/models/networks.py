@@ -1,6 +1,6 @@
-"""Build networks by name (backbone and head), and choose which of their layers train.
+"""Networks by name (backbone and head), and which of their layers are trained.
 
-Shapes: B albums of a batch, C = 3 colours, H x W pixels, D features, G genres.
+Shapes: B batch size, C = 3 channels, H x W pixels, D features, G genres.
 """
 
 from collections import OrderedDict
@@ -26,7 +26,7 @@ class CoverModel(nn.Module):
         self.head = head
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits [B, G], one a genre, before the sigmoid, of normalised float images."""
+        """Logits [B, G] of normalised float images."""
         features_BD = self.backbone(images_BCHW)
         logits_BG: Tensor = self.head(features_BD)
         return logits_BG
@@ -40,7 +40,7 @@ class CoverModel(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Width of `embed`."""
+        """Number of features that `embed` returns."""
         last = self.head[-1] if isinstance(self.head, nn.Sequential) else self.head
         assert isinstance(last, nn.Linear)
         return last.in_features
@@ -49,20 +49,20 @@ class CoverModel(nn.Module):
 class BatchDropout(nn.Dropout):
     """Dropout that computes the same with any number of workers.
 
-    Every worker generates the mask of all rows of a step, from the same random state, and applies
-    the part of it that belongs to its rows.
+    Every worker generates the mask for all rows of a step, from the same random state, and applies
+    the part for its rows.
     """
 
     offsets: Tensor | None = None
-    """Position of each row of the batch in the step; None: plain dropout."""
+    """Position of each row of the batch in the step; None: same as nn.Dropout."""
     size: int = 0
-    """Rows of the step."""
+    """Number of rows in the step."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch names it
-        """As nn.Dropout, of [rows, ...]."""
+        """Like nn.Dropout, for input [rows, ...]."""
         if not self.training or self.p == 0 or self.offsets is None:
             return super().forward(input)
-        if not len(self.offsets):  # a worker without rows computes one that does not count
+        if not len(self.offsets):  # a worker without rows computes a row that is ignored
             return input
         keep = torch.rand((self.size, *input.shape[1:]), device=input.device) >= self.p
         keep = keep[self.offsets.to(input.device)]
@@ -72,17 +72,17 @@ class BatchDropout(nn.Dropout):
 def build_model(name: str, num_genres: int, *, seed: int | None = None) -> CoverModel:
     """The model `name` with random weights, on torch's default device.
 
-    Backbone tensors have torchvision's names. With `seed` the weights are the same on every device
-    and the global random state is left alone; without it they are drawn from the global state. On
-    the meta device there are shapes only, and no memory is used.
+    Backbone tensors have torchvision's names. With `seed`, the weights are the same on every device
+    and the global random state is not changed; without it, they come from the global state. On the
+    meta device only shapes are created.
 
-    Raises ModelError where there is no such model, ValueError where num_genres is under 1.
+    Raises ModelError for an unknown model, ValueError if num_genres is less than 1.
     """
     model_spec(name)
     if num_genres < 1:
         raise ValueError(f"num_genres must be at least 1, not {num_genres}")
     device = torch.get_default_device()
-    # Shapes first: torchvision's VGG fills a 494 MB classifier that is thrown away here.
+    # On meta first: torchvision's VGG would fill a 494 MB classifier that is not used.
     with torch.device("meta"):
         backbone, head = _backbone_and_head(name, num_genres)
     model = CoverModel(name, backbone, head)
@@ -91,65 +91,61 @@ def build_model(name: str, num_genres: int, *, seed: int | None = None) -> Cover
     model.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            # torch.manual_seed would also reseed the GPUs, which are not forked here.
+            # torch.manual_seed would also reseed the GPUs, whose state is not restored.
             torch.default_generator.manual_seed(seed)
         _initialise(model)
     return model.to(device)
 
 
 def convolutions(model: CoverModel) -> list[tuple[str, nn.Conv2d]]:
-    """The backbone's convolutions with their names in the backbone, in order of definition.
-
-    That is the order of execution, but that a ResNet's downsample, which runs beside the
-    convolutions of its block, comes after them.
-    """
+    """The backbone's convolutions and their names, in order of definition: the order of execution,
+    except that a ResNet's downsample comes after the convolutions of its block."""
     return [(name, m) for name, m in model.backbone.named_modules() if isinstance(m, nn.Conv2d)]
 
 
 def freeze(model: CoverModel, how: str) -> int:
-    """Stop the first convolutions, each with the norm that follows it, from training.
+    """Freeze the first convolutions, each with the batch norm that follows it.
 
-    how: "none", "all" (the whole backbone), "paper" (the model's number in the registry) or a
-    decimal number of convolutions. Earlier freezing of the backbone is undone; the head always
-    trains. Returns the number of frozen parameters. Raises ConfigError for any other `how`, a
-    negative number, or more convolutions than the model has.
+    how: "none", "all" (the whole backbone), "paper" (the number in the registry) or a number of
+    convolutions. Replaces earlier freezing; the head is never frozen. Returns the number of frozen
+    parameters. Raises ConfigError (code "freeze") for any other `how`.
     """
     count = _convolutions_to_freeze(model, how)
     model.backbone.requires_grad_(how != "all")
     leaves = [m for m in model.backbone.modules() if next(m.children(), None) is None]
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, nn.Conv2d)]
-    for place in places[:count]:
-        leaves[place].requires_grad_(False)
-        for follower in leaves[place + 1 : place + 2]:
-            if isinstance(follower, _BatchNorm):
-                follower.requires_grad_(False)
+    indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, nn.Conv2d)]
+    for index in indices[:count]:
+        leaves[index].requires_grad_(False)
+        for next_leaf in leaves[index + 1 : index + 2]:
+            if isinstance(next_leaf, _BatchNorm):
+                next_leaf.requires_grad_(False)
     return count_parameters(model)[2]
 
 
 def training_mode(model: CoverModel, *, freeze_batch_norm: bool, rows: int) -> None:
-    """Put `model` in train mode for a batch of `rows`, but for the norms that must not learn.
+    """Put `model` in train mode for a batch of `rows` rows, except frozen batch norms.
 
-    freeze_batch_norm: the backbone's norms keep their pretrained statistics. A norm with frozen
-    parameters always keeps its statistics, and on fewer than 2 rows every norm does: one row has
-    no variance.
+    freeze_batch_norm: batch norms of the backbone keep their pretrained statistics. A batch norm
+    with frozen parameters always keeps its statistics; with fewer than 2 rows all of them do,
+    because one row has no variance.
     """
     model.train()
-    for part, keep in ((model.backbone, freeze_batch_norm), (model.head, False)):
+    for part, freeze_all in ((model.backbone, freeze_batch_norm), (model.head, False)):
         for module in part.modules():
             if isinstance(module, _BatchNorm):
                 frozen = not all(p.requires_grad for p in module.parameters())
-                module.train(not (keep or frozen or rows < 2))
+                module.train(not (freeze_all or frozen or rows < 2))
 
 
 def share_dropout(model: CoverModel, offsets: NDArray[np.int64], size: int) -> None:
-    """Set the positions of the next batch's rows in a step of `size` rows, for BatchDropout."""
+    """For BatchDropout: set the positions of the next batch in a step of `size` rows."""
     for module in model.modules():
         if isinstance(module, BatchDropout):
             module.offsets, module.size = torch.tensor(offsets), size
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int, int]:
-    """(total, trainable, frozen) parameters. A norm's running statistics are no parameters."""
+    """(total, trainable, frozen) parameters, without the running statistics of batch norms."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return total, trainable, total - trainable
@@ -163,11 +159,14 @@ def _convolutions_to_freeze(model: CoverModel, how: str) -> int:
     available = len(convolutions(model))
     if not (how.isascii() and how.removeprefix("-").isdecimal()):
         hint = did_you_mean(how, ("paper", "none", "all"))
-        raise ConfigError(f"--freeze: {how!r} is no number of convolutions{hint}")
+        raise ConfigError(
+            f"--freeze {how}: expected a number of convolutions or a name{hint}", code="freeze"
+        )
     if how.startswith("-") or int(how) > available:
         raise ConfigError(
-            f"--freeze: {how} is out of range; {model.name} has {available} convolutions,"
-            f" so give 0 to {available}, or paper, none or all"
+            f"--freeze {how}: {model.name} has {available} convolutions; give 0 to {available}, or"
+            " paper, none or all",
+            code="freeze",
         )
     return int(how)
 
@@ -177,7 +176,7 @@ def _backbone_and_head(name: str, num_genres: int) -> tuple[nn.Module, nn.Module
         return _tiny(num_genres)
     if name == "baseline":
         return _baseline(num_genres)
-    import torchvision  # takes seconds: workers of the models above go without
+    import torchvision  # takes seconds; the models above do not need it
 
     backbone: nn.Module = torchvision.models.get_model(name, weights=None)
     if name.startswith("resnet"):
@@ -209,7 +208,7 @@ def _backbone_and_head(name: str, num_genres: int) -> tuple[nn.Module, nn.Module
 
 
 def _baseline(num_genres: int) -> tuple[nn.Module, nn.Module]:
-    """Koenig's network (2017). No bias before a norm, which subtracts the mean anyway."""
+    """Koenig's network (2017). No bias before a batch norm, which subtracts the mean."""
     channels = [3, 64, 128, 256, 512, 1024, 2048]
     blocks = OrderedDict[str, nn.Module]()
     for i in range(1, len(channels)):
@@ -224,7 +223,7 @@ def _baseline(num_genres: int) -> tuple[nn.Module, nn.Module]:
     backbone = nn.Sequential(
         OrderedDict[str, nn.Module](
             features=nn.Sequential(blocks),
-            # Six halvings of 224 are 3 already; only covers of another side need the pooling.
+            # At 224 pixels the input is 3 x 3 already; only other sizes need the pooling.
             avgpool=nn.AdaptiveAvgPool2d(3),
             flatten=nn.Flatten(),
         )
@@ -241,7 +240,7 @@ def _baseline(num_genres: int) -> tuple[nn.Module, nn.Module]:
 
 
 def _tiny(num_genres: int) -> tuple[nn.Module, nn.Module]:
-    """12 million multiplications for a cover of 224 x 224 pixels, where VGG16 takes 15 billion."""
+    """12 million multiplications for a cover of 224 x 224 pixels; VGG16 needs 15 billion."""
     channels = [3, 16, 32, 64, 128]
     blocks = OrderedDict[str, nn.Module]()
     for i in range(1, len(channels)):
@@ -274,6 +273,6 @@ def _initialise(model: nn.Module) -> None:
                 nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        else:  # what is not filled here would be whatever the memory held
+        else:  # uninitialised memory otherwise
             own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             assert not own, f"{type(module).__name__} has no initialisation"

@@ -1,4 +1,4 @@
-"""A model on a device: uint8 pixels in, scores out."""
+"""Inference: pixels to scores or features, on one device."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Predictor:
-    """A model on a device: uint8 pixels in, scores out."""
+    """A model on a device; takes uint8 pixels and returns scores or features."""
 
     def __init__(
         self, model: "CoverModel", preprocessing: Preprocessing, device: str, precision: str
@@ -31,11 +31,11 @@ class Predictor:
         return np.asarray(scores.cpu().numpy(), np.float32)
 
     def scores_of(self, images_BCHW: "torch.Tensor") -> "torch.Tensor":
-        """The same of images in 0 to 1 that are on the device already; stays there."""
+        """Scores of images in 0 to 1 on the device; the result is on the device, too."""
         return self.logits_of(images_BCHW).sigmoid()
 
     def logits_of(self, images_BCHW: "torch.Tensor") -> "torch.Tensor":
-        """The logits of the scores: float32, also where a score would round to 0 or 1."""
+        """Logits in float32; finite even where the score rounds to 0 or 1."""
         return self._run(self._model, images_BCHW)
 
     def features(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -67,8 +67,8 @@ def autocast(device: str, precision: str) -> "torch.autocast":
 def to_unit(pixels_BHWC: NDArray[np.uint8], device: str) -> "torch.Tensor":
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in 0 to 1, on `device`.
 
-    The pixels cross to the device as bytes, a quarter of floats; the result is laid out
-    channels-last, as they come and as convolutions like it.
+    The pixels are transferred as bytes, a quarter of the size of floats. The result is laid out
+    channels-last, which convolutions prefer.
     """
     import torch
 

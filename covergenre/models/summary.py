@@ -1,4 +1,4 @@
-"""A model as a table of its layers, in the way of Keras and of the paper's Figure 4."""
+"""A model as a table of its layers, like Keras's model.summary() and the paper's Figure 4."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from covergenre.errors import ConfigError
 from covergenre.models.networks import build_model, count_parameters, freeze
 from covergenre.registry import model_spec
 
-# Keras too shows an activation with the layer before it.
+# Keras also shows an activation as part of the layer before it.
 _NOT_SHOWN = (nn.Identity, nn.ReLU, nn.ReLU6)
 
 
@@ -20,15 +20,15 @@ class _Row:
     layer: str
     shape: str
     parameters: str
-    trainable: str  # "-" where there is nothing to train
+    trainable: str  # "-" for a layer without parameters
 
 
 def layer_table(name: str, num_genres: int, freeze_how: str | None = None, side: int = 224) -> str:
-    """Every layer of the model `name` in order of execution, then the totals. Takes no memory.
+    """All layers of the model `name` in order of execution, and the totals. No weights are created.
 
-    freeze_how: as `models.freeze` takes it; None is the model's default. side: of the square
-    images, in pixels. In a shape, None stands for the albums of a batch. Raises ModelError for an
-    unknown model, ConfigError for an unusable freeze_how or a side too small for the model.
+    freeze_how: argument of `networks.freeze`; None: the default of the model. side: of the square
+    images, in pixels. In shapes, None is the batch size. Raises ModelError for an unknown model,
+    ConfigError for an invalid freeze_how or a side that is too small for the model.
     """
     with torch.device("meta"):
         model = build_model(name, num_genres)
@@ -41,7 +41,7 @@ def layer_table(name: str, num_genres: int, freeze_how: str | None = None, side:
         rows.append(_row(layer, module, output))
 
     def record_features(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        # torchvision's models flatten in a function, which has no hook.
+        # torchvision's models flatten with a function, which has no hook.
         if rows[-1].shape != _shape(output):
             rows.append(_Row("flat features", _shape(output), "0", "-"))
 
@@ -51,15 +51,18 @@ def layer_table(name: str, num_genres: int, freeze_how: str | None = None, side:
     model.backbone.register_forward_hook(record_features)
     try:
         model.eval()(images_BCHW)
-    except RuntimeError as error:  # the only thing that differs from a run at 224 is the side
-        raise ConfigError(f"a side of {side} pixels is too small for {name}") from error
+    except RuntimeError as error:  # at 224 every model runs, so the side is the cause
+        raise ConfigError(
+            f"side: {side} pixels are too small for {name}", code="side_too_small"
+        ) from error
     return _format(rows, *count_parameters(model))
 
 
 def _row(layer: str, module: nn.Module, output: Tensor) -> _Row:
     total, trainable, _ = count_parameters(module)
-    answer = "-" if total == 0 else "yes" if trainable else "no"
-    return _Row(f"{layer} ({type(module).__name__})", _shape(output), f"{total:,}", answer)
+    is_trainable = "-" if total == 0 else "yes" if trainable else "no"
+    name = f"{layer} ({type(module).__name__})"
+    return _Row(name, _shape(output), f"{total:,}", is_trainable)
 
 
 def _shape(tensor: Tensor) -> str:

@@ -312,10 +312,10 @@ def damaged(root: Path, copy: Path, name: str) -> str:
 def test_damaged_file_is_one_line(dataset: Path, trained_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     model = damaged(trained_model, tmp_path / "model", "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors: changed") as error:
+    with pytest.raises(UserError, match=r"model\.safetensors: ") as error:
         evaluate(EvaluateConfig(model=model, dataset=str(dataset), out=str(out)))
     one_line(error)
-    with pytest.raises(UserError, match=r"model\.safetensors: changed"):
+    with pytest.raises(UserError, match=r"model\.safetensors: "):
         score(ScoreConfig(model=model, catalog=str(dataset), out=str(out)))
     assert not out.exists()
     # Found by a task on the cluster, and said as if it had been found here.
@@ -596,7 +596,7 @@ def test_user_error_is_one_line(
         prepare(PrepareConfig(catalog=str(synthetic_catalog), out=out, min_share=1.0))
     with pytest.raises(DatasetError, match="not a dataset"):
         train(train_config(synthetic_catalog.parent, tmp_path / "m"))
-    with pytest.raises(ModelError, match="not a model directory"):
+    with pytest.raises(ModelError, match=r"bundle\.json"):
         score(ScoreConfig(model=str(dataset), catalog=str(synthetic_catalog), out=out))
     with pytest.raises(ConfigError, match="workers 50"):
         score(

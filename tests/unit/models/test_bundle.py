@@ -18,7 +18,7 @@ from torch import nn
 
 from covergenre.data.genres import Genres
 from covergenre.data.image_decoding import Preprocessing
-from covergenre.errors import CovergenreError, ModelError
+from covergenre.errors import ModelError
 from covergenre.io import storage
 from covergenre.models import networks
 from covergenre.models.bundle import (
@@ -76,9 +76,7 @@ def normed(name: str, num_genres: int) -> CoverModel:
 
 
 @pytest.mark.parametrize("with_norm", [False, True])
-def test_a_model_is_loaded_as_it_was_written(
-    with_norm: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_round_trip(with_norm: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = build_model("tiny", 3, seed=5)
     if with_norm:
         monkeypatch.setattr(networks, "build_model", normed)
@@ -95,7 +93,7 @@ def test_a_model_is_loaded_as_it_was_written(
     assert all(p.device.type == "cpu" for p in loaded.parameters())
 
 
-def test_all_of_it_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_bundle_round_trip(tmp_path: Path) -> None:
     thresholds = {"Folk": 0.1, "Jazz": 0.25, "Rock": 0.9}
     written = write(tmp_path / "m", thresholds=thresholds, precision="bf16")
     bundle = read_bundle(tmp_path / "m")
@@ -110,7 +108,7 @@ def test_all_of_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "m/genres.json").read_text()) == list(GENRES.names)
 
 
-def test_a_copy_is_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_has_the_same_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write(tmp_path / "m")
     shutil.copytree(tmp_path / "m", tmp_path / "copy")
     copy = read_bundle(f"{tmp_path}/copy/")
@@ -120,7 +118,7 @@ def test_a_copy_is_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert read_bundle("copy") == copy
 
 
-def test_bundle_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundle_json_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     put = storage.put
 
@@ -144,7 +142,7 @@ def test_no_file_of_a_model_directory_ends_in_parquet(tmp_path: Path) -> None:
 # Identity
 
 
-def test_what_changes_a_score_changes_the_weights_id(tmp_path: Path) -> None:
+def test_weights_id_depends_on_what_determines_a_score(tmp_path: Path) -> None:
     base = write(tmp_path / "base")
     same = {
         "again": write(tmp_path / "again"),
@@ -166,7 +164,7 @@ def test_what_changes_a_score_changes_the_weights_id(tmp_path: Path) -> None:
     assert len(ids) == 1 + len(other)
 
 
-def test_thresholds_and_they_alone_change_the_decision_id(tmp_path: Path) -> None:
+def test_decision_id_depends_on_the_thresholds_only(tmp_path: Path) -> None:
     base = write(tmp_path / "base")
     changes: dict[str, dict[str, Any]] = {
         "w": {"weights": weights(seed=1)},
@@ -186,46 +184,48 @@ def test_thresholds_and_they_alone_change_the_decision_id(tmp_path: Path) -> Non
 # What is refused
 
 
-def refused(place: Path, kind: type[CovergenreError] = ModelError) -> str:
-    with pytest.raises(kind) as caught:
-        load_model(read_bundle(str(place)))
+def refused(folder: Path, *codes: str) -> str:
+    """The message, one line, without the directory. codes: that the error may have; none: any."""
+    with pytest.raises(ModelError) as caught:
+        load_model(read_bundle(str(folder)))
     text = str(caught.value)
-    assert "\n" not in text and text.startswith(str(place))
-    return text.removeprefix(str(place))
+    assert not codes or caught.value.code in codes, text
+    assert "\n" not in text and text.startswith(str(folder))
+    return text.removeprefix(str(folder))
 
 
-def test_what_is_no_model_folder(tmp_path: Path) -> None:
-    assert "no such model directory" in refused(tmp_path / "none")
-    assert "not a model directory (no bundle.json)" in refused(tmp_path)
+def test_other_directories_and_files_are_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "none", "not_found")
+    refused(tmp_path, "not_a_model")
     (tmp_path / "model.safetensors").write_bytes(weights())
-    assert "not a model directory" in refused(tmp_path / "model.safetensors")
+    refused(tmp_path / "model.safetensors", "not_a_model")
     assert not is_bundle(str(tmp_path)) and not is_bundle(str(tmp_path / "none"))
     write(tmp_path / "m")
     assert is_bundle(str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("name", [*JSON_FILES, "model.safetensors"])
-def test_a_missing_or_changed_file_is_told(name: str, tmp_path: Path) -> None:
+def test_missing_or_changed_file_is_refused(name: str, tmp_path: Path) -> None:
     write(tmp_path / "m")
     path = tmp_path / "m" / name
     data = path.read_bytes()
     for change in (data + b" ", data[:-1], bytes([data[0] ^ 1]) + data[1:], b""):
         path.write_bytes(change)
-        text = refused(tmp_path / "m")
-        assert text.startswith(f"/{name}: changed since it was written")
+        assert refused(tmp_path / "m", "changed").startswith(f"/{name}: ")
     path.unlink()
-    assert refused(tmp_path / "m").startswith(f"/{name}: missing from the model directory")
+    assert refused(tmp_path / "m", "missing").startswith(f"/{name}: ")
     path.write_bytes(data)
     load_model(read_bundle(str(tmp_path / "m")))
 
 
-def test_the_weights_may_be_read_later(tmp_path: Path) -> None:
+def test_bundle_is_read_without_its_weights(tmp_path: Path) -> None:
     """A driver reads a bundle without its weights; the workers load them."""
     write(tmp_path / "m")
     (tmp_path / "m/model.safetensors").unlink()
     bundle = read_bundle(str(tmp_path / "m"))
-    with pytest.raises(ModelError, match="missing from the model directory"):
+    with pytest.raises(ModelError) as caught:
         load_model(bundle)
+    assert caught.value.code == "missing"
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -234,41 +234,41 @@ Change = Callable[[dict[str, Any]], object]
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (lambda v: v.update(format_version=1), "format version 1, this covergenre reads 2"),
+        (lambda v: v.update(format_version=1), "format version 1"),
         *[
             (lambda v, key=key: v.pop(key), key)
             for key in ("format_version", "weights_id", "decision_id", "files")
         ],
         (lambda v: v["files"].pop("genres.json"), "genres.json"),
-        (lambda v: v.update(files=[]), "not a bundle of covergenre"),
-        (lambda v: v.update(files=None), "not a bundle of covergenre"),
+        (lambda v: v.update(files=[]), "files"),
+        (lambda v: v.update(files=None), "files"),
     ],
 )
-def test_a_bundle_that_is_none(change: Change, part: str, tmp_path: Path) -> None:
+def test_invalid_bundle_json_is_refused(change: Change, part: str, tmp_path: Path) -> None:
     write(tmp_path / "m")
     path = tmp_path / "m/bundle.json"
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
-    text = refused(tmp_path / "m")
+    text = refused(tmp_path / "m", "invalid", "format_version")
     assert text.startswith("/bundle.json: ") and part in text
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"x"'])
-def test_other_json_is_no_bundle(text: str, tmp_path: Path) -> None:
+def test_bundle_json_that_is_not_an_object_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "bundle.json").write_text(text)
-    assert "not a bundle of covergenre" in refused(tmp_path)
+    refused(tmp_path, "invalid")
 
 
-def test_a_bundle_that_is_no_json(tmp_path: Path) -> None:
+def test_bundle_json_that_is_not_json_is_refused(tmp_path: Path) -> None:
     for data in (b"{", b"", b"[" * 100_000, b"\xff{}"):
         (tmp_path / "bundle.json").write_bytes(data)
-        assert "not valid JSON" in refused(tmp_path)
+        refused(tmp_path, "invalid_json")
 
 
-def test_a_model_of_another_version_is_told(tmp_path: Path) -> None:
+def test_unknown_architecture_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "m", model="transformer")
-    with pytest.raises(ModelError, match="no model 'transformer'"):
+    with pytest.raises(ModelError, match="'transformer'"):
         load_model(read_bundle(str(tmp_path / "m")))
 
 
@@ -282,30 +282,30 @@ def test_a_model_of_another_version_is_told(tmp_path: Path) -> None:
     ],
     ids=["genres", "model", "garbage", "empty"],
 )
-def test_weights_that_are_not_the_models_are_told(
+def test_weights_of_another_model_are_refused(
     others: Callable[[], dict[str, Any]], tmp_path: Path
 ) -> None:
-    """The hashes fit, the content does not: a model directory made by hand or another version."""
+    """The hashes match, the content does not: a directory made by hand or by another version."""
     write(tmp_path / "m", **others())
-    assert refused(tmp_path / "m").startswith("/model.safetensors: not the weights of ")
+    assert refused(tmp_path / "m", "other_weights").startswith("/model.safetensors: ")
 
 
-def test_steps_of_another_version_are_told(tmp_path: Path) -> None:
+def test_preprocessing_of_another_version_is_an_error(tmp_path: Path) -> None:
     class Later(Preprocessing):
         def to_json(self) -> dict[str, Any]:
             return super().to_json() | {"version": 2}
 
-    with pytest.raises(ModelError, match="preprocessing: version 2"):
+    with pytest.raises(ModelError, match="version 2"):
         write(tmp_path / "m", preprocessing=Later())
 
 
-# What comes from outside
+# Untrusted model directories
 
 
-def forge(place: Path, name: str, data: bytes) -> None:
-    """Put another file into a model directory, as somebody would who can compute a hash."""
-    (place / name).write_bytes(data)
-    path = place / "bundle.json"
+def forge(folder: Path, name: str, data: bytes) -> None:
+    """Replace a file of a model directory, and its hash and the ids in bundle.json."""
+    (folder / name).write_bytes(data)
+    path = folder / "bundle.json"
     value = json.loads(path.read_text())
     files = value["files"]
     files[name] = hashlib.sha256(data).hexdigest()
@@ -316,7 +316,7 @@ def forge(place: Path, name: str, data: bytes) -> None:
     path.write_text(json.dumps(value))
 
 
-def test_a_forged_file_that_is_as_it_should_be_is_accepted(tmp_path: Path) -> None:
+def test_replaced_file_that_is_valid_is_accepted(tmp_path: Path) -> None:
     write(tmp_path / "m")
     before = read_bundle(str(tmp_path / "m"))
     for name in before.files:
@@ -346,12 +346,12 @@ def torch_bytes(value: object, **options: Any) -> bytes:
     "name",
     ["weights.pth", "old/WEIGHTS.PT", "x.pkl", "pytorch_model.bin", "scaler.joblib", "a.npy"],
 )
-def test_a_pickle_beside_the_weights_is_refused(name: str, tmp_path: Path) -> None:
+def test_pickle_beside_the_weights_is_refused(name: str, tmp_path: Path) -> None:
     write(tmp_path / "m")
     file = tmp_path / "m" / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(pickle.dumps(Foreign(tmp_path / "was run")))
-    assert refused(tmp_path / "m").startswith(f"/{name}: may be a pickle, which can run code")
+    assert refused(tmp_path / "m", "pickle").startswith(f"/{name}: ")
     assert not (tmp_path / "was run").exists()
     file.unlink()
     load_model(read_bundle(str(tmp_path / "m")))
@@ -362,13 +362,13 @@ def test_a_pickle_beside_the_weights_is_refused(name: str, tmp_path: Path) -> No
     [torch_bytes, partial(torch_bytes, _use_new_zipfile_serialization=False), pickle.dumps],
     ids=["torch", "torch-before-1.6", "pickle"],
 )
-def test_a_pickle_called_weights_is_refused(
+def test_pickle_named_as_the_weights_is_refused(
     encode: Callable[[object], bytes], tmp_path: Path
 ) -> None:
     write(tmp_path / "m")
     data = encode({"head.2.bias": torch.ones(3), "x": Foreign(tmp_path / "was run")})
     forge(tmp_path / "m", "model.safetensors", data)
-    assert refused(tmp_path / "m").startswith("/model.safetensors: not the weights of tiny with 3")
+    assert refused(tmp_path / "m", "other_weights").startswith("/model.safetensors: ")
     assert not (tmp_path / "was run").exists()
 
 
@@ -377,9 +377,9 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("change", "fact"),
     [
-        ({"head.2.bias": None}, "head.2.bias is missing"),
+        ({"head.2.bias": None}, "head.2.bias"),
         ({"head.2.bias": torch.ones(4)}, "head.2.bias is [4], not [3]"),
         ({"head.0.weight": torch.ones(128, 64)}, "head.0.weight is [128, 64], not [64, 128]"),
         (
@@ -390,23 +390,24 @@ def tensors() -> dict[str, torch.Tensor]:
             {"head.2.bias": torch.ones(3, dtype=torch.int32)},
             "head.2.bias is torch.int32, not torch.float32",
         ),
-        ({"b\nc": torch.ones(3)}, r"'b\nc' is not one of its tensors"),
+        ({"b\nc": torch.ones(3)}, r"'b\nc'"),
     ],
     ids=["missing", "genres", "shape", "half", "integer", "unknown"],
 )
-def test_a_tensor_that_does_not_fit_is_named(
-    change: dict[str, torch.Tensor | None], text: str, tmp_path: Path
+def test_tensor_that_does_not_fit_is_named(
+    change: dict[str, torch.Tensor | None], fact: str, tmp_path: Path
 ) -> None:
     write(tmp_path / "m")
     given = {name: t for name, t in (tensors() | change).items() if t is not None}
     forge(tmp_path / "m", "model.safetensors", save(given))
-    assert refused(tmp_path / "m").endswith(f"as this covergenre builds it: {text}")
+    assert f": {fact}" in refused(tmp_path / "m", "other_weights")
 
 
-def test_another_number_of_genres_names_the_tensor(tmp_path: Path) -> None:
+def test_other_number_of_genres_names_the_tensor(tmp_path: Path) -> None:
     write(tmp_path / "m")
     forge(tmp_path / "m", "model.safetensors", weights(num_genres=5))
-    assert refused(tmp_path / "m").endswith("head.2.weight is [5, 64], not [3, 64]")
+    text = refused(tmp_path / "m", "other_weights")
+    assert "head.2.weight is [5, 64], not [3, 64]" in text
 
 
 def header(value: object, data: int = 16, length: int | None = None) -> bytes:
@@ -436,14 +437,14 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("data", HEADERS.values(), ids=HEADERS.keys())
-def test_a_crafted_header_is_one_line(data: bytes, tmp_path: Path) -> None:
+def test_crafted_header_is_an_error_of_one_line(data: bytes, tmp_path: Path) -> None:
     write(tmp_path / "m")
     forge(tmp_path / "m", "model.safetensors", data)
-    assert refused(tmp_path / "m").startswith("/model.safetensors: not the weights of tiny with 3")
+    assert refused(tmp_path / "m", "other_weights").startswith("/model.safetensors: ")
 
 
 def edits(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every place in a JSON value, with what is to be put there; `...`: nothing."""
+    """(path in a JSON value, its new value), of many edits; `...`: the key is removed."""
     others: list[Any] = [None, [], {}, "x", 7]
     if at:
         others = [..., None, [], {}, "x", True, -1, math.nan]
@@ -465,8 +466,8 @@ def edited(value: Any, at: tuple[Any, ...], new: Any) -> Any:
     return value
 
 
-def is_as_good(name: str, at: tuple[Any, ...], new: Any) -> bool:
-    """Whether the edit makes another model, or touches what is not read."""
+def is_valid(name: str, at: tuple[Any, ...], new: Any) -> bool:
+    """Whether the edit makes another valid model, or changes a value that is not read."""
     if name == "bundle.json":
         unread = at[:1] == ("files",) and at[1:] in (("history.jsonl",), ("README.md",))
         return at == ("covergenre",) or (unread and new in (..., "x"))
@@ -475,28 +476,28 @@ def is_as_good(name: str, at: tuple[Any, ...], new: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", [*JSON_FILES, "bundle.json"])
-def test_json_of_other_types_is_one_line(name: str, tmp_path: Path) -> None:
-    """Each key left out, each value another: never a traceback, and nothing odd is accepted."""
-    place = tmp_path / "m"
-    write(place)
-    original = {file.name: file.read_bytes() for file in place.iterdir()}
+def test_edited_json_is_an_error_of_one_line(name: str, tmp_path: Path) -> None:
+    """Each key is removed, and each value replaced by values of other types."""
+    folder = tmp_path / "m"
+    write(folder)
+    original = {file.name: file.read_bytes() for file in folder.iterdir()}
     genuine = json.loads(original[name])
     for at, new in edits(genuine):
         for file, data in original.items():
-            (place / file).write_bytes(data)
+            (folder / file).write_bytes(data)
         data = json.dumps(edited(genuine, at, new)).encode()
         if name == "bundle.json":
-            (place / name).write_bytes(data)
+            (folder / name).write_bytes(data)
         else:
-            forge(place, name, data)
-        if is_as_good(name, at, new):
-            read_bundle(str(place))
+            forge(folder, name, data)
+        if is_valid(name, at, new):
+            read_bundle(str(folder))
         else:
-            assert len(refused(place)) < 400, (at, new)
+            assert len(refused(folder)) < 400, (at, new)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "a/../../secret"])
-def test_names_in_a_bundle_reach_nothing_outside(
+def test_names_in_bundle_json_cannot_refer_to_other_directories(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "secret").write_text("{}")

@@ -31,7 +31,7 @@ def norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_of_the_registry_makes_logits(name: str) -> None:
+def test_every_model_computes_logits(name: str) -> None:
     model = on_meta(name, 7).eval()
     images = torch.empty(2, 3, 224, 224, device="meta")
     features = model.backbone(images)
@@ -41,7 +41,7 @@ def test_every_model_of_the_registry_makes_logits(name: str) -> None:
     assert all(p.is_meta for p in model.parameters())
 
 
-def test_vgg16_has_the_papers_counts() -> None:
+def test_vgg16_has_the_parameter_counts_of_the_paper() -> None:
     model = on_meta("vgg16", 20)
     assert freeze(model, "paper") == 2_915_648
     assert count_parameters(model) == (134_342_484, 131_426_836, 2_915_648)
@@ -49,7 +49,7 @@ def test_vgg16_has_the_papers_counts() -> None:
     assert not any(isinstance(m, nn.Dropout) for m in model.modules())
 
 
-def test_baseline_is_the_papers_table() -> None:
+def test_baseline_is_that_of_the_paper() -> None:
     model = on_meta("baseline")
     found = convolutions(model)
     assert [conv.out_channels for _, conv in found] == [64, 128, 256, 512, 1024, 2048]
@@ -85,7 +85,7 @@ def test_backbone_tensors_have_torchvisions_names(name: str, first: str) -> None
     }
 
 
-def test_seed_fixes_the_weights_and_spares_the_global_state() -> None:
+def test_seed_determines_the_weights_and_keeps_the_global_state() -> None:
     before = torch.random.get_rng_state()
     first, again, other = (build_model("tiny", 3, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -118,7 +118,7 @@ def test_initialisation_is_he_and_glorot_with_zero_biases() -> None:
         assert module.bias is not None and not module.bias.any()
 
 
-def test_norms_start_as_the_identity() -> None:
+def test_batch_norms_are_initially_the_identity() -> None:
     for norm in norms(build_model("resnet18", 2, seed=0)):
         assert norm.running_mean is not None and norm.running_var is not None
         assert (norm.weight == 1).all() and (norm.running_var == 1).all()
@@ -126,19 +126,19 @@ def test_norms_start_as_the_identity() -> None:
         assert norm.num_batches_tracked == 0
 
 
-def test_a_layer_without_initialisation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_without_initialisation_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def parts(name: str, num_genres: int) -> tuple[nn.Module, nn.Module]:
         return nn.Flatten(), nn.Bilinear(2, 2, num_genres)
 
     monkeypatch.setattr(covergenre.models.networks, "_backbone_and_head", parts)
-    with pytest.raises(AssertionError, match="Bilinear has no initialisation"):
+    with pytest.raises(AssertionError, match="Bilinear"):
         build_model("tiny", 3)
 
 
-def test_unknown_model_and_no_genre() -> None:
-    with pytest.raises(ModelError, match="no model 'vgg61'; did you mean 'vgg16'"):
+def test_unknown_model_and_no_genres_are_errors() -> None:
+    with pytest.raises(ModelError, match=r"'vgg61'.*'vgg16'"):
         build_model("vgg61", 3)
-    with pytest.raises(ValueError, match="at least 1, not 0"):
+    with pytest.raises(ValueError, match="num_genres"):
         build_model("tiny", 0)
 
 
@@ -151,7 +151,7 @@ def test_convolutions_in_order() -> None:
     assert names[5:8] == ["layer2.0.conv1", "layer2.0.conv2", "layer2.0.downsample.0"]
 
 
-def test_a_convolution_is_frozen_with_its_norm() -> None:
+def test_convolution_is_frozen_with_its_batch_norm() -> None:
     resnet = on_meta("resnet18")
     assert freeze(resnet, "2") == 9_408 + 128 + 36_864 + 128
     assert frozen_names(resnet) == [
@@ -177,7 +177,7 @@ def test_a_convolution_is_frozen_with_its_norm() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_freezing_all_convolutions_is_freezing_the_backbone(name: str) -> None:
+def test_freezing_all_convolutions_freezes_the_backbone(name: str) -> None:
     model = on_meta(name)
     every = freeze(model, str(len(convolutions(model))))
     assert every == sum(p.numel() for p in model.backbone.parameters())
@@ -188,31 +188,24 @@ def test_freezing_all_convolutions_is_freezing_the_backbone(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("how", "fact"),
     [
-        ("papr", "--freeze: 'papr' is no number of convolutions; did you mean 'paper'?"),
-        ("", "--freeze: '' is no number of convolutions; valid: all, none, paper"),
-        ("1.5", "--freeze: '1.5' is no number of convolutions; valid: all, none, paper"),
-        ("٣", "--freeze: '٣' is no number of convolutions; valid: all, none, paper"),
-        (
-            "-1",
-            "--freeze: -1 is out of range; tiny has 4 convolutions, so give 0 to 4, or paper,"
-            " none or all",
-        ),
-        (
-            "5",
-            "--freeze: 5 is out of range; tiny has 4 convolutions, so give 0 to 4, or paper,"
-            " none or all",
-        ),
+        ("papr", "'paper'"),
+        ("", "all, none, paper"),
+        ("1.5", "all, none, paper"),
+        ("٣", "all, none, paper"),
+        ("-1", "0 to 4"),
+        ("5", "0 to 4"),
     ],
 )
-def test_unusable_freeze(how: str, message: str) -> None:
+def test_invalid_freeze_is_an_error_and_changes_nothing(how: str, fact: str) -> None:
     model = on_meta("tiny")
     freeze(model, "1")
     with pytest.raises(ConfigError) as caught:
         freeze(model, how)
-    assert str(caught.value) == message
-    assert len(frozen_names(model)) == 2  # nothing was changed
+    assert caught.value.code == "freeze"
+    assert f"--freeze {how}: " in str(caught.value) and fact in str(caught.value)
+    assert len(frozen_names(model)) == 2
 
 
 @pytest.mark.parametrize("freeze_batch_norm", [False, True])
@@ -231,7 +224,7 @@ def test_frozen_norms_keep_their_statistics() -> None:
     assert [n.training for n in norms(model)] == [False] * 2 + [True] * 7
 
 
-def test_one_row_can_be_trained_on() -> None:
+def test_training_with_one_row_works() -> None:
     class Small(CoverModel):
         def __init__(self) -> None:
             backbone = nn.Sequential(

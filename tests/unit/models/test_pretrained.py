@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from covergenre.errors import ModelError, StorageError
+from covergenre.errors import CovergenreError, ModelError, StorageError
 from covergenre.io import storage
 from covergenre.models.networks import CoverModel, build_model
 from covergenre.models.pretrained import LoadedWeights, load_backbone_weights
@@ -43,8 +43,10 @@ def torch_bytes(value: object, **options: Any) -> bytes:
     return out.getvalue()
 
 
-def refused(tmp_path: Path, data: bytes | Tensors, model: str = "tiny", **options: Any) -> str:
-    """The message about a file `w` that holds `data`; the backbone must stay as it was."""
+def refused(
+    tmp_path: Path, data: bytes | Tensors, code: str, model: str = "tiny", **options: Any
+) -> str:
+    """The message about a file with `data`; the backbone is not changed."""
     file = tmp_path / "w"
     file.write_bytes(data if isinstance(data, bytes) else safetensors.torch.save(data))
     subject = build_model(model, 2, seed=0)
@@ -53,6 +55,7 @@ def refused(tmp_path: Path, data: bytes | Tensors, model: str = "tiny", **option
         load_backbone_weights(subject, str(file), **options)
     assert same(subject.backbone.state_dict(), before)
     message = str(caught.value)
+    assert caught.value.code == code, message
     assert message.startswith(f"{file}: ") and "\n" not in message
     return message.removeprefix(f"{file}: ")
 
@@ -71,7 +74,9 @@ def refused(tmp_path: Path, data: bytes | Tensors, model: str = "tiny", **option
     ],
     ids=["safetensors", "torch", "torch-before-1.6", "state_dict", "module"],
 )
-def test_formats_are_told_by_content(encode: Callable[[Tensors], bytes], tmp_path: Path) -> None:
+def test_formats_are_detected_by_content(
+    encode: Callable[[Tensors], bytes], tmp_path: Path
+) -> None:
     file = tmp_path / "weights.bin"
     state = backbone_of("tiny")
     file.write_bytes(encode(state))
@@ -81,7 +86,9 @@ def test_formats_are_told_by_content(encode: Callable[[Tensors], bytes], tmp_pat
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "module.backbone."])
-def test_a_models_own_file_and_no_head(prefix: str, tmp_path: Path) -> None:
+def test_backbone_is_loaded_from_a_model_directory_without_its_head(
+    prefix: str, tmp_path: Path
+) -> None:
     theirs = build_model("tiny", 9, seed=1).state_dict()
     state = {
         prefix.removesuffix("backbone.") + name: tensor.to(torch.bfloat16)
@@ -101,7 +108,7 @@ def test_a_models_own_file_and_no_head(prefix: str, tmp_path: Path) -> None:
     ("name", "classifier"),
     [("mobilenet_v2", "classifier.1."), ("resnet18", "fc.")],
 )
-def test_classifier_is_passed_over_and_step_counts_may_be_missing(
+def test_classifier_is_ignored_and_step_counts_may_be_missing(
     name: str, classifier: str, tmp_path: Path
 ) -> None:
     state = {n: t for n, t in backbone_of(name).items() if not n.endswith("num_batches_tracked")}
@@ -121,7 +128,7 @@ def test_none_loads_nothing() -> None:
     assert same(model.backbone.state_dict(), backbone_of("tiny", seed=0))
 
 
-def test_partial_file_names_what_stays_random(tmp_path: Path) -> None:
+def test_partial_file_lists_missing_tensors(tmp_path: Path) -> None:
     state = backbone_of("tiny")
     missing = ("features.block3.conv.bias", "features.block4.conv.weight")
     given = {name: t for name, t in state.items() if name not in missing}
@@ -131,16 +138,16 @@ def test_partial_file_names_what_stays_random(tmp_path: Path) -> None:
     assert loaded.missing == missing
     random = backbone_of("tiny", seed=0)
     assert same(model.backbone.state_dict(), given | {name: random[name] for name in missing})
-    assert refused(tmp_path, given) == (
-        "features.block3.conv.bias and 1 more are missing, of 8 in tiny; to leave what is missing"
-        " random: --allow-partial-weights"
-    )
+    message = refused(tmp_path, given, "missing_tensors")
+    for fact in (missing[0], "1 more", "of 8 in tiny", "--allow-partial-weights"):
+        assert fact in message
 
 
 def test_missing_running_statistics_count_as_missing(tmp_path: Path) -> None:
     state = backbone_of("resnet18")
     del state["bn1.running_mean"]
-    assert refused(tmp_path, state, "resnet18").startswith("bn1.running_mean is missing, of 100")
+    message = refused(tmp_path, state, "missing_tensors", "resnet18")
+    assert message.startswith("bn1.running_mean ") and "of 100 " in message
 
 
 @needs(MOBILENET)
@@ -159,8 +166,8 @@ def test_real_mobilenet_weights() -> None:
 def test_real_partial_vgg16_weights() -> None:
     with torch.device("meta"):
         model = build_model("vgg16", 5)
-    model.backbone.to_empty(device="cpu")  # 59 MB; the head's 480 stay unmade
-    with pytest.raises(ModelError, match=r"features\.10\.weight and 17 more are missing, of 26"):
+    model.backbone.to_empty(device="cpu")  # 59 MB, without the 480 MB of the head
+    with pytest.raises(ModelError, match=r"features\.10\.weight and 17 more .* of 26"):
         load_backbone_weights(model, str(VGG16_PARTIAL))
     loaded = load_backbone_weights(model, str(VGG16_PARTIAL), allow_partial=True)
     assert loaded.missing[0] == "features.10.weight" and len(loaded.missing) == 18
@@ -187,85 +194,78 @@ class Foreign:
     [torch_bytes, partial(torch_bytes, _use_new_zipfile_serialization=False), pickle.dumps],
     ids=["torch", "torch-before-1.6", "pickle"],
 )
-def test_nothing_pickled_is_run(encode: Callable[[object], bytes], tmp_path: Path) -> None:
+def test_pickled_code_is_not_executed(encode: Callable[[object], bytes], tmp_path: Path) -> None:
     trace = tmp_path / "was run"
-    assert refused(tmp_path, encode(backbone_of("tiny") | {"x": Foreign(trace)})) == (
-        "only tensors are loaded, and this torch file holds other objects; save its state_dict()"
-        " alone, best as safetensors"
-    )
+    refused(tmp_path, encode(backbone_of("tiny") | {"x": Foreign(trace)}), "not_only_tensors")
     assert not trace.exists()
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "code"),
     [
-        (b"", "is neither a safetensors nor a torch file"),
-        (b"<html>moved</html>", "is neither a safetensors nor a torch file"),
-        (safetensors.torch.save({"a": torch.ones(9)})[:-1], "damaged safetensors: "),
-        (torch_bytes({"a": torch.ones(9)})[:-99], "is no readable torch file: "),
-        (b"\x80\x02garbage", "only tensors are loaded"),
-        (torch_bytes([torch.ones(9)]), "holds a list, not named tensors"),
-        (torch_bytes({"epoch": 3}), "'epoch' is a int, not a tensor"),
+        (b"", "not_weights"),
+        (b"<html>moved</html>", "not_weights"),
+        (safetensors.torch.save({"a": torch.ones(9)})[:-1], "damaged_weights"),
+        (torch_bytes({"a": torch.ones(9)})[:-99], "damaged_weights"),
+        (b"\x80\x02garbage", "not_only_tensors"),
+        (torch_bytes([torch.ones(9)]), "not_weights"),
+        (torch_bytes({"epoch": 3}), "not_only_tensors"),
     ],
     ids=["empty", "html", "cut safetensors", "cut torch", "garbage", "list", "no tensor"],
 )
-def test_files_of_another_kind(data: bytes, message: str, tmp_path: Path) -> None:
-    assert refused(tmp_path, data).startswith(message)
+def test_other_and_damaged_files_are_refused(data: bytes, code: str, tmp_path: Path) -> None:
+    refused(tmp_path, data, code)
 
 
 @pytest.mark.parametrize("allow_partial", [False, True])
-def test_a_file_with_nothing_of_the_backbone(allow_partial: bool, tmp_path: Path) -> None:
-    head = {"classifier.1.weight": torch.ones(2)}
-    message = (
-        "holds no tensor of tiny's backbone; expected features.block1.conv.weight and the like"
-    )
-    assert refused(tmp_path, head, allow_partial=allow_partial) == message
-    assert refused(tmp_path, {}, allow_partial=allow_partial) == message
+def test_file_without_tensors_of_the_backbone_is_refused(
+    allow_partial: bool, tmp_path: Path
+) -> None:
+    for data in ({"classifier.1.weight": torch.ones(2)}, {}):
+        message = refused(tmp_path, data, "no_backbone_tensor", allow_partial=allow_partial)
+        assert "tiny" in message and "features.block1.conv.weight" in message
 
 
 @pytest.mark.parametrize("allow_partial", [False, True])
-def test_unknown_names(allow_partial: bool, tmp_path: Path) -> None:
+def test_unknown_tensors_are_refused(allow_partial: bool, tmp_path: Path) -> None:
     state = backbone_of("tiny")
     state["features.block2.conv.wieght"] = state.pop("features.block2.conv.weight")
-    assert refused(tmp_path, state, allow_partial=allow_partial) == (
-        "features.block2.conv.wieght is not in tiny; did you mean 'features.block2.conv.weight'?"
-    )
+    message = refused(tmp_path, state, "unknown_tensors", allow_partial=allow_partial)
+    assert message.startswith("features.block2.conv.wieght ")
+    assert "'features.block2.conv.weight'" in message
     state["zzz"] = torch.ones(1)
-    assert "and 1 more are not in tiny" in refused(tmp_path, state)
-    only = {"zzz": torch.ones(1)}
-    assert refused(tmp_path, only) == "zzz is not in tiny"  # and no list of hundreds of names
+    assert "1 more" in refused(tmp_path, state, "unknown_tensors")
+    message = refused(tmp_path, {"zzz": torch.ones(1)}, "unknown_tensors")
+    assert "features" not in message  # no list of hundreds of names
 
 
-def test_another_models_file_names_that_model(tmp_path: Path) -> None:
-    assert refused(tmp_path, backbone_of("resnet18"), "mobilenet_v2") == (
-        "bn1.bias and 119 more are not in mobilenet_v2; the file fits --model resnet18"
-    )
+def test_weights_of_another_model_name_that_model(tmp_path: Path) -> None:
+    message = refused(tmp_path, backbone_of("resnet18"), "unknown_tensors", "mobilenet_v2")
+    for fact in ("bn1.bias", "119 more", "mobilenet_v2", "--model resnet18"):
+        assert fact in message
 
 
-def test_wrong_shapes(tmp_path: Path) -> None:
+def test_other_shapes_are_refused(tmp_path: Path) -> None:
     state = backbone_of("tiny")
     state["features.block1.conv.weight"] = torch.ones(16, 1, 3, 3)
     state["features.block2.conv.bias"] = torch.ones(())
-    assert refused(tmp_path, state) == (
-        "features.block1.conv.weight and 1 more are of another shape than in tiny:"
-        " features.block1.conv.weight is 16 x 1 x 3 x 3, not 16 x 3 x 3 x 3"
-    )
+    message = refused(tmp_path, state, "other_shapes")
+    for fact in ("features.block1.conv.weight", "1 more", "16 x 1 x 3 x 3", "16 x 3 x 3 x 3"):
+        assert fact in message
 
 
-def test_numbers_that_cannot_be_weights(tmp_path: Path) -> None:
+def test_values_that_cannot_be_weights_are_refused(tmp_path: Path) -> None:
     name = "features.block1.conv.bias"
     nan = backbone_of("tiny") | {name: torch.full((16,), torch.nan)}
-    assert refused(tmp_path, nan) == f"{name} holds numbers that are not finite"
+    assert name in refused(tmp_path, nan, "not_finite")
     whole = backbone_of("tiny") | {name: torch.ones(16, dtype=torch.int8)}
-    assert refused(tmp_path, whole) == f"{name} is torch.int8; give weights of floating point"
+    assert f"{name} is torch.int8" in refused(tmp_path, whole, "not_float")
 
 
-def test_one_tensor_under_two_names(tmp_path: Path) -> None:
+def test_tensor_with_two_names_is_refused(tmp_path: Path) -> None:
     state = backbone_of("tiny")
     state["backbone.features.block1.conv.bias"] = torch.ones(16)
-    assert refused(tmp_path, state) == (
-        "holds features.block1.conv.bias twice, under different prefixes"
-    )
+    assert "features.block1.conv.bias" in refused(tmp_path, state, "duplicate_tensor")
 
 
 # Where files come from
@@ -276,32 +276,46 @@ def tiny() -> CoverModel:
     return build_model("tiny", 2, seed=0)
 
 
-def test_file_uri_and_s3(tiny: CoverModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_read_from_file_uris_and_s3(
+    tiny: CoverModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = safetensors.torch.save(backbone_of("tiny"))
     (tmp_path / "w").write_bytes(data)
     assert load_backbone_weights(tiny, f"file://{tmp_path}/w").origin == f"file://{tmp_path}/w"
 
-    asked: list[str] = []
+    uris: list[str] = []
 
     def read_bytes(uri: str) -> bytes:
-        asked.append(uri)
+        uris.append(uri)
         return data
 
     monkeypatch.setattr(storage, "read_bytes", read_bytes)
     assert load_backbone_weights(tiny, "s3://bucket/w").missing == ()
-    assert asked == ["s3://bucket/w"]
+    assert uris == ["s3://bucket/w"]
 
 
-def test_no_such_file(tiny: CoverModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("weights", "error", "code"),
+    [
+        ("imagnet", ModelError, "no_weights_file"),
+        ("/nowhere/absent.pth", StorageError, "not_found"),
+        ("/", ModelError, "is_a_directory"),
+        ("gs://bucket/w", StorageError, "unsupported_scheme"),
+    ],
+)
+def test_path_that_is_not_a_file_is_an_error(
+    weights: str,
+    error: type[CovergenreError],
+    code: str,
+    tiny: CoverModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="there is no file 'imagnet'; did you mean 'imagenet'"):
-        load_backbone_weights(tiny, "imagnet")
-    with pytest.raises(StorageError, match="no such file"):
-        load_backbone_weights(tiny, str(tmp_path / "absent.pth"))
-    with pytest.raises(ModelError, match="is a directory"):
-        load_backbone_weights(tiny, str(tmp_path))
-    with pytest.raises(StorageError, match="gs:// is not supported"):
-        load_backbone_weights(tiny, "gs://bucket/w")
+    with pytest.raises(error) as caught:
+        load_backbone_weights(tiny, weights)
+    assert caught.value.code == code and weights in str(caught.value)
+    assert ("'imagenet'" in str(caught.value)) == (weights == "imagnet")
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -321,32 +335,31 @@ def host(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_http(tiny: CoverModel, host: str, tmp_path: Path) -> None:
+def test_weights_are_downloaded(tiny: CoverModel, host: str, tmp_path: Path) -> None:
     safetensors.torch.save_file(backbone_of("tiny"), tmp_path / "w")
     loaded = load_backbone_weights(tiny, f"{host}/w?X-Amz-Signature=secret")
     assert loaded == LoadedWeights(f"{host}/w", ())
     assert same(tiny.backbone.state_dict(), backbone_of("tiny"))
 
 
-def test_http_errors(tiny: CoverModel, host: str) -> None:
+def test_failed_download_is_an_error_without_secrets(tiny: CoverModel, host: str) -> None:
     with pytest.raises(ModelError) as caught:
         load_backbone_weights(tiny, f"{host}/absent?key=secret")
-    assert str(caught.value) == (
-        f"{host}/absent: its host answered 404 File not found; give a file instead:"
-        " --weights FILE, with torchvision's names, in safetensors or .pth"
-    )
+    assert caught.value.code == "download_failed"
+    assert str(caught.value).startswith(f"{host}/absent: ") and "404" in str(caught.value)
     with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as closed:
         port = closed.server_port
-    with pytest.raises(ModelError, match=rf"^http://127\.0\.0\.1:{port}/w: its host could not be"):
+    with pytest.raises(ModelError, match=rf"^http://127\.0\.0\.1:{port}/w: ") as caught:
         load_backbone_weights(tiny, f"http://127.0.0.1:{port}/w")
+    assert caught.value.code == "download_failed"
 
 
-# torchvision's own weights
+# Weights of torchvision
 
 
 @pytest.fixture
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """torch's folder of downloads: empty, and no network behind it."""
+    """torch's directory of downloads, empty; the network is unreachable."""
 
     def unreachable(request: object) -> None:
         raise URLError("Name or service not known")
@@ -358,7 +371,9 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_imagenet(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_imagenet_weights_are_read_from_the_cache(
+    checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     state = backbone_of("mobilenet_v2")
     torch.save(
         state | {"classifier.1.bias": torch.ones(1000)}, checkpoints / "mobilenet_v2-b0353104.pth"
@@ -371,34 +386,39 @@ def test_imagenet(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == ""
 
 
-def test_imagenet_out_of_reach(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreachable_imagenet_weights_are_an_error(
+    checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = build_model("mobilenet_v2", 2, seed=0)
     with pytest.raises(ModelError) as caught:
         load_backbone_weights(model, "imagenet")
-    assert str(caught.value) == (
-        "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth: its host could not be"
-        " reached: Name or service not known; give a file instead: --weights FILE, with"
-        " torchvision's names, in safetensors or .pth"
-    )
+    assert caught.value.code == "download_failed"
+    for fact in ("/mobilenet_v2-b0353104.pth: ", "Name or service not known", "--weights FILE"):
+        assert fact in str(caught.value)
     assert capsys.readouterr().out == ""  # standard output is for results
 
 
-def test_imagenet_that_cannot_be_stored(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_that_cannot_be_saved_is_an_error(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (checkpoints / "file").touch()
     monkeypatch.setenv("TORCH_HOME", str(checkpoints / "file"))
-    with pytest.raises(ModelError, match=r"cannot be stored here: Not a directory: .*give a file"):
+    with pytest.raises(ModelError, match=r"Not a directory: .*--weights FILE") as caught:
         load_backbone_weights(build_model("mobilenet_v2", 2, seed=0), "imagenet")
+    assert caught.value.code == "download_failed"
 
 
 @pytest.mark.parametrize(
     "data", [b"PK\x03\x04 cut short", b"", b"text", pickle.dumps(Foreign(Path()))], ids=range(4)
 )
-def test_imagenet_with_a_damaged_copy(data: bytes, checkpoints: Path) -> None:
+def test_damaged_cache_of_imagenet_weights_is_an_error(data: bytes, checkpoints: Path) -> None:
     (checkpoints / "mobilenet_v2-b0353104.pth").write_bytes(data)
-    with pytest.raises(ModelError, match=r"mobilenet_v2-b0353104\.pth: the download, or its copy"):
+    with pytest.raises(ModelError, match=r"mobilenet_v2-b0353104\.pth: ") as caught:
         load_backbone_weights(build_model("mobilenet_v2", 2, seed=0), "imagenet")
+    assert caught.value.code == "damaged_weights"
 
 
-def test_imagenet_for_a_model_that_has_none(tiny: CoverModel) -> None:
-    with pytest.raises(ModelError, match="there are none for tiny; use --weights none, or one of"):
+def test_model_without_imagenet_weights_is_an_error(tiny: CoverModel) -> None:
+    with pytest.raises(ModelError, match=r"tiny.*vgg16") as caught:
         load_backbone_weights(tiny, "imagenet")
+    assert caught.value.code == "no_imagenet_weights"
