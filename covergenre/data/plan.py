@@ -4,15 +4,13 @@
     FOLDER/repeats.arrow         which rows have the id of an earlier row
     FOLDER/plan.json             number of rows, types of the columns, inputs; written last
 
-It is made in one pass over the input in memory that does not grow with it: repeated ids are found
-by their hashes in temporary files. A resumed run reads plan.json.
+It is written in one pass over the input, in bounded memory. A resumed run reads plan.json.
 """
 
 import base64
 import hashlib
 import json
 import logging
-import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +26,7 @@ from covergenre import schema
 from covergenre.config import CatalogSettings
 from covergenre.data import covers, dataset
 from covergenre.data.covers import FIRST, Source
+from covergenre.data.repeated_ids import RepeatedIds
 from covergenre.errors import CatalogError, StorageError
 from covergenre.io import arrow_file, storage
 from covergenre.io.hashing import hash_rows
@@ -37,24 +36,15 @@ logger = logging.getLogger(__name__)
 
 _COVER = ("cover", "source", "source_row")
 ROWS = pa.schema([schema.CATALOG.field(name) for name in ("row", "album_id", *_COVER)])
-_REPEATS = pa.schema(
-    [
-        pa.field("row", pa.int64()),
-        pa.field("first_row", pa.int64()),
-        pa.field("same_url", pa.bool_()),  # the same cover, without reading it
-    ]
-)
 GROUP_ROWS = dataset.TABLE_GROUP_ROWS
 PART_ROWS = 8 * GROUP_ROWS
-_BUCKETS = 64
-_RANGE_ROWS = 512 * GROUP_ROWS
 _META = "plan.json"
 _REPEATS_FILE = "repeats.arrow"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbered rows of a run's input, on disk."""
+    """The numbered rows of the input of a run, on disk."""
 
     uri: str
     rows: int
@@ -98,7 +88,7 @@ class Plan:
         return self.take(np.arange(start, stop))
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
-        """The same for `rows`, which ascend; all rows between them are read."""
+        """Like `read`, for ascending row numbers; the rows between them are read, too."""
         start = int(rows[0])
         table = self.read_rows(start, int(rows[-1]) + 1).take(pa.array(rows - start))
         repeats = self._repeats(start, int(rows[-1]) + 1)
@@ -239,7 +229,7 @@ def read_plan(uri: str) -> Plan | None:
             pa.ipc.read_schema(pa.py_buffer(base64.b64decode(value["schema"]))),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise StorageError(f"{meta}: was not written by this covergenre; remove {uri}") from error
+        raise StorageError(f"{meta}: invalid, or of another version; remove {uri}") from error
 
 
 def write_plan(uri: str, reader: RowReader, progress: Progress | None = None) -> Plan:
@@ -252,7 +242,7 @@ def write_plan(uri: str, reader: RowReader, progress: Progress | None = None) ->
     schemes: set[str] = set()
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as temporary:
-        seen = _Seen(Path(temporary))
+        ids = RepeatedIds(Path(temporary))
         unified = ROWS
         for part in _even(reader.parts()):
             unified = _unify(unified, part.schema)
@@ -262,13 +252,13 @@ def write_plan(uri: str, reader: RowReader, progress: Progress | None = None) ->
             data = arrow_file.to_arrow_file(part, GROUP_ROWS)
             storage.put(_part_uri(uri, "part", rows), data)
             with storage.translate_errors(temporary, "write"):
-                seen.add(part)
+                ids.add(part)
             rows += part.num_rows
             if progress is not None:
                 progress.advance(part.num_rows)
         repeats = Path(temporary, _REPEATS_FILE)
         with storage.translate_errors(temporary, "write"):
-            seen.write_repeats(repeats, rows)
+            ids.write_repeats(repeats, rows, GROUP_ROWS)
         storage.put_file(storage.join(uri, _REPEATS_FILE), repeats)
     source, columns = reader.source(), _without_null_types(unified)
     plan = Plan(
@@ -360,76 +350,3 @@ def _without_null_types(schema: pa.Schema) -> pa.Schema:
     return pa.schema(
         [(f.name, pa.string() if pa.types.is_null(f.type) else f.type) for f in schema]
     )
-
-
-# 128 bits of hash with a random key: a collision among 100 million ids, accidental or deliberate,
-# has a probability of about 1e-23.
-_SEEN = np.dtype([("id", np.uint64, 2), ("row", np.int64), ("cover", np.uint64)])
-_REPEATED = np.dtype([("row", np.int64), ("first_row", np.int64), ("same_url", np.bool_)])
-
-
-class _Seen:
-    """The ids of all rows and their covers, as hashes: 32 bytes per row, in temporary files."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._keys = [secrets.token_hex(8) for _ in range(3)]
-
-    def add(self, part: pa.Table) -> None:
-        part = part.filter(pc.is_valid(part["album_id"]))
-        records = np.empty(part.num_rows, _SEEN)
-        for n in range(2):
-            records["id"][:, n] = self._hashes(part["album_id"], n)
-        records["row"] = part["row"].to_numpy()
-        # Only equal URLs or paths show, without reading them, that covers are equal. 0: no URL.
-        has_url = pc.and_(pc.is_valid(part["cover"]), pc.is_null(part["source"])).to_numpy()
-        records["cover"] = np.where(
-            has_url, self._hashes(pc.fill_null(part["cover"], ""), 2) | np.uint64(1), 0
-        )
-        self._spill("ids", records, records["id"][:, 0] % np.uint64(_BUCKETS))
-
-    def _hashes(self, texts: pa.ChunkedArray, key: int) -> NDArray[np.uint64]:
-        from pandas.util import hash_array
-
-        values = texts.to_numpy().astype(object)
-        hashes: NDArray[np.uint64] = hash_array(values, hash_key=self._keys[key], categorize=False)
-        return hashes
-
-    def _spill(self, name: str, records: NDArray[Any], buckets: NDArray[Any]) -> None:
-        for bucket in np.unique(buckets):
-            with self._file(name, int(bucket)).open("ab") as file:
-                file.write(records[buckets == bucket].tobytes())
-
-    def _file(self, name: str, bucket: int) -> Path:
-        return self._folder / f"{name}-{bucket:06d}"
-
-    def write_repeats(self, to: Path, rows: int) -> None:
-        """Write _REPEATS in order of row; batch n is of the plan's rows from n * GROUP_ROWS.
-
-        rows: number of rows of the plan.
-        """
-        for file in sorted(self._folder.glob("ids-*")):
-            found = _repeated(np.fromfile(file, _SEEN))
-            file.unlink()
-            self._spill("repeats", found, found["row"] // _RANGE_ROWS)
-        with pa.ipc.new_file(to, _REPEATS, options=arrow_file.options()) as writer:
-            for start in range(0, rows, _RANGE_ROWS):
-                file = self._file("repeats", start // _RANGE_ROWS)
-                found = np.fromfile(file, _REPEATED) if file.exists() else np.empty(0, _REPEATED)
-                found.sort(order="row")
-                begins = range(start, min(start + _RANGE_ROWS, rows), GROUP_ROWS)
-                for group in np.split(found, np.searchsorted(found["row"], begins[1:])):
-                    columns = [pa.array(np.ascontiguousarray(group[f.name])) for f in _REPEATS]
-                    writer.write_batch(pa.record_batch(columns, _REPEATS))
-
-
-def _repeated(seen: NDArray[Any]) -> NDArray[Any]:
-    """_REPEATED of all rows of some ids, given as _SEEN."""
-    seen = seen[np.lexsort((seen["row"], seen["id"][:, 1], seen["id"][:, 0]))]
-    is_first = np.ones(len(seen), bool)
-    is_first[1:] = (seen["id"][1:] != seen["id"][:-1]).any(1)
-    first = seen[np.maximum.accumulate(np.where(is_first, np.arange(len(seen)), 0))]
-    found = np.empty(len(seen), _REPEATED)
-    found["row"], found["first_row"] = seen["row"], first["row"]
-    found["same_url"] = (seen["cover"] == first["cover"]) & (seen["cover"] != 0)
-    return found[~is_first]

@@ -11,7 +11,7 @@ import pytest
 from rows import TableReader
 
 from covergenre import schema
-from covergenre.data import covers, plan
+from covergenre.data import covers, plan, repeated_ids
 from covergenre.data.covers import Source
 from covergenre.data.plan import Plan, identity_of, open_plan, read_plan, write_plan
 from covergenre.errors import StorageError
@@ -22,8 +22,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts, row groups and ranges of a few rows, so that small tables have many."""
     monkeypatch.setattr(plan, "GROUP_ROWS", 5)
     monkeypatch.setattr(plan, "PART_ROWS", 20)
-    monkeypatch.setattr(plan, "_RANGE_ROWS", 15)
-    monkeypatch.setattr(plan, "_BUCKETS", 3)
+    monkeypatch.setattr(repeated_ids, "_RANGE_GROUPS", 3)
+    monkeypatch.setattr(repeated_ids, "_BUCKETS", 3)
 
 
 def some_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:

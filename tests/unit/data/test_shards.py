@@ -11,6 +11,7 @@ from rows import TableReader, plan_table
 
 from covergenre import schema
 from covergenre.data import plan as plan_module
+from covergenre.data import repeated_ids
 from covergenre.data.genres import Genres, unselected_reason
 from covergenre.data.plan import Plan, write_plan
 from covergenre.data.shards import (
@@ -31,7 +32,7 @@ GENRES = [["Jazz"], ["Rock", "Pop"], ["Pop"], [], ["Jazz", "Rock"]]
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "GROUP_ROWS", 5)
     monkeypatch.setattr(plan_module, "PART_ROWS", 20)
-    monkeypatch.setattr(plan_module, "_RANGE_ROWS", 10)
+    monkeypatch.setattr(repeated_ids, "_RANGE_GROUPS", 2)
 
 
 def some_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
