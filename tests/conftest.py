@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from flaky_proxy import FlakyProxy
-from training_runs import scale_dev_logits, train_config
+from local_training import training_in_this_process
+from training_runs import scaled_dev_logits, train_config
 
 from covergenre.demo.sample import write_sample, write_untrained_model
 
@@ -168,13 +169,21 @@ def untrained_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_untrained_model(str(tmp_path_factory.mktemp("untrained") / "model"))
 
 
+@pytest.fixture
+def local_training() -> Iterator[None]:
+    """`train` trains in this process: see helpers/local_training.py."""
+    with training_in_this_process():
+        yield
+
+
 @pytest.fixture(scope="session")
 def trained_model(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory of two epochs, trained with one worker. To be read, not changed."""
+    """A model directory of two epochs, trained in this process. To be read, not changed."""
     from covergenre.stages.train import train
 
     out = tmp_path_factory.mktemp("trained") / "model"
-    train(train_config(dataset, out, workers=1))
+    with training_in_this_process():
+        train(train_config(dataset, out, workers=1))
     return out
 
 
@@ -189,6 +198,5 @@ def frozen_run(
     out = tmp_path_factory.mktemp("frozen") / "model"
     weights = str(trained_model / "model.safetensors")
     config = train_config(dataset, out, weights=weights, freeze="all", seed=1, max_steps=1)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        scale_dev_logits(monkeypatch, 0.0)
+    with training_in_this_process(), scaled_dev_logits(0.0):
         return train(config)

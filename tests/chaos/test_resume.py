@@ -1,6 +1,7 @@
 """Resuming training: killed workers, damaged files, Ctrl-C, and too little GPU memory."""
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -164,6 +165,20 @@ def test_run_interrupted_while_writing_the_model_resumes_without_training(
     assert weights_id(out) == weights_id(trained_model)
     assert losses(out) == losses(trained_model)
     assert not out.with_name("m.training").exists()
+
+
+@pytest.mark.chaos
+def test_damaged_shard_fails_in_one_line(dataset: Path, tmp_path: Path) -> None:
+    """Found by a task on the cluster, and reported as if it had been found here."""
+    broken = tmp_path / "dataset"
+    shutil.copytree(dataset, broken)
+    shard = broken / "train" / "part-00001.parquet"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:200] + bytes(len(data) - 400) + data[-200:])
+    with pytest.raises(StorageError) as caught:
+        train(train_config(broken, tmp_path / "m"))
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert str(shard) in str(caught.value)
 
 
 @pytest.mark.chaos

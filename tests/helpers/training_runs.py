@@ -1,6 +1,8 @@
 """Small training runs and their output files."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,19 +42,16 @@ def losses(model: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def scale_dev_logits(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    """Make every worker of a training run multiply the logits of the dev split by `factor`."""
+@contextlib.contextmanager
+def scaled_dev_logits(factor: float) -> Iterator[None]:
+    """Meanwhile the logits of the dev split, in this process, are multiplied by `factor`."""
+    from covergenre.models.predictor import Predictor
 
-    def scaled_loop(settings: dict[str, Any]) -> None:
-        from covergenre.models import predictor
-        from covergenre.training import worker
+    logits_of = Predictor.logits_of
 
-        logits_of = predictor.Predictor.logits_of
+    def scaled(self: Predictor, images_BCHW: "torch.Tensor") -> "torch.Tensor":
+        return factor * logits_of(self, images_BCHW)
 
-        def scaled(self: Any, images_BCHW: "torch.Tensor") -> "torch.Tensor":
-            return factor * logits_of(self, images_BCHW)
-
-        predictor.Predictor.logits_of = scaled  # type: ignore[method-assign]
-        worker.training_loop(settings)
-
-    monkeypatch.setattr("covergenre.training.worker.training_loop", scaled_loop)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Predictor, "logits_of", scaled)
+        yield

@@ -35,7 +35,7 @@ def test_predict_gives_the_scores_of_score(
 
 
 def test_train_returns_its_history_and_model(
-    dataset: Path, local_ray: None, tmp_path: Path
+    dataset: Path, local_ray: None, local_training: None, tmp_path: Path
 ) -> None:
     events: list[cg.ProgressEvent] = []
     run = cg.train(
@@ -77,9 +77,8 @@ def test_ray_dataset_has_the_encoded_covers(dataset: Path, local_ray: None) -> N
     assert [row["album_id"] for row in rows] == test.to_pandas()["album_id"].tolist()
 
 
-@pytest.mark.parametrize("batch_format", ["numpy", "pyarrow", "pandas"])
 def test_batch_predictor_in_a_pipeline_of_ray_data(
-    dataset: Path, untrained_model: str, local_ray: None, batch_format: str
+    dataset: Path, untrained_model: str, local_ray: None
 ) -> None:
     import ray.data
 
@@ -90,7 +89,6 @@ def test_batch_predictor_in_a_pipeline_of_ray_data(
         fn_constructor_kwargs={"prefix": "predicted_"},
         compute=ray.data.ActorPoolStrategy(size=1),
         batch_size=8,
-        batch_format=batch_format,
     )
     rows: list[dict[str, Any]] = sorted(mapped.take_all(), key=lambda row: row["row"])
     scores = cg.load_model(untrained_model).predict([row["image"] for row in rows])

@@ -2,7 +2,7 @@
 
 import io
 import multiprocessing
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from local_training import LocalStream
 from PIL import Image
 
 from covergenre import schema
@@ -18,7 +19,7 @@ from covergenre.data import dataset
 from covergenre.data.dataset import Manifest
 from covergenre.data.genres import Genres
 from covergenre.data.image_decoding import Preprocessing
-from covergenre.training import checkpoints, loader
+from covergenre.training import checkpoints
 from covergenre.training.job import Job
 
 GENRES = Genres(("Jazz", "Rock"))
@@ -51,28 +52,40 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return Manifest(root, GENRES, shards, "id", {})
 
 
-class LocalStream(loader.BatchStream):
-    """A BatchStream that reads and decodes in this process."""
-
-    def __init__(
-        self, data: loader.TrainingData, epochs: Sequence[tuple[int, int]], *, first_step: int = 0
-    ) -> None:
-        self._data = data
-        items = loader.items_of_epochs(data, epochs, first_step)
-        self._shares = self._read(items)
-
-    def _read(self, items: list[dict[str, int]]) -> Generator[Any, None, None]:
-        for item in items:
-            for shares in loader.read_items(pa.Table.from_pylist([item]), self._data):
-                for decoded in loader._decode(shares, self._data.preprocessing):
-                    yield from decoded.to_batches()
-
-
 class Ignored:
     """Stands for the monitor: takes every report."""
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(remote=lambda *_: None)
+
+
+def use_tiny_with_batch_norm() -> None:
+    """From here on this process builds `tiny` with a batch norm."""
+    from torch import nn
+
+    from covergenre.models import networks
+
+    tiny = networks._tiny
+
+    def with_batch_norm(num_genres: int) -> tuple[nn.Module, nn.Module]:
+        backbone, head = tiny(num_genres)
+        return nn.Sequential(nn.BatchNorm2d(3), backbone), head
+
+    networks._tiny = with_batch_norm
+
+
+def local_job(manifest: Manifest, folder: str, **settings: Any) -> Job:
+    defaults = {"model": "tiny", "epochs": 2, "batch_size": 6, "shuffle_window": 2}
+    return Job(
+        config=TrainConfig(dataset="d", out="o", **(defaults | settings)).resolved(),
+        manifest=manifest,
+        preprocessing=Preprocessing(side=32),
+        baseline_loss=0.6,
+        workers=None,  # type: ignore[arg-type]
+        backbone=None,
+        checkpoints=folder,
+        monitor=Ignored(),
+    )
 
 
 def run(
@@ -82,20 +95,12 @@ def run(
     from covergenre.training import worker
     from covergenre.training.ranks import Ranks
 
-    worker.BatchStream = LocalStream  # type: ignore[attr-defined]
+    if settings.pop("with_batch_norm", False):
+        use_tiny_with_batch_norm()
+
+    worker.BatchStream = LocalStream  # type: ignore[attr-defined,misc]
     worker.Worker._is_resize_requested = lambda self: False  # type: ignore[method-assign]
-    defaults = {"model": "tiny", "epochs": 2, "batch_size": 6, "shuffle_window": 2}
-    config = TrainConfig(dataset="d", out="o", **(defaults | settings)).resolved()
-    job = Job(
-        config=config,
-        manifest=manifest,
-        preprocessing=Preprocessing(side=32),
-        baseline_loss=0.6,
-        workers=None,  # type: ignore[arg-type]
-        backbone=None,
-        checkpoints=folder,
-        monitor=Ignored(),
-    )
+    job = local_job(manifest, folder, **settings)
     subject = worker.Worker(job, Ranks(rank, world, "cpu"), None)
     if stop:
         train_step = subject._train_step
@@ -148,12 +153,54 @@ def test_resumed_run_is_bit_for_bit_as_an_uninterrupted_one(
     assert all(tensors[name].equal(others[name]) for name in tensors)
 
 
-def test_two_workers_compute_the_losses_of_one(manifest: Manifest, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Callable[..., list[list[float]]]]:
+    """A function that trains on two ranks, each in a process; the losses of both."""
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+
+        def train(manifest: Manifest, folder: Path, **settings: Any) -> list[list[float]]:
+            ranks = [(manifest, str(folder), rank, settings) for rank in range(2)]
+            return pool.starmap(run_rank, ranks, chunksize=1)
+
+        yield train
+
+
+def test_two_workers_compute_the_losses_of_one(
+    manifest: Manifest, two_ranks: Callable[..., list[list[float]]], tmp_path: Path
+) -> None:
     alone = run(manifest, str(tmp_path / "one"), l2=1e-3)
-    settings = {"l2": 1e-3}
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(2) as pool:
-        arguments = [(manifest, str(tmp_path / "two"), rank, settings) for rank in range(2)]
-        first, second = pool.starmap(run_rank, arguments, chunksize=1)
+    first, second = two_ranks(manifest, tmp_path / "two", l2=1e-3)
     assert first == second
     np.testing.assert_allclose(first, alone, atol=1e-4)
+
+
+def test_dev_metrics_of_two_workers_are_those_of_the_saved_batch_norm_statistics(
+    manifest: Manifest,
+    two_ranks: Callable[..., list[list[float]]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Each worker has running statistics of its own rows: all must use those of one worker."""
+    from covergenre.models import networks
+    from covergenre.models.predictor import Predictor
+    from covergenre.training.dev_evaluation import evaluate_dev
+    from covergenre.training.ranks import Ranks
+    from covergenre.training.worker import _training_data
+
+    # 7 rows to the last step, after which DDP does not share the statistics any more.
+    two_ranks(manifest, tmp_path / "two", epochs=1, batch_size=9, with_batch_norm=True)
+    state, tensors = final_state(str(tmp_path / "two"), tmp_path)
+    monkeypatch.setattr(networks, "_tiny", networks._tiny)  # to be undone
+    use_tiny_with_batch_norm()
+    job = local_job(manifest, str(tmp_path / "two"), epochs=1)
+    model = networks.build_model("tiny", len(GENRES))
+    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    model.load_state_dict(weights)
+    assert model.backbone[0].num_batches_tracked > 0
+    one = Ranks(0, 1, "cpu")
+    stream = LocalStream(_training_data(job, one), [(0, 0)])
+    predictor = Predictor(model, job.preprocessing, "cpu", "fp32")
+    found = evaluate_dev(stream, predictor, manifest, one)
+    (record,) = state["history"]
+    for name in ("dev_loss", "dev_roc_auc_micro", "dev_pr_auc_macro", "dev_recall"):
+        assert found[name] == pytest.approx(record[name], abs=1e-6)
