@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from flaky_proxy import FAULTS, FlakyProxy
+from local_training import training_in_this_process
 
 from covergenre.cli import main
 from covergenre.io import storage
@@ -66,8 +67,9 @@ def test_all_stages_through_a_flaky_store_give_the_same_results(
         assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
         print(dict(sorted(proxy.counts.items())))
         assert all(proxy.faults()[fault] for fault in set(FAULTS)), proxy.counts
-    for arguments in job(calm, catalog):
-        main(arguments)
+    with training_in_this_process():
+        for arguments in job(calm, catalog):
+            main(arguments)
     ledger = storage.read_json(f"{place}/labels/_ledger.json")
     counts = [ledger[name] for name in ("rows", "scored", "rejected", "duplicates")]
     assert counts == [151, 149, 1, 1]

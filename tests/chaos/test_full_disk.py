@@ -119,6 +119,7 @@ def test_prepare(synthetic_catalog: Path, dataset: Path, disk: Path, run: Comman
     assert read_manifest(str(disk / "d")).dataset_id == read_manifest(str(dataset)).dataset_id
 
 
+@pytest.mark.usefixtures("local_training")
 def test_train(dataset: Path, trained_model: Path, disk: Path, run: Command) -> None:
     command = ("train", dataset, "--out", disk / "m", *TRAIN)
     leave(disk, 3 * 2**19)  # a checkpoint and a bit

@@ -133,6 +133,7 @@ def test_interrupted_run_resumes_on_request(
 
 
 @pytest.mark.chaos
+@pytest.mark.usefixtures("local_training")
 def test_run_interrupted_while_writing_the_model_resumes_without_training(
     dataset: Path,
     trained_model: Path,
@@ -182,10 +183,11 @@ def test_damaged_shard_fails_in_one_line(dataset: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
+@pytest.mark.usefixtures("local_training")
 def test_non_finite_loss_names_the_last_checkpoint(dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "m"
     with pytest.raises(TrainingDivergedError) as caught:
-        train(train_config(dataset, out, learning_rate=1e30, checkpoint_every=1, workers=2))
+        train(train_config(dataset, out, learning_rate=1e30, checkpoint_every=1))
     assert not out.exists()
     folder = tmp_path / "m.training" / "checkpoints"
     (kept,) = checkpoints(out)
@@ -197,35 +199,29 @@ def test_non_finite_loss_names_the_last_checkpoint(dataset: Path, tmp_path: Path
 
 
 @pytest.mark.chaos
+@pytest.mark.usefixtures("local_training")
 def test_step_too_large_for_gpu_memory_accumulates_gradients(
     dataset: Path,
     trained_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In real workers; only the GPU, which raises the error where rows are too many, is not."""
+    """All is real but the GPU, which raises the error where rows are too many."""
+    from covergenre.training.worker import Worker
 
-    def on_a_small_gpu(settings: dict[str, Any]) -> None:
-        from covergenre.training import worker
+    backward = Worker._backward
 
-        backward = worker.Worker._backward
+    def limited(worker: Worker, part: Any, *args: Any, **others: Any) -> Any:
+        if len(part) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return backward(worker, part, *args, **others)
 
-        def limited(worker: Any, part: Any, *args: Any, **others: Any) -> Any:
-            if len(part) > 3:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return backward(worker, part, *args, **others)
-
-        worker.Worker._backward = limited  # type: ignore[assignment]
-        worker.training_loop(settings)
-
-    monkeypatch.setattr("covergenre.training.worker.training_loop", on_a_small_gpu)
+    monkeypatch.setattr(Worker, "_backward", limited)
     out = tmp_path / "m"
-    train(train_config(dataset, out, workers=2))
-    said = caplog.text + capfd.readouterr().err
-    assert said.count("computing 3 covers at a time") == 1, said
-    assert "Traceback" not in said and "workers failed" not in said
+    train(train_config(dataset, out))
+    counts = [caplog.text.count(f"computing {n} covers at a time") for n in (5, 3)]
+    assert counts == [1, 1] and "workers failed" not in caplog.text
     # The same sums in another order. Adam divides by what is nearly nothing at first, and so the
     # last digits grow from step to step.
     np.testing.assert_allclose(losses(out)[:9], losses(trained_model)[:9], atol=1e-6)

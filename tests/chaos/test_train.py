@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from local_training import training_in_this_process
 from training_runs import losses, read_jsonl
 
+from covergenre.cli import main
 from covergenre.models.bundle import read_bundle
 from covergenre.training.checkpoints import newest
 
@@ -34,9 +36,10 @@ MARK = "COVERGENRE_CHAOS_RUN"
 
 @pytest.fixture(scope="module")
 def reference(dataset: Path) -> Path:
-    """An uninterrupted run."""
+    """An uninterrupted run, in this process."""
     out = dataset.with_name("reference")
-    Driver(dataset, out).finish()
+    with training_in_this_process():
+        main(["train", str(dataset), "--out", str(out), *SETTINGS])
     assert len(losses(out)) == EPOCHS * STEPS
     return out
 

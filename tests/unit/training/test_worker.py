@@ -1,5 +1,6 @@
 """The training loop in this process, and in two that exchange gradients; without Ray."""
 
+import contextlib
 import io
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -19,10 +20,12 @@ from covergenre.data import dataset
 from covergenre.data.dataset import Manifest
 from covergenre.data.genres import Genres
 from covergenre.data.image_decoding import Preprocessing
+from covergenre.errors import TrainingDivergedError
 from covergenre.training import checkpoints
 from covergenre.training.job import Job
 
 GENRES = Genres(("Jazz", "Rock"))
+TrainTwoRanks = Callable[..., list[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +62,9 @@ class Ignored:
         return SimpleNamespace(remote=lambda *_: None)
 
 
-def use_tiny_with_batch_norm() -> None:
-    """From here on this process builds `tiny` with a batch norm."""
+@contextlib.contextmanager
+def tiny_with_batch_norm() -> Iterator[None]:
+    """Meanwhile the model `tiny` has a batch norm."""
     from torch import nn
 
     from covergenre.models import networks
@@ -71,10 +75,14 @@ def use_tiny_with_batch_norm() -> None:
         backbone, head = tiny(num_genres)
         return nn.Sequential(nn.BatchNorm2d(3), backbone), head
 
-    networks._tiny = with_batch_norm
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(networks, "_tiny", with_batch_norm)
+        yield
 
 
-def local_job(manifest: Manifest, folder: str, **settings: Any) -> Job:
+def local_job(
+    manifest: Manifest, folder: str, *, microbatch: int | None = None, **settings: Any
+) -> Job:
     defaults = {"model": "tiny", "epochs": 2, "batch_size": 6, "shuffle_window": 2}
     return Job(
         config=TrainConfig(dataset="d", out="o", **(defaults | settings)).resolved(),
@@ -85,6 +93,7 @@ def local_job(manifest: Manifest, folder: str, **settings: Any) -> Job:
         backbone=None,
         checkpoints=folder,
         monitor=Ignored(),
+        microbatch=microbatch,
     )
 
 
@@ -94,9 +103,6 @@ def run(
     """Train, on `rank` of `world`; the losses of all steps. stop: step before which to fail."""
     from covergenre.training import worker
     from covergenre.training.ranks import Ranks
-
-    if settings.pop("with_batch_norm", False):
-        use_tiny_with_batch_norm()
 
     worker.BatchStream = LocalStream  # type: ignore[attr-defined,misc]
     worker.Worker._is_resize_requested = lambda self: False  # type: ignore[method-assign]
@@ -115,13 +121,19 @@ def run(
     return subject._losses.losses
 
 
-def run_rank(manifest: Manifest, folder: str, rank: int, settings: dict[str, Any]) -> list[float]:
+def run_rank(
+    manifest: Manifest, folder: str, rank: int, settings: dict[str, Any], batch_norm: bool
+) -> list[float] | str:
+    """The losses of all steps; or the error of a run that diverges."""
     from torch import distributed
 
     store = f"file://{folder}.rendezvous"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     try:
-        return run(manifest, folder, rank, 2, **settings)
+        with tiny_with_batch_norm() if batch_norm else contextlib.nullcontext():
+            return run(manifest, folder, rank, 2, **settings)
+    except TrainingDivergedError as error:
+        return str(error)
     finally:
         distributed.destroy_process_group()
 
@@ -154,19 +166,21 @@ def test_resumed_run_is_bit_for_bit_as_an_uninterrupted_one(
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Callable[..., list[list[float]]]]:
-    """A function that trains on two ranks, each in a process; the losses of both."""
+def two_ranks() -> Iterator[TrainTwoRanks]:
+    """A function that trains on two ranks, each in a process: what `run_rank` returns of both."""
     with multiprocessing.get_context("spawn").Pool(2) as pool:
 
-        def train(manifest: Manifest, folder: Path, **settings: Any) -> list[list[float]]:
-            ranks = [(manifest, str(folder), rank, settings) for rank in range(2)]
+        def train(
+            manifest: Manifest, folder: Path, *, batch_norm: bool = False, **settings: Any
+        ) -> list[Any]:
+            ranks = [(manifest, str(folder), rank, settings, batch_norm) for rank in range(2)]
             return pool.starmap(run_rank, ranks, chunksize=1)
 
         yield train
 
 
 def test_two_workers_compute_the_losses_of_one(
-    manifest: Manifest, two_ranks: Callable[..., list[list[float]]], tmp_path: Path
+    manifest: Manifest, two_ranks: TrainTwoRanks, tmp_path: Path
 ) -> None:
     alone = run(manifest, str(tmp_path / "one"), l2=1e-3)
     first, second = two_ranks(manifest, tmp_path / "two", l2=1e-3)
@@ -174,11 +188,24 @@ def test_two_workers_compute_the_losses_of_one(
     np.testing.assert_allclose(first, alone, atol=1e-4)
 
 
+def test_smaller_microbatch_computes_the_same_losses(
+    manifest: Manifest, two_ranks: TrainTwoRanks, tmp_path: Path
+) -> None:
+    alone = run(manifest, str(tmp_path / "one"), epochs=1)
+    first, second = two_ranks(manifest, tmp_path / "two", epochs=1, microbatch=2)
+    assert first == second
+    np.testing.assert_allclose(first, alone, atol=1e-4)
+
+
+def test_diverged_run_raises_the_same_error_on_every_rank(
+    manifest: Manifest, two_ranks: TrainTwoRanks, tmp_path: Path
+) -> None:
+    messages = two_ranks(manifest, tmp_path / "two", learning_rate=1e30)
+    assert messages[0] == messages[1] and "1e+30" in str(messages[0])
+
+
 def test_dev_metrics_of_two_workers_are_those_of_the_saved_batch_norm_statistics(
-    manifest: Manifest,
-    two_ranks: Callable[..., list[list[float]]],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    manifest: Manifest, two_ranks: TrainTwoRanks, tmp_path: Path
 ) -> None:
     """Each worker has running statistics of its own rows: all must use those of one worker."""
     from covergenre.models import networks
@@ -188,12 +215,11 @@ def test_dev_metrics_of_two_workers_are_those_of_the_saved_batch_norm_statistics
     from covergenre.training.worker import _training_data
 
     # 7 rows to the last step, after which DDP does not share the statistics any more.
-    two_ranks(manifest, tmp_path / "two", epochs=1, batch_size=9, with_batch_norm=True)
+    two_ranks(manifest, tmp_path / "two", epochs=1, batch_size=9, batch_norm=True)
     state, tensors = final_state(str(tmp_path / "two"), tmp_path)
-    monkeypatch.setattr(networks, "_tiny", networks._tiny)  # to be undone
-    use_tiny_with_batch_norm()
     job = local_job(manifest, str(tmp_path / "two"), epochs=1)
-    model = networks.build_model("tiny", len(GENRES))
+    with tiny_with_batch_norm():
+        model = networks.build_model("tiny", len(GENRES))
     weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     model.load_state_dict(weights)
     assert model.backbone[0].num_batches_tracked > 0
