@@ -66,8 +66,15 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
+    """For tests in this order: the first starts no machine, the second has to wait for one."""
+    with started_cluster() as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def started_cluster() -> Iterator[Cluster]:
     from ray.util import get_node_ip_address
 
     folder = Path(tempfile.mkdtemp(prefix="covergenre-"))  # short: Ray's sockets lie in it
@@ -161,6 +168,20 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def test_training_starts_on_one_machine_and_grows(dataset: Path, tmp_path: Path) -> None:
+    # On the head: machines of one computer would share, and overwrite, the folder a job works in.
+    with started_cluster() as cluster:
+        trained = cluster.run(
+            *("train", str(dataset), "--out", str(tmp_path / "model"), "--shared-filesystem"),
+            *("--device", "cpu", "--model", "tiny", "--workers", "1:2", "--max-steps", "60"),
+            address=cluster.gcs,
+        )
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "waiting for machines" in trained.stderr
+    assert "workers failed" not in trained.stderr, trained.stderr
+    assert "there is room for 2 workers: resizing" in trained.stderr, trained.stderr
+
+
 def test_more_workers_than_the_cluster_can_have_are_refused(
     cluster: Cluster, untrained_model: str, synthetic_catalog: Path, tmp_path: Path
 ) -> None:
@@ -218,18 +239,3 @@ def test_prepare_and_score_wait_for_machines_to_start(
     assert scored.returncode == 0, scored.stdout + scored.stderr
     assert "150 rows = 150 scored + 0 rejected + 0 duplicates" in scored.stdout
     assert cluster.nodes() > 1
-
-
-def test_training_starts_on_one_machine_and_grows(
-    cluster: Cluster, dataset: Path, tmp_path: Path
-) -> None:
-    # On the head: machines of one computer would share, and overwrite, the folder a job works in.
-    trained = cluster.run(
-        *("train", str(dataset), "--out", str(tmp_path / "model"), "--shared-filesystem"),
-        *("--device", "cpu", "--model", "tiny", "--workers", "1:2", "--max-steps", "60"),
-        address=cluster.gcs,
-    )
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert "waiting for machines" in trained.stderr
-    assert "workers failed" not in trained.stderr, trained.stderr
-    assert "there is room for 2 workers: resizing" in trained.stderr, trained.stderr

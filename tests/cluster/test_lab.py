@@ -411,7 +411,6 @@ def test_doctor_checks_both_hosts(lab: Lab) -> None:
     ("stage", "arguments", "said"),
     [
         ("train", ["s3://lab/none", "--out", "s3://lab/x"], "s3://lab/none: no such dataset"),
-        ("prepare", ["jobs", "--out", "s3://lab/x"], "no catalog files found"),
         ("train", ["s3://lab/none", "--out", "s3://lab/x", "--epoch", "2"], "'--epochs'?"),
     ],
 )
