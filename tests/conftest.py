@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # As covergenre does before it imports ray; here a test may import ray first.
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 # Ray's workers have nice 15: beside the unit tests they would get no more than the idle CPU.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ.update(RAY_worker_niceness="0")
 
 # What runs in the background is started with ^C ignored, and hands that on to what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
