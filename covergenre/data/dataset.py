@@ -113,7 +113,7 @@ def read_manifest(uri: str) -> Manifest:
     """The manifest of the dataset at `uri`. Raises DatasetError if it is not a dataset."""
     uri = storage.absolute(uri)
     if not storage.exists(uri):
-        raise DatasetError(f"{uri}: no such dataset", code="not_found")
+        raise DatasetError(f"{uri}: no such dataset; check the path", code="not_found")
     path = storage.join(uri, MANIFEST)
     if not storage.exists(path):
         raise DatasetError(

@@ -125,7 +125,7 @@ def read_bundle(uri: str | Path) -> Bundle:
     """
     uri = storage.absolute(uri)
     if not storage.exists(uri):
-        raise ModelError(f"{uri}: no such model directory", code="not_found")
+        raise ModelError(f"{uri}: no such model directory; check the path", code="not_found")
     if not is_bundle(uri):
         raise ModelError(
             f"{uri}: not a model directory (no bundle.json); create one with `covergenre train`",
