@@ -129,7 +129,7 @@ def prepared(small_row_groups: None, tmp_path: Path, covers: list[Path]) -> str:
 
 
 def run_python(code: str, **environment: str) -> str:
-    """Standard output and error of a Python process of its own, which has to succeed."""
+    """Standard output and error of a separate Python process, which must succeed."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
         capture_output=True,
@@ -141,7 +141,7 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_import_loads_nothing_heavy() -> None:
+def test_import_loads_no_slow_packages() -> None:
     loaded = run_python("import sys, covergenre; print(*sys.modules)").split()
     heavy = {"numpy", "pandas", "PIL", "pyarrow", "pydantic", "ray", "sklearn", "torch", "boto3"}
     assert not heavy & set(loaded)
@@ -175,7 +175,7 @@ def test_import_load_and_predict_change_nothing_in_the_process(
                 os.stat(2),
             )
 
-        import torch  # has settings of its own
+        import torch  # changes settings itself
         before = state()
         import covergenre as cg
         model = cg.load_model({untrained_model!r}, device="cpu")
@@ -332,7 +332,7 @@ def test_module_is_in_eval_mode(model: cg.Model) -> None:
     assert not any(module.training for module in model.module.modules())
 
 
-def test_model_has_what_its_directory_tells(model: cg.Model, untrained_model: str) -> None:
+def test_model_attributes_are_those_of_its_directory(model: cg.Model, untrained_model: str) -> None:
     assert model.uri == untrained_model and model.name == "tiny"
     assert sorted(model.thresholds) == list(model.genres)
     assert len(model.weights_id) == 16
@@ -346,12 +346,12 @@ def test_models_are_loaded_from_paths_and_s3(
     uri = f"{s3}/api/model"
     for file in Path(untrained_model).iterdir():
         storage.put(f"{uri}/{file.name}", file.read_bytes())
-    for place in (Path(untrained_model), uri):
-        loaded = cg.load_model(place)
+    for directory in (Path(untrained_model), uri):
+        loaded = cg.load_model(directory)
         np.testing.assert_array_equal(loaded.predict(covers[0]), model.predict(covers[0]))
 
 
-def test_what_cannot_be_loaded_is_an_error(untrained_model: str, tmp_path: Path) -> None:
+def test_load_model_raises_for_invalid_directories(untrained_model: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         cg.load_model(tmp_path)
     with pytest.raises(ConfigError) as raised:
@@ -494,7 +494,7 @@ def test_dataset_in_workers_of_a_data_loader(
     assert targets.argmax(dim=1).tolist() == [0, 1, 2] * 4
 
 
-def test_what_is_no_dataset_or_split_is_an_error(prepared: str, tmp_path: Path) -> None:
+def test_load_dataset_raises_for_missing_datasets_and_splits(prepared: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         cg.load_dataset(prepared, "valid")  # type: ignore[arg-type]
     with pytest.raises(DatasetError):

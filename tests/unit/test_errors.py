@@ -20,10 +20,10 @@ ERRORS = [e for _, e in getmembers(errors, isclass) if issubclass(e, CovergenreE
 
 
 def test_docstring_has_the_class_tree() -> None:
-    drawn = re.findall(r"^([│├└─ ]*)(\w+Error)\b", errors.__doc__ or "", re.MULTILINE)
+    entries = re.findall(r"^([│├└─ ]*)(\w+Error)\b", errors.__doc__ or "", re.MULTILINE)
     chain: dict[int, str] = {}
     parents = {}
-    for indent, name in drawn:
+    for indent, name in entries:
         depth = len(indent) // 4
         chain[depth] = name
         parents[name] = chain[depth - 1] if depth else "Exception"
