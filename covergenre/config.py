@@ -68,7 +68,7 @@ class StageConfig(BaseModel):
     )
 
     def __init__(self, **settings: Any) -> None:
-        """Raises ConfigError, in one line, for the first setting that is not valid."""
+        """Raises ConfigError for the first invalid setting."""
         try:
             super().__init__(**settings)
         except ValidationError as error:
@@ -384,7 +384,7 @@ class EvaluateConfig(InferenceSettings):
     model: PathOrUri = argument("model directory written by train")
     dataset: PathOrUri = argument("dataset directory written by prepare")
     out: PathOrUri = Field(
-        description="output directory of the metrics: new, or that of the same command"
+        description="output directory of the metrics: new, or that of the run to repeat"
     )
     split: Literal["train", "dev", "test"] = Field("test", description="split to evaluate on")
 
