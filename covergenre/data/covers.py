@@ -37,12 +37,12 @@ PLAN = pa.schema([*schema.CATALOG, *FIRST])
 
 @dataclass(frozen=True)
 class Source:
-    """Where image bytes are that are stored in Parquet files, and how other covers are loaded."""
+    """The Parquet files with image bytes, and how other covers are loaded."""
 
     files: tuple[str, ...] = ()
     image_column: str = "image"
     prepared: bool = False
-    """Whether the files are shards of a dataset, which have the hash of the source bytes."""
+    """Whether the files are shards of a dataset; these have hashes of the source bytes."""
     download_concurrency: int = 16
     """Covers that one task downloads at a time (from each host, with http)."""
     allow_private: bool = False
@@ -73,8 +73,8 @@ Outcome = Cover | CoverError | Duplicate
 class DatasetReader:
     """The rows of splits of a prepared dataset, in the order of its shards; see plan.RowReader.
 
-    columns: those of PLAN to read. carry: columns of schema.DATASET to add, named CARRIED and
-    their name.
+    columns: those of PLAN to read. carry: columns of schema.DATASET to add, with the prefix
+    CARRIED.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class DatasetReader:
         return Source(tuple(self._uris), prepared=True)
 
     def summary(self) -> dict[str, Any]:
-        """Nothing more than the rows."""
+        """Empty."""
         return {}
 
 
@@ -142,7 +142,7 @@ def local_cover(rows: pa.Table) -> str | None:
 
 
 def web_schemes(rows: pa.Table) -> list[str]:
-    """Those of "http" and "https" that covers' URLs have."""
+    """Which of "http" and "https" are schemes of covers."""
     return [
         scheme
         for scheme in ("http", "https")
@@ -214,11 +214,13 @@ def _repeated(
     except CoverError as error:
         raise CoverError(
             "conflicting_cover",
-            f"the cover of row {first_row}, the first with this id, is {error.reason}",
+            f"the cover of row {first_row}, the first with this id, is rejected: {error.reason}",
         ) from error
     if mine.sha256 == first.sha256:
         return Duplicate(first_row)
-    raise CoverError("conflicting_cover", f"row {first_row}, the first with this id, has another")
+    raise CoverError(
+        "conflicting_cover", f"row {first_row}, the first with this id, has another cover"
+    )
 
 
 _WINDOWS_PATH = re.compile(r"(?:\A|/)(?:[A-Za-z]:[\\/]|\\\\)")
@@ -271,7 +273,7 @@ def _fetch_exactly(path: str, source: Source) -> Cover:
     if (scheme := storage.scheme(path)) not in ("", "file", "s3"):
         raise CoverError(
             "unsupported_scheme",
-            f"{redacted(path)}: {scheme}:// cannot be read; copy the covers to a folder or s3://",
+            f"{redacted(path)}: {scheme}:// is not supported; copy covers to a directory or s3://",
         )
     try:
         with storage.open_input(path) as file, storage.translate_errors(path, "read"):

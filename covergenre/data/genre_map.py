@@ -1,4 +1,4 @@
-"""The genre map (--genre-map): a file that maps raw genre names to new names, or to nothing.
+"""The genre map (--genre-map): a file that renames or drops genres.
 
 A CSV or TSV file has two columns, raw name and new name, and an optional first line `from,to`. A
 JSON or YAML file is one object. An empty or null new name drops the genre. Names that are not in
@@ -19,7 +19,7 @@ from covergenre.errors import ConfigError
 from covergenre.genre_text import BRACKETS, clean_name
 from covergenre.io import storage
 
-# Line in the file (for messages), raw name, new name.
+# (line in the file, for messages; raw name; new name)
 Entry = tuple[str, str, str | None]
 
 
@@ -46,7 +46,7 @@ def load_genre_map(uri: str) -> dict[str, str | None]:
         raw, new = clean_name(raw), clean_name(new or "") or None
         if new is not None and not BRACKETS.isdisjoint(new):
             raise ConfigError(
-                f"{uri}, {line}: {new!r}: a genre name cannot contain brackets", code="brackets"
+                f"{uri}, {line}: {new!r}: brackets are not allowed in genre names", code="brackets"
             )
         if not raw:
             raise ConfigError(f"{uri}, {line}: the raw name of {new!r} is empty", code="empty_name")
@@ -80,9 +80,9 @@ def _json(uri: str, text: str) -> Iterator[Entry]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{uri}: not valid JSON: {error}", code="invalid") from error
     if not isinstance(document, _Pairs):
-        raise ConfigError(f"{uri}, line 1: expected one JSON object", code="not_a_mapping")
+        raise ConfigError(f"{uri}, line 1: expected a JSON object", code="not_a_mapping")
     for raw, new in document:
-        # The parser does not give line numbers; a name written with escapes is not found here.
+        # The parser has no line numbers; names written with escapes are not found.
         before, found, _ = text.partition(json.dumps(raw, ensure_ascii=False))
         line = f"line {before.count(chr(10)) + 1}" if found else "unknown line"
         if new is not None and not isinstance(new, str):
@@ -93,7 +93,7 @@ def _json(uri: str, text: str) -> Iterator[Entry]:
 
 
 class _Pairs(list[tuple[str, object]]):
-    """A JSON object, to distinguish it from a JSON array."""
+    """The pairs of a JSON object; of another type than a JSON array."""
 
 
 def _yaml(uri: str, text: str) -> Iterator[Entry]:
@@ -110,7 +110,7 @@ def _yaml(uri: str, text: str) -> Iterator[Entry]:
             f"{uri}: not valid YAML: {str(error).splitlines()[0]}", code="invalid"
         ) from error
     if not isinstance(document, yaml.MappingNode):
-        raise ConfigError(f"{uri}, line 1: expected one mapping", code="not_a_mapping")
+        raise ConfigError(f"{uri}, line 1: expected a YAML mapping", code="not_a_mapping")
     for key, value in document.value:
         line = f"line {key.start_mark.line + 1}"
         if not (isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode)):
@@ -125,8 +125,8 @@ def apply_genre_map(
 ) -> tuple[pa.ChunkedArray, dict[str, int]]:
     """A column of genre lists with the names replaced, and the number of rows with each raw name.
 
-    Names that become equal are merged into the first of them. The counts are of all names in
-    `mapping`: 0 for a name that no row has.
+    Of names that become equal, the first is kept. The counts have every name in `mapping`, also
+    those of no row.
     """
     counted = pc.value_counts(pc.list_flatten(genres)).to_pylist()
     counts = {entry["values"]: entry["counts"] for entry in counted}

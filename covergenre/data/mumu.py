@@ -1,8 +1,8 @@
 """MuMu's label files: CSV with one row per song, read as one row per album.
 
 An album is one amazon_id, in order of first appearance. Its genres are those of all its songs, in
-order of first appearance; its artist is the first one of its songs. Covers are not part of MuMu:
-they are files `<amazon_id>.jpg` in a directory of the user's.
+order of first appearance; its artist is that of the first song that has one. Covers are not part of
+MuMu: the user has them as files `<amazon_id>.jpg` in a directory.
 
 Source: MuMu_dataset_*-label.csv of the MuMu dataset (Oramas et al. 2017).
 """
@@ -28,7 +28,7 @@ def read_songs(
 ) -> tuple[pa.Table, int]:
     """(albums with album_id, cover, genres and artist; number of songs in the files).
 
-    to_names: from the text of a cell to the genres in it; may raise GenreTextError.
+    to_names: the genres in the text of a cell; may raise GenreTextError.
     covers: directory of the covers; None: that of the first file with the album.
     A song without an amazon_id is a separate album without an id.
     """

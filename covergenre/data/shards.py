@@ -1,4 +1,4 @@
-"""Which rows of a plan go into which shard of a dataset, and which are rejected unread.
+"""Assigns the rows of a plan to shards of a dataset, or rejects them unread.
 
     PLAN/assigned-00000000.arrow   ASSIGNED, for each row of the plan's file of that number
 
@@ -62,7 +62,7 @@ class ShardRows:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What happens to the rows of a plan."""
+    """The shards of a plan, and the counts of its rejected rows."""
 
     shards: tuple[ShardRows, ...]
     rejected: Counter[str]
@@ -101,10 +101,10 @@ def assign_rows(
     splits: SplitAssigner,
     shard_rows: int,
 ) -> Assignment:
-    """Decide about every row of `plan` and write it beside the plan.
+    """Assign or reject every row of `plan`, and write the result to the directory of the plan.
 
     A shard has `shard_rows` consecutive rows of its split, in catalog order. Of rows with one
-    album_id only the first is judged by its genres; the others are judged by their covers, later.
+    album_id, only the first needs selected genres; the others are compared by their covers later.
     Raises CatalogError if a row has no valid split.
     """
     names = frozenset(selected.names)

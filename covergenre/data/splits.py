@@ -1,4 +1,4 @@
-"""Assigning albums to train, dev and test by a hash of each album's own key.
+"""Assigns albums to train, dev and test by a hash of their keys.
 
 The split of an album depends only on its key and the seed, never on other albums: a catalog can
 grow without moving an album to another split.
@@ -48,7 +48,7 @@ class SplitAssigner:
         fractions: expected fractions of train, dev and test; they sum to 1.
         seed: another seed gives another split.
         split_from: "hash", or "catalog" to use the catalog's `split` column. The groups of a
-            catalog's own splits are not kept together; `group` shows whether they are.
+            catalog's splits are not kept together; the column `group` shows whether they are.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -65,7 +65,7 @@ class SplitAssigner:
         _check("group_by", group_by, GROUP_BY)
         _check("split_from", split_from, SPLIT_FROM)
         if min(fractions) < 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
-            raise ConfigError(f"split fractions {fractions} must be at least 0 and sum to 1")
+            raise ConfigError(f"split fractions {fractions}: must be at least 0 and sum to 1")
         self._group_by = group_by
         self._edges = (fractions[0], fractions[0] + fractions[1])
         self._seed = seed
@@ -79,7 +79,7 @@ class SplitAssigner:
         """(split, group) of `rows`, columns of schema.CATALOG.
 
         split: "train", "dev" or "test"; null where the split comes from a hash and album_id is
-        null, or where the catalog's own split is not valid (see `check`).
+        null, or where the split of the catalog is not valid (see `check`).
         group: the key shared by albums that belong together; null: the album alone.
         """
         group = self._groups(rows)
@@ -99,7 +99,7 @@ class SplitAssigner:
         self._invalid += len(nulls)
 
     def check(self) -> None:
-        """Raises CatalogError where a row that has to have a split has none."""
+        """Raises CatalogError if a row that needs a split has no valid one."""
         if self._invalid:
             raise CatalogError(
                 f"{self._invalid:,} rows have no valid split, the first is {self._first_invalid};"

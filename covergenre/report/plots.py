@@ -1,7 +1,7 @@
 """Plots of a dataset, a training run and an evaluation: plain data in, PNG bytes out.
 
-Bytes, so that the caller can store a picture wherever its other files go. matplotlib is imported
-where it is used: it is slow to import, and pyplot, which keeps every figure alive, is never used.
+Bytes, so that the caller can store them like its other files. matplotlib is imported where it is
+needed, because that is slow; pyplot, which keeps every figure alive, is not used.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def label_distribution(counts: Mapping[str, int], albums: int, selected: Collect
     """Percent of albums that have each genre, before filtering: Figure 1 of the paper.
 
     `counts`: genre -> albums that have it; `albums`: all albums, with a genre or not;
-    `selected`: the selected genres, in colour. Returns a PNG with at most the
-    `MAX_BARS` most common genres.
+    `selected`: the selected genres, in colour. Returns a PNG with at most the `MAX_BARS` most
+    common genres.
     """
     if not counts or albums < 1:
         return _message("Genres before filtering", "no genres")
@@ -208,8 +208,8 @@ def loss_curve(history: Sequence[Mapping[str, Any]]) -> bytes:
                 values = _series(history, key)
                 if not np.isnan(values).all():
                     fill = "white" if dashes == ":" else color
-                    look = {"color": color, "marker": "o", "ms": dot, "mfc": fill}
-                    axes.plot(epochs, values, dashes, label=label, **look)
+                    style = {"color": color, "marker": "o", "ms": dot, "mfc": fill}
+                    axes.plot(epochs, values, dashes, label=label, **style)
                     drawn += 1
             axes.set_title(title)
             axes.set_xlabel("epoch")
@@ -267,10 +267,10 @@ def genre_bars(per_genre: Mapping[str, Mapping[str, float | None]]) -> bytes:
             scores = [of(genre, key) for genre in shown]
             names = [f"{_name(genre)}  ({positives(genre):,})" for genre in shown]
             _bars(axes, names, [0 if math.isnan(score) else score for score in scores], color)
-            for place, score in enumerate(scores):
+            for row, score in enumerate(scores):
                 text = "n/a" if math.isnan(score) else f"{score:.2f}"
-                # In a separate column, where they overlap no mark.
-                _beside(axes, 1, place, text)
+                # In a separate column, to overlap no mark.
+                _beside(axes, 1, row, text)
             axes.set_xlim(0, 1.1)
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
         panels[0].set_title("ROC AUC")
@@ -291,8 +291,7 @@ def curves(truth: NDArray[np.bool_], scores: NDArray[np.float32], genres: Sequen
     `truth` and `scores`: [albums, genres], in the order of `genres`. Micro-averaged means that
     every pair of album and genre is one decision. The PR AUC in the legend is the average
     precision. Returns a PNG with at most the `MAX_CURVES` most common genres, and of these only
-    those that some albums have and some have not. Raises ValueError where shapes do not fit or a
-    score is NaN.
+    those of some but not all albums. Raises ValueError for wrong shapes and NaN scores.
     """
     if truth.shape != scores.shape or truth.shape[1:] != (len(genres),):
         raise ValueError(
@@ -318,9 +317,9 @@ def curves(truth: NDArray[np.bool_], scores: NDArray[np.float32], genres: Sequen
         _curve(
             pr, roc, truth.ravel(), scores.ravel(), "all genres, micro", color=INK, lw=3, zorder=3
         )
-        for place, column in enumerate(shown):
+        for rank, column in enumerate(shown):
             # tab20 has pairs of a dark and a light shade: use the dark ones first.
-            color = palette(2 * place % 20 + (place >= 10))
+            color = palette(2 * rank % 20 + (rank >= 10))
             name = _name(genres[column])
             _curve(pr, roc, truth[:, column], scores[:, column], name, color=color, lw=1.1)
         for axes, title, across, up in (
@@ -360,7 +359,7 @@ def contact_sheet(
     """
     if not len(covers) == len(truths) == len(scores):
         raise ValueError(
-            f"{len(covers)} covers, {len(truths)} truths and {len(scores)} scores: not as many"
+            f"{len(covers)} covers, {len(truths)} truths, {len(scores)} scores: numbers differ"
         )
     if not covers:
         return _message("Covers", "no cover to show")
@@ -474,7 +473,7 @@ def _curve(
     truth: NDArray[np.bool_],
     scores: NDArray[np.float32],
     name: str,
-    **look: Any,
+    **style: Any,
 ) -> None:
     """One line on each of the axes, from [decisions] of truth and score."""
     from sklearn.metrics import (
@@ -489,9 +488,9 @@ def _curve(
     pr_auc, roc_auc = average_precision_score(truth, scores), roc_auc_score(truth, scores)
     label = f"{pr_auc:.2f} / {roc_auc:.2f}  {name}"
     points = _sampled_indices(len(recall))
-    pr.plot(recall[points], precision[points], drawstyle="steps-post", label=label, **look)
+    pr.plot(recall[points], precision[points], drawstyle="steps-post", label=label, **style)
     points = _sampled_indices(len(wrong))
-    roc.plot(wrong[points], right[points], **look)
+    roc.plot(wrong[points], right[points], **style)
 
 
 def _sampled_indices(length: int) -> NDArray[np.intp]:
@@ -520,8 +519,8 @@ def _genres_under_cover(
     """Write the true genres and the highest scores below a cover that ends at y."""
     from matplotlib.patches import Rectangle
 
-    def write(top: float, text: str, room: float, **look: Any) -> None:
-        drawn = axes.text(x, top, text, va="center", fontsize=7.5, clip_on=True, **look)
+    def write(top: float, text: str, room: float, **style: Any) -> None:
+        drawn = axes.text(x, top, text, va="center", fontsize=7.5, clip_on=True, **style)
         # Clipped: wide letters must not overlap the next column.
         drawn.set_clip_path(Rectangle((x, y), room, 10, transform=axes.transData))
 
