@@ -26,8 +26,8 @@ import psutil
 
 from benchmarks import run_benchmark
 from covergenre.config import PrepareConfig
+from covergenre.data.dataset_plan import plan_dataset, read_inputs
 from covergenre.demo.sample import write_sample, write_untrained_model
-from covergenre.stages.prepare import plan_dataset, read_inputs
 
 _COVERS = 50
 _SAMPLE_SECONDS = 0.1
@@ -111,7 +111,7 @@ def _plan(catalog: Path) -> dict[str, Any]:
     out = str(catalog.with_suffix(".out"))
     config = PrepareConfig(catalog=str(catalog), out=out, group_by="artist")
     began = time.monotonic()
-    planned = plan_dataset(out, config, read_inputs(config))
+    planned = plan_dataset(f"{out}/_state/plan", config, read_inputs(config), reuse=False)
     seconds = time.monotonic() - began
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(line.split()[1] for line in status if line.startswith("VmHWM"))

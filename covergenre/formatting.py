@@ -1,5 +1,6 @@
 """Formatting helpers for messages: plurals, articles and shortened lists."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -10,6 +11,11 @@ def plural(count: float, singular: str, several: str = "") -> str:
     """
     number = f"{count:g}" if isinstance(count, float) else f"{count:,}"
     return f"{number} {singular if count == 1 else several or singular + 's'}"
+
+
+def decimal(value: float | None, digits: int) -> str:
+    """`0.123`, or `n/a` for None and NaN."""
+    return "n/a" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def with_article(noun: str) -> str:

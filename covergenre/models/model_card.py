@@ -1,13 +1,12 @@
 """The model card, README.md of a model directory: what to know before using the model."""
 
-import math
 import re
 from typing import Any
 
 from covergenre import __version__
 from covergenre.config import TrainConfig
 from covergenre.data.dataset import Manifest
-from covergenre.formatting import plural
+from covergenre.formatting import decimal, plural
 from covergenre.metrics import chance_warning, dev_metrics, macro_over
 from covergenre.registry import model_spec
 
@@ -26,12 +25,7 @@ def model_card(
 ) -> str:
     """Markdown. best: the record of the best epoch."""
     dev = dev_metrics(best)
-
-    def shown(name: str) -> str:
-        value = dev[name]
-        return "n/a" if value is None or math.isnan(value) else f"{value:.4f}"
-
-    figures = "\n".join(f"| {label} | {shown(name)} |" for name, label in _METRICS)
+    figures = "\n".join(f"| {label} | {decimal(dev[name], 4)} |" for name, label in _METRICS)
     warning = chance_warning(dev, "dev")
     warning = f"**{warning[0].upper()}{warning[1:]}.**\n\n" if warning else ""
     without = [_plain(name) for name in dev["genres_without_auc"]]
@@ -79,5 +73,5 @@ Micro counts every album-genre pair as one decision; macro is the plain mean ove
 
 
 def _plain(name: str) -> str:
-    """A name from somebody's catalog as Markdown that shows it: no link, no HTML, no new line."""
+    """A name from a catalog, escaped for Markdown: no links, HTML or line breaks."""
     return re.sub(r"([\\`*_\[\]<>&|~#!])", r"\\\1", " ".join(name.split()))

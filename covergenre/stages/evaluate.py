@@ -1,4 +1,4 @@
-"""evaluate: measures a model on a split of a dataset, each album once.
+"""evaluate: measure a model on a split of a dataset, each album once.
 
 OUT/part-*.parquet   schema.predictions: scores beside the true genres
 OUT/_metrics.json    written last
@@ -24,7 +24,7 @@ from covergenre.data.covers import DatasetReader
 from covergenre.data.dataset import Manifest, read_manifest
 from covergenre.data.plan import ROWS, write_plan
 from covergenre.errors import DatasetError, LedgerError
-from covergenre.formatting import plural
+from covergenre.formatting import decimal, plural
 from covergenre.inference import outcomes
 from covergenre.io import storage
 from covergenre.metrics import (
@@ -59,7 +59,7 @@ class Evaluated:
         m = self.metrics
 
         def shown(name: str) -> str:
-            return "n/a" if m[name] is None else f"{m[name]:.4f}"
+            return decimal(m[name], 4)
 
         lines = [
             f"metrics {storage.join(self.uri, _METRICS)}{self.remark}",
@@ -78,7 +78,7 @@ class Evaluated:
 
 
 def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
-    """Measure a model. Raises UserError for a mistake of the user's."""
+    """Measure a model. Raises UserError for an invalid setting or input."""
     out = storage.absolute(config.out)
     metrics_file = storage.join(out, _METRICS)
     with stage_run(
@@ -142,8 +142,8 @@ def _evaluate(
     rows, scores = outcomes.concatenate(pieces)
     if rows["row"].to_pylist() != list(range(plan.rows)):
         raise LedgerError(
-            f"{out}: not every one of {plural(plan.rows, 'album')} was scored exactly once: a"
-            " defect of covergenre"
+            f"{out}: not every one of {plural(plan.rows, 'album')} was scored exactly once; please"
+            " report this bug"
         )
     labelled = DatasetReader(manifest, [config.split], ["genres"])
     true_genres = pa.concat_tables(labelled.parts())["genres"]
@@ -190,12 +190,13 @@ def _check_genres(bundle: Bundle, manifest: Manifest) -> None:
         names = io.StringIO()
         csv.writer(names, lineterminator="").writerow(bundle.genres.names)
         raise DatasetError(
-            f"{manifest.uri}: its genres are not those of {bundle.uri} (differ:"
-            f" {', '.join(sorted(extra)[:5])}); prepare it with --genres"
-            f" {shlex.quote(names.getvalue())}"
+            f"{manifest.uri}: genres differ from those of {bundle.uri}"
+            f" ({', '.join(sorted(extra)[:5])}); prepare it with --genres"
+            f" {shlex.quote(names.getvalue())}",
+            code="other_genres",
         )
 
 
 def _ids(bundle: Bundle, manifest: Manifest) -> dict[str, Any]:
-    """What was measured, and on what, by content."""
+    """Identities of the model and the dataset."""
     return {"weights_id": bundle.weights_id, "dataset_id": manifest.dataset_id}

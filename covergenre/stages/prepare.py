@@ -1,10 +1,9 @@
-"""prepare: makes a dataset from a catalog.
+"""prepare: make a dataset from a catalog.
 
-The driver writes the plan, which numbers the rows of the catalog, selects genres, assigns splits
-and cuts each split into shards of consecutive rows, in memory that does not grow with the catalog.
-A Ray task then makes a whole shard: it loads the covers, validates that each can be decoded, and
-writes one Parquet file under a fixed name. Its record in _state/shards/ is written last and commits
-the shard. A resumed run makes the shards that have no record.
+The driver plans the dataset (data/dataset_plan.py): row numbers, genres, splits and shards of
+consecutive rows. A Ray task then makes a whole shard: it loads the covers, checks that each can be
+decoded, and writes one Parquet file under a fixed name. The record of the shard in _state/shards/
+is written last and commits it. A resumed run makes the shards that have no record.
 
     OUT/<split>/part-*.parquet   schema.DATASET; the only .parquet files
     OUT/_manifest.json           written last
@@ -14,7 +13,6 @@ the shard. A resumed run makes the shards that have no record.
     OUT/_state/                  plan, shard records, duplicates, run record, lock
 """
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -32,24 +30,19 @@ from covergenre.cluster import ray_runtime
 from covergenre.cluster.workers import check_task_limit, log_pending_resources
 from covergenre.config import PrepareConfig
 from covergenre.data import covers, dataset, decoder_process, shards
-from covergenre.data.catalog import CatalogReader
 from covergenre.data.covers import Cover, Duplicate
 from covergenre.data.dataset import Manifest, Shard
-from covergenre.data.genre_map import load_genre_map
+from covergenre.data.dataset_plan import DatasetPlan, PrepareInputs, plan_dataset, read_inputs
 from covergenre.data.genres import (
-    Selection,
-    name_warnings,
-    select,
     split_table,
     split_warnings,
 )
 from covergenre.data.http_proxies import check_proxies
 from covergenre.data.image_decoding import CoverError
-from covergenre.data.plan import Plan, identity_of, open_plan, read_plan
+from covergenre.data.plan import Plan, identity_of, read_plan
 from covergenre.data.rejected import rejected_row, write_duplicates, write_rejected
-from covergenre.data.shards import Assignment, PlanCounts, ShardRows
-from covergenre.data.splits import SplitAssigner
-from covergenre.errors import CatalogError, ConfigError, LedgerError
+from covergenre.data.shards import ShardRows
+from covergenre.errors import CatalogError, LedgerError
 from covergenre.io import storage
 from covergenre.io.urls import redacted
 from covergenre.progress import Progress
@@ -77,7 +70,7 @@ class Prepared:
     remark: str = ""
 
     def summary(self) -> str:
-        """The result as lines of text for the user."""
+        """The text that the command prints at the end."""
         m, counts = self.manifest, self.manifest.counts
         splits = ", ".join(f"{m.rows(split):,} {split}" for split in schema.SPLITS)
         lines = [
@@ -95,38 +88,13 @@ class Prepared:
         lines += [f"  {line}" for line in split_table(by_split, rows)]
         lines += [f"  warning: {line}" for line in split_warnings(by_split, rows)]
         lines += schema.reason_warnings(counts["reasons"])
-        pictures = (storage.join(m.uri, name) for name in _PLOTS)
-        lines.append(f"  see {' and '.join(pictures)}")
+        figures = (storage.join(m.uri, name) for name in _PLOTS)
+        lines.append(f"  see {' and '.join(figures)}")
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class DatasetPlan:
-    """All decisions about a dataset that need no cover."""
-
-    plan: Plan
-    selection: Selection
-    assignment: Assignment
-
-
-@dataclass(frozen=True)
-class PrepareInputs:
-    """The catalog, not read yet, and the genre map."""
-
-    reader: CatalogReader
-    genre_map: dict[str, str | None]
-
-    def identity(self, catalog_identity: str) -> dict[str, str]:
-        """For the run record."""
-        identity = {"catalog": catalog_identity}
-        if self.genre_map:
-            text = json.dumps(self.genre_map)
-            identity["genre_map"] = hashlib.sha256(text.encode()).hexdigest()
-        return identity
-
-
 def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
-    """Make a dataset as `config` says. Raises UserError for a mistake of the user's."""
+    """Make a dataset with these settings. Raises UserError for an invalid setting or input."""
     out = storage.absolute(config.out)
 
     def identify(inputs: PrepareInputs) -> dict[str, str]:
@@ -145,7 +113,9 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
     ) as run:
         if run.is_finished:
             return Prepared(dataset.read_manifest(out), ": already prepared by the same command")
-        planned = plan_dataset(out, config, run.inputs)
+        planned = plan_dataset(
+            storage.join(out, _PLAN), config, run.inputs, reuse=output_dir.has_run_record(out)
+        )
         plan = planned.plan
         check_proxies(plan.web_schemes)
         run.start_ray({"--out": out, "the cover": plan.local_cover})
@@ -159,108 +129,27 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
         return Prepared(_finish(out, config, planned, records, rejected))
 
 
-def read_inputs(config: PrepareConfig) -> PrepareInputs:
-    """Find the files of the catalog, and read the genre map."""
-    genre_map = load_genre_map(storage.absolute(config.genre_map)) if config.genre_map else {}
-    return PrepareInputs(CatalogReader(config.catalog, config), genre_map)
-
-
-def plan_dataset(out: str, config: PrepareConfig, inputs: PrepareInputs) -> DatasetPlan:
-    """Plan the dataset at `out`: read the catalog, select genres, assign splits, cut shards.
-
-    Memory does not grow with the catalog.
-    """
-    genre_map = inputs.genre_map
-    reuse = output_dir.has_run_record(out)
-    plan = open_plan(storage.join(out, _PLAN), inputs.reader, reuse=reuse)
-    for note in plan.summary["notes"]:
-        logger.info(note)
-    counts = shards.count_rows(plan, genre_map)
-    if genre_map:
-        unused = [name for name, rows in counts.mapped.items() if not rows]
-        logger.info(
-            f"genre map: {len(genre_map) - len(unused)} of {len(genre_map)} names occur in the"
-            f" catalog{'; not: ' if unused else ''}{', '.join(unused[:5])}"
-        )
-    selection = select(
-        counts.genres,
-        counts.labelled,
-        top=config.top_genres,
-        min_share=config.min_share,
-        explicit=config.genres,
-    )
-    for warning in name_warnings(selection.counts):
-        logger.warning(f"warning: {warning}")
-    split_from = _split_source(config, counts)
-    assignment = shards.assign_rows(
-        plan,
-        genre_map=genre_map,
-        selected=selection.genres,
-        require_all=config.genre_match == "all",
-        splits=SplitAssigner(
-            group_by=config.group_by,
-            fractions=config.split_fractions,
-            seed=config.split_seed,
-            split_from=split_from,
-        ),
-        shard_rows=config.shard_rows,
-    )
-    if split_from == "catalog":
-        logger.info("splits: the catalog's own")
-    elif config.group_by != "album_id":
-        logger.info(
-            f"splits: by {config.group_by}; {assignment.without_group:,} rows have none and are"
-            " assigned by album_id"
-        )
-    return DatasetPlan(plan.with_settings(config), selection, assignment)
-
-
-def _split_source(config: PrepareConfig, counts: PlanCounts) -> str:
-    """ "hash" or "catalog". Raises ConfigError where the settings do not fit the catalog."""
-    has_own = counts.values["split"] > 0
-    if has_own and config.split_from == "auto" and config.group_by != "album_id":
-        raise ConfigError(
-            f"--group-by {config.group_by}: the catalog has a split column; choose with"
-            " --split-from hash or --split-from catalog",
-            code="ambiguous_split",
-        )
-    if config.split_from == "catalog" or (config.split_from == "auto" and has_own):
-        if not has_own:
-            raise ConfigError(
-                "--split-from catalog: the catalog has no splits (--split-column)",
-                code="no_catalog_split",
-            )
-        return "catalog"
-    if config.group_by != "album_id" and not counts.values[config.group_by]:
-        raise ConfigError(
-            f"--group-by {config.group_by}: the column has no values in the catalog"
-            f" (--{config.group_by}-column)",
-            code="no_group",
-        )
-    return "hash"
-
-
 def _make_shards(out: str, config: PrepareConfig, planned: DatasetPlan) -> Iterator[dict[str, Any]]:
-    """Make the missing shards on the cluster; the records of all shards, in any order."""
+    """Make the missing shards on the cluster. Yields the records of all shards, in any order."""
     import ray.data
     from ray.data import TaskPoolStrategy
 
     every = planned.assignment.shards
     records = _read_records(out)
     if records:
-        logger.info(f"prepare: {len(records):,} of {len(every):,} shards exist already")
+        logger.info(f"prepare: {len(records):,} of {len(every):,} shards already exist")
         yield from records.values()
     pending = [shard for shard in every if _name(shard) not in records]
     if not pending:
         return
     max_side = None if config.keep_original else config.max_side
-    work = partial(_make_some, out=out, plan=planned.plan, max_side=max_side)
+    make = partial(_make_some, out=out, plan=planned.plan, max_side=max_side)
     tasks = [{"shard": json.dumps(asdict(shard))} for shard in pending]
     with ray_runtime.data_context():
         task_rows = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     limit = min(len(tasks), config.workers) if config.workers else None
     made = task_rows.map_batches(
-        work,
+        make,
         batch_size=None,
         batch_format="pyarrow",
         compute=TaskPoolStrategy(size=limit) if limit else None,
@@ -278,7 +167,7 @@ def _make_shards(out: str, config: PrepareConfig, planned: DatasetPlan) -> Itera
 
 
 def _read_records(out: str) -> dict[str, dict[str, Any]]:
-    """The records of the shards that exist, by name."""
+    """The records of finished shards, by name."""
     folder = storage.join(out, _RECORDS)
     files = sorted(storage.list_sizes(folder))
     with ThreadPoolExecutor(_RECORD_THREADS) as pool:
@@ -367,8 +256,8 @@ def _finish(
         split: tuple(Shard(**r["shard"]) for r in records if r["split"] == split and r["shard"])
         for split in schema.SPLITS
     }
-    albums = sum(shard.rows for part in by_split.values() for shard in part)
-    duplicates = sum(record["duplicates"] for record in records)
+    counts = _counts(planned, by_split, records, rejected)
+    albums, duplicates = counts["albums"], counts["duplicates"]
     if plan.rows != albums + rejected.total() + duplicates:
         raise LedgerError(
             f"{out}: {plan.rows} rows went in; {albums} albums + {rejected.total()} rejected +"
@@ -378,37 +267,19 @@ def _finish(
         storage.delete_directory(storage.join(out, _RECORDS))  # the same command tries all again
         reason, count = rejected.most_common(1)[0]
         raise CatalogError(
-            f"{config.catalog}: no album can be used; {count:,} of {plan.rows:,} rows are rejected"
-            f" as {reason} ({schema.REASONS[reason]}); see {storage.join(out, _REJECTED)}",
+            f"{config.catalog}: no usable albums; {count:,} of {plan.rows:,} rows are rejected as"
+            f" {reason} ({schema.REASONS[reason]}); see {storage.join(out, _REJECTED)}",
             code="no_albums",
         )
-    names = selection.genres.names
-    in_split: dict[str, Counter[str]] = {split: Counter() for split in schema.SPLITS}
-    for record in records:
-        in_split[record["split"]].update(record["genres"])
-    genres_by_split = {g: {s: in_split[s][g] for s in schema.SPLITS} for g in names}
-    counts = {
-        "rows": plan.rows,
-        "source_rows": plan.summary["source_rows"],
-        "albums": albums,
-        "duplicates": duplicates,
-        "rejected": rejected.total(),
-        "reasons": dict(sorted(rejected.items())),
-        "splits": {split: sum(s.rows for s in part) for split, part in by_split.items()},
-        "bytes": sum(s.bytes for part in by_split.values() for s in part),
-        "labelled": selection.labelled,
-        "raw_genres": selection.counts,
-        "genres_by_split": genres_by_split,
-        "rows_without_group": planned.assignment.without_group,
-    }
+    names = set(selection.genres.names)
+    figures = (
+        plots.label_distribution(selection.counts, selection.labelled, names),
+        plots.genres_by_split(counts["genres_by_split"], counts["splits"]),
+    )
+    for name, figure in zip(_PLOTS, figures, strict=True):
+        storage.put(storage.join(out, name), figure)
     identity = dataset.dataset_id(selection.genres, by_split)
     manifest = Manifest(out, selection.genres, by_split, identity, counts)
-    pictures = (
-        plots.label_distribution(selection.counts, selection.labelled, set(names)),
-        plots.genres_by_split(genres_by_split, counts["splits"]),
-    )
-    for name, picture in zip(_PLOTS, pictures, strict=True):
-        storage.put(storage.join(out, name), picture)
     extra = {
         "catalog": {"identity": plan.identity, "uri": redacted(config.catalog)},
         "settings": config.saved(),
@@ -420,3 +291,34 @@ def _finish(
     }
     dataset.write_manifest(manifest, extra)
     return manifest
+
+
+def _counts(
+    planned: DatasetPlan,
+    by_split: dict[str, tuple[Shard, ...]],
+    records: Sequence[dict[str, Any]],
+    rejected: Counter[str],
+) -> dict[str, Any]:
+    """The counts in the manifest."""
+    plan, selection = planned.plan, planned.selection
+    splits = {split: sum(shard.rows for shard in part) for split, part in by_split.items()}
+    genres: dict[str, Counter[str]] = {split: Counter() for split in schema.SPLITS}
+    for record in records:
+        genres[record["split"]].update(record["genres"])
+    return {
+        "rows": plan.rows,
+        "source_rows": plan.summary["source_rows"],
+        "albums": sum(splits.values()),
+        "duplicates": sum(record["duplicates"] for record in records),
+        "rejected": rejected.total(),
+        "reasons": dict(sorted(rejected.items())),
+        "splits": splits,
+        "bytes": sum(shard.bytes for part in by_split.values() for shard in part),
+        "labelled": selection.labelled,
+        "raw_genres": selection.counts,
+        "genres_by_split": {
+            name: {split: genres[split][name] for split in schema.SPLITS}
+            for name in selection.genres.names
+        },
+        "rows_without_group": planned.assignment.without_group,
+    }

@@ -1,4 +1,4 @@
-"""score: a model labels a catalog; the ledger accounts for every row.
+"""score: label a catalog with a model; the ledger accounts for every row.
 
 The plan numbers all rows of the catalog. An output part is a fixed number of consecutive rows. Its
 rejected and duplicate rows are written first and its labels last, each in one atomic put under a
@@ -11,8 +11,8 @@ the other parts; the ledger is a sum over their footers.
     OUT/_SUCCESS                 written last
     OUT/_state/                  plan, duplicates, run record, lock
 
-Everything but the labels begins with an underscore and has another extension, so that readers of
-the directory (DuckDB, polars, pandas, Spark, pyarrow, Delta) get the labels alone.
+All other names begin with an underscore and have other extensions, so that readers of the directory
+(DuckDB, polars, pandas, Spark, pyarrow, Delta) read only the labels.
 """
 
 import json
@@ -86,7 +86,8 @@ class Labelled:
 
 
 def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
-    """Label as `config` says. Raises UserError for a user's mistake, LedgerError for ours."""
+    """Label with these settings. Raises UserError for an invalid setting or input, and LedgerError
+    if rows were lost."""
     out = storage.absolute(config.out)
     with stage_run(
         "score",
@@ -103,7 +104,7 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
         if run.is_finished:
             ledger = storage.read_json(storage.join(out, _LEDGER))
             _check_rejected(out, ledger, config.max_rejected)
-            return Labelled(out, ledger, ": already labelled by this same command")
+            return Labelled(out, ledger, ": already labelled by the same command")
         bundle, reader = run.inputs
         plan = open_plan(
             storage.join(out, _PLAN), reader, reuse=output_dir.has_run_record(out)
@@ -122,10 +123,10 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
 
 
 def _check_rejected(out: str, ledger: dict[str, Any], limit: float | None) -> None:
-    """Raises RejectedError where more rows were rejected than `limit`.
+    """Raises RejectedError if more rows were rejected than `limit` allows.
 
-    limit: a share; None: fewer than all. Covers that were read, and not one of which is an image,
-    are no error then: neither the paths nor the access to them are at fault.
+    limit: the largest share; None: fewer than all. With None it is not an error either if all
+    covers could be read but none is an image, because then their paths and access are correct.
     """
     rejected, tried = ledger["rejected"], ledger["rows"] - ledger["duplicates"]
     if rejected <= (limit * tried if limit is not None else tried - 1):
@@ -174,7 +175,7 @@ def _score(
     total: Counter[str] = Counter()
     speed: dict[str, float | None] = {"covers_per_second": None, "workers": None}
     if len(done):
-        logger.info(f"score: {len(done):,} of {len(every):,} output parts are there already")
+        logger.info(f"score: {len(done):,} of {len(every):,} output parts already exist")
         count_rows(out, done, total)
     if len(pending):
         run.start_ray({"--out": out, "model directory": bundle.uri, "the cover": plan.local_cover})
@@ -238,7 +239,7 @@ def count_rows(out: str, parts: NDArray[np.int64], total: Counter[str]) -> None:
 
 
 def _name(part: int) -> str:
-    """Names of parts sort in order of row."""
+    """Alphabetical order is the order of rows."""
     return f"part-{part:08d}"
 
 

@@ -60,7 +60,7 @@ class Trained:
     note: str = ""
 
     def summary(self) -> str:
-        """Several lines for the user: the model, its best epoch and that epoch's dev metrics."""
+        """The text that the command prints at the end."""
         best = self.best
         lines = [
             f"model {self.uri} ({self.weights_id}){self.note}",
@@ -80,7 +80,7 @@ class _Backbone:
     weights: dict[str, Any] | None
     """By name; None: random."""
     origin: str
-    """Where they come from, for people."""
+    """Where they come from, for messages."""
 
     @property
     def digest(self) -> str:
@@ -94,8 +94,8 @@ class _Backbone:
 
 
 def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
-    """Fine-tune as `config` says and write the model directory. Raises UserError for a mistake in
-    settings or inputs, TrainingDivergedError and DeviceMemoryError among them."""
+    """Fine-tune a model and write the model directory. Raises UserError for an invalid setting or
+    input, TrainingDivergedError and DeviceMemoryError among them."""
     config = config.resolved()
     out = storage.absolute(config.out)
     state = f"{out}.training"
@@ -214,7 +214,7 @@ def _already_trained(out: str, run: dict[str, Any]) -> Trained:
     training = storage.read_json(storage.join(out, "config.json")).get("train")
     if not isinstance(training, dict) or training.get("run") != run:
         raise StorageError(
-            f"{out}: has a model that was trained with other settings or on another dataset; choose"
+            f"{out}: contains a model trained with other settings or on another dataset; choose"
             " another --out",
             code="other_run",
         )
@@ -224,11 +224,11 @@ def _already_trained(out: str, run: dict[str, Any]) -> Trained:
 
 
 def _check_output(out: str, state: str, *, resume: bool) -> None:
-    """Raises StorageError where `out` has files other than those of an incomplete model, and where
-    it has an unfinished run but `resume` is not set."""
+    """Raises StorageError if `out` has files other than those of an incomplete model, or if it has
+    an unfinished run and `resume` is not set."""
     if storage.is_uri(out) and "/" not in out.partition("://")[2]:
         raise StorageError(
-            f"{out}: is a whole bucket; choose a prefix in it for --out", code="whole_bucket"
+            f"{out}: is a bucket; choose a prefix in it for --out", code="whole_bucket"
         )
     output_dir.check_is_directory(out)
     files = set(storage.list_sizes(out))
@@ -243,7 +243,7 @@ def _check_output(out: str, state: str, *, resume: bool) -> None:
         files -= BUNDLE_FILES
     if files:
         raise StorageError(
-            f"{out}: is not empty (has {min(files)}); choose another --out, or empty it",
+            f"{out}: is not empty (contains {min(files)}); choose another --out, or empty it",
             code="not_empty",
         )
 
@@ -252,15 +252,15 @@ def _choose_workers(config: TrainConfig) -> Workers:
     workers = training_workers(config)
     if config.batch_size < workers.count:
         raise ConfigError(
-            f"--batch-size {config.batch_size}: less than one album for each of"
-            f" {plural(workers.count, 'worker')}; raise it, or set fewer --workers",
+            f"--batch-size {config.batch_size}: each worker needs an album per step, and there are"
+            f" {workers.count}; use a larger one, or fewer --workers",
             code="batch_size",
         )
     return workers
 
 
 def _load_backbone(config: TrainConfig, num_genres: int) -> _Backbone:
-    """The pretrained weights of --weights. Raises UserError early for wrong model settings."""
+    """The weights of --weights. Raises UserError for invalid settings of the model."""
     from covergenre.models.networks import build_model, freeze
     from covergenre.models.pretrained import load_backbone_weights
 
@@ -274,8 +274,8 @@ def _load_backbone(config: TrainConfig, num_genres: int) -> _Backbone:
     )
     if loaded.missing:
         logger.warning(
-            f"weights: {loaded.origin} lacks {len(loaded.missing)} of the backbone's tensors;"
-            f" these keep their random values: {', '.join(loaded.missing)}"
+            f"weights: {loaded.origin} lacks {plural(len(loaded.missing), 'tensor')} of the"
+            f" backbone, which keep random values: {', '.join(loaded.missing)}"
         )
     return _Backbone(model.backbone.state_dict(), loaded.origin)
 

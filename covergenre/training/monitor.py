@@ -2,10 +2,10 @@
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any
 
+from covergenre.formatting import decimal
 from covergenre.metrics import dev_metrics, macro_over
 from covergenre.polling import polling
 from covergenre.progress import Progress
@@ -109,8 +109,7 @@ def format_dev_metrics(record: dict[str, Any]) -> str:
     """The dev metrics in the record of an epoch, in one line."""
 
     def shown(name: str) -> str:
-        value = record[f"dev_{name}"]
-        return "n/a" if value is None or math.isnan(value) else f"{value:.3f}"
+        return decimal(record[f"dev_{name}"], 3)
 
     over = macro_over(dev_metrics(record))
     return (

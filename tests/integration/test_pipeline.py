@@ -607,7 +607,7 @@ def test_batch_smaller_than_the_number_of_workers_is_refused(
 ) -> None:
     two = Workers(count=2, use_gpu=True, cpus=0.5, per_node=2)  # one for each GPU
     monkeypatch.setattr("covergenre.stages.train.training_workers", lambda config: two)
-    with pytest.raises(ConfigError, match=r"--batch-size 1: .* 2 workers") as caught:
+    with pytest.raises(ConfigError, match=r"--batch-size 1: .* 2; ") as caught:
         train(train_config(dataset, tmp_path / "m", batch_size=1))
     assert caught.value.code == "batch_size"
 

@@ -118,7 +118,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, bool]]:
         ("train d --out o --epochs many", ["--epochs: 'many'", "an integer"]),
         ("train d --out o --epochs 99999999999", ["--epochs: '99999999999'", "2147483648"]),
         ("train d --out o --model vgg61", ["--model: 'vgg61'", "'vgg16'"]),
-        ("train d --out o --freeze papr", ["--freeze: 'papr'", "'paper'"]),
+        ("train d --out o --freeze papr", ["--freeze papr", "'paper'"]),
         ("train d --out o --augment colour", ["--augment: 'colour'", "'color'"]),
         ("train d --out o --batch-size 1 --workers 2", ["--workers: '2'", "--batch-size is 1"]),
         ("train d --out o --batch-size 3 --workers 4:8", ["--workers: '4:8'", "--batch-size is 3"]),

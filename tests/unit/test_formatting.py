@@ -2,7 +2,7 @@
 
 import pytest
 
-from covergenre.formatting import plural, shortened, with_article
+from covergenre.formatting import decimal, plural, shortened, with_article
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,8 @@ def test_long_list_is_shortened(names: str, expected: str) -> None:
 
 def test_length_of_a_shortened_list() -> None:
     assert shortened(list("ABCDE"), most=2) == "A, B and 3 more"
+
+
+def test_decimal_shows_missing_values() -> None:
+    assert decimal(0.12345, 3) == "0.123"
+    assert decimal(None, 3) == decimal(float("nan"), 3) == "n/a"
