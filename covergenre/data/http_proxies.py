@@ -27,7 +27,7 @@ class Proxy:
     host: str
     """host:port, for messages."""
     authorization: str | None = field(repr=False)
-    """Value of the header Proxy-Authorization."""
+    """Value of the Proxy-Authorization header."""
 
 
 def proxy_for(scheme: str, host: str, port: int | None = None) -> Proxy | None:
@@ -54,11 +54,11 @@ def basic_authorization(user_and_password: str) -> str:
 
 
 def _parse(variable: str, value: str) -> Proxy:
-    # The value is not shown in an error: it may hold a password.
+    # The value is not in error messages: it may contain a password.
     scheme, mark, _ = value.partition("://")
     if mark and scheme.lower() not in ("http", "https"):
         raise ConfigError(
-            f"{variable}: {scheme}:// proxies are not supported; name an HTTP proxy as"
+            f"{variable}: {scheme}:// proxies are not supported; set it to an HTTP proxy,"
             " http://HOST:PORT, or unset it"
         )
     try:

@@ -16,10 +16,10 @@ from covergenre.formatting import plural
 from covergenre.io import storage
 from covergenre.metrics import macro_over
 from covergenre.runs.output_dir import check_is_directory
-from covergenre.stages.evaluate import evaluate
-from covergenre.stages.prepare import prepare
-from covergenre.stages.score import score
-from covergenre.stages.train import train
+from covergenre.stages.evaluate import Evaluated, evaluate
+from covergenre.stages.prepare import Prepared, prepare
+from covergenre.stages.score import Labelled, score
+from covergenre.stages.train import Trained, train
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,14 @@ def run_demo(out: str, *, verbose: bool) -> None:
     )
     logger.info(labelled.summary())
     minutes = (time.monotonic() - began) / 60
+    click.echo(f"Finished in {minutes:.1f} minutes. Output directory: {root}")
+    click.echo(_list_of_results(prepared, trained, evaluated, labelled))
+
+
+def _list_of_results(
+    prepared: Prepared, trained: Trained, evaluated: Evaluated, labelled: Labelled
+) -> str:
+    """The output directories and plots of the demo, one per line."""
     albums, genres = prepared.manifest.counts["albums"], len(prepared.manifest.genres)
     auc, over = evaluated.metrics["roc_auc_macro"], macro_over(evaluated.metrics)
     results = (
@@ -127,7 +135,7 @@ def run_demo(out: str, *, verbose: bool) -> None:
         ("model/loss.png", "the loss by epoch"),
         ("dataset/_report/label_distribution.png", "share of albums per genre"),
     )
-    lines = [f"Finished in {minutes:.1f} minutes. Output directory: {root}"]
+    lines: list[str] = []
     for title, entries in (("Results:", results), ("Plots:", plots)):
         lines += ["", title, *(f"  {name:32}{about}" for name, about in entries)]
-    click.echo("\n".join(lines))
+    return "\n".join(lines)

@@ -39,12 +39,12 @@ def test_there_is_no_proxy_without_variables() -> None:
         ({"http_proxy": "https://a"}, "https://a:443", None),
         ({"http_proxy": " http://10.0.0.1:3128/ "}, "http://10.0.0.1:3128", None),
         ({"http_proxy": "http://[::1]:3128"}, "http://[::1]:3128", None),
-        # a client of a CGI script sets HTTP_PROXY with a header `Proxy`
+        # a client of a CGI script can set HTTP_PROXY by a header `Proxy`
         ({"HTTP_PROXY": "http://a:1", "REQUEST_METHOD": "GET"}, None, None),
         ({"http_proxy": "http://a:1", "REQUEST_METHOD": "GET"}, "http://a:1", None),
     ],
 )
-def test_which_variable_counts(
+def test_proxy_of_http_and_https_urls(
     environment: dict[str, str],
     http: str | None,
     https: str | None,
@@ -55,7 +55,7 @@ def test_which_variable_counts(
     assert (url_for("http"), url_for("https")) == (http, https)
 
 
-def test_credentials_of_a_proxy_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_of_a_proxy_are_not_in_its_repr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://user:hidden%40@a:1")
     proxy = proxy_for("http", "host.example")
     assert proxy is not None
@@ -71,7 +71,7 @@ def test_credentials_of_a_proxy_are_kept_apart(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 @pytest.mark.parametrize("variable", ["https_proxy", "all_proxy"])
-def test_invalid_variable_is_one_line_that_names_it(
+def test_error_has_the_invalid_variable(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -80,10 +80,10 @@ def test_invalid_variable_is_one_line_that_names_it(
     text = str(caught.value)
     assert text.startswith(f"{variable}: ") and "http://HOST:PORT" in text
     assert "\n" not in text and "hidden" not in text
-    check_proxies([])  # with no cover of that scheme, it does not matter
+    check_proxies([])  # not checked without covers of that scheme
 
 
-def test_variable_that_another_one_overrides_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overridden_variable_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("all_proxy", "socks5://a:1")
     monkeypatch.setenv("http_proxy", "http://b:1")
     check_proxies(["http"])
@@ -120,5 +120,5 @@ def test_variable_that_another_one_overrides_is_not_judged(monkeypatch: pytest.M
         ("fd00::/8", "[fd12::1]", True),
     ],
 )
-def test_which_hosts_bypass_the_proxy(no_proxy: str, host: str, expected: bool) -> None:
+def test_hosts_that_bypass_the_proxy(no_proxy: str, host: str, expected: bool) -> None:
     assert bypasses(no_proxy, host, 80) == expected
