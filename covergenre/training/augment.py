@@ -1,7 +1,7 @@
-"""Random changes to training images, on the device.
+"""Data augmentation on the device.
 
-What happens to an image depends on (seed, epoch, its row) alone, so that training computes the
-same with any number of workers.
+The changes to an image depend only on (seed, epoch, row), so that training gives the same result
+with any number of workers.
 """
 
 from typing import TYPE_CHECKING
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-# The baseline's published settings; in units of the full range, 0 to 1.
+# Published settings of the baseline, for values in 0 to 1.
 _BRIGHTNESS = 32 / 255
 _SATURATION = (0.5, 1.5)
-# Mild, next to torchvision's (0.08, 1): a cover's layout says something about its genre.
+# Milder than torchvision's (0.08, 1), because the layout of a cover is related to its genre.
 _CROP_SIDE = (0.8, 1.0)
 
 
 def augment(
     images_BCHW: "torch.Tensor", rows: NDArray[np.int64], *, kind: str, seed: int, epoch: int
 ) -> "torch.Tensor":
-    """Images in 0 to 1, changed at random; kind is none, color (brightness and saturation) or
-    light (those, a mirror image half of the time, and a crop)."""
+    """Augment images in 0 to 1. kind: "none", "color" (random brightness and saturation) or "light"
+    (the same, and random flips and crops)."""
     if kind == "none" or not len(rows):
         return images_BCHW
     import torch
@@ -62,9 +62,9 @@ def _mirror_and_crop(
 
 
 def _uniform(rows: NDArray[np.int64], *, seed: int, epoch: int, count: int) -> NDArray[np.float32]:
-    """[rows, count] in [0, 1): a counter-based stream a row, so that order does not matter."""
+    """[rows, count] in [0, 1), from a counter-based random stream per row: order is irrelevant."""
     raw = np.stack(
-        # Key 1: the order of samples uses key 0.
+        # Key 1; the order of samples uses key 0.
         [np.random.Philox(counter=[0, 0, r, epoch], key=[seed, 1]).random_raw(count) for r in rows]
     )
     return (raw >> np.uint64(40)).astype(np.float32) / np.float32(2**24)

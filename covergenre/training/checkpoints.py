@@ -5,9 +5,9 @@
     FOLDER/best-<steps done>-<sha256>.safetensors   the weights of the best epoch so far
     FOLDER/quarantine/<name>                        a damaged checkpoint
 
-Each is one atomic put, and its name has the first digits of its hash: where the content does not
-match, the checkpoint before it is used. Ray Train's checkpoints are not used: they are folders of
-several files without hashes, and a crash can leave half of one.
+Each is written atomically, and its name contains the first digits of its hash. If the content does
+not match, the previous checkpoint is used. Ray Train's checkpoints are not used, because they are
+directories of several files without hashes, which a crash can leave incomplete.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KEPT = 2
-"""The newest, and the one before in case that is damaged."""
+"""The newest, and the previous one in case the newest is damaged."""
 _HASH_DIGITS = 16
 _CHUNK_BYTES = 8 * 2**20
 _HEADER = "covergenre"
 _QUARANTINE = "quarantine"
 _DOWNLOADS = 2
-"""Of a checkpoint, before a wrong hash counts as damage of the file and not of its transfer."""
+"""Downloads with a wrong hash after which the file, and not its transfer, counts as damaged."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Checkpoint:
     """The local copy."""
 
     def state(self) -> dict[str, Any]:
-        """What `save` was given as `state`."""
+        """The argument `state` of `save`."""
         from safetensors import safe_open
 
         with safe_open(self.file, "pt") as opened:
@@ -56,7 +56,7 @@ class Checkpoint:
             return state
 
     def tensors(self) -> "dict[str, torch.Tensor]":
-        """What `save` was given as `tensors`, on the CPU."""
+        """The argument `tensors` of `save`, on the CPU."""
         from safetensors.torch import load_file
 
         return load_file(self.file)
@@ -69,7 +69,7 @@ def save(
     tensors: "Mapping[str, torch.Tensor]",
     state: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write a checkpoint and return its name. kind: "step" or "best". Tensors on any device."""
+    """Write a checkpoint and return its name. kind: "step" or "best"."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -87,7 +87,7 @@ def save(
 
 
 def latest_step(folder: str) -> int:
-    """Steps done by the newest checkpoint, intact or not; 0 where there is none."""
+    """Steps done at the newest checkpoint, intact or not; 0 if there is none."""
     names = _names(folder)
     return _step_of(names[-1]) if names else 0
 
@@ -95,9 +95,9 @@ def latest_step(folder: str) -> int:
 def newest(
     folder: str, into: Path, log: Callable[[str], None] = logger.warning
 ) -> Checkpoint | None:
-    """Download the newest intact checkpoint to the local folder `into`; None where there is none.
+    """Download the newest intact checkpoint to the local folder `into`; None if there is none.
 
-    Damaged ones are moved to FOLDER/quarantine, and `log` gets a line about each.
+    Damaged ones are moved to FOLDER/quarantine, and logged.
     """
     for name in reversed(_names(folder)):
         file, intact = _download(folder, name, into)
@@ -110,14 +110,14 @@ def newest(
         storage.delete_file(storage.join(folder, name))
         file.unlink()
         log(
-            f"{storage.join(folder, name)}: checkpoint is damaged (sha256 does not match); moved to"
-            f" {quarantined}, the one before it is used"
+            f"{storage.join(folder, name)}: damaged checkpoint (sha256 does not match); moved to"
+            f" {quarantined}; using the previous one"
         )
     return None
 
 
 def fetch(folder: str, name: str, into: Path) -> Checkpoint | None:
-    """Download the checkpoint `name` to the local folder `into`; None where it is damaged or
+    """Download the checkpoint `name` to the local folder `into`; None if it is damaged or
     missing."""
     file, intact = _download(folder, name, into)
     if file is None:
@@ -129,7 +129,7 @@ def fetch(folder: str, name: str, into: Path) -> Checkpoint | None:
 
 
 def _download(folder: str, name: str, into: Path) -> tuple[Path | None, bool]:
-    """(local copy or None where the file is missing, whether it is intact)."""
+    """(local copy, or None if the file is missing; whether it is intact)"""
     file, uri = into / name, storage.join(folder, name)
     for _ in range(_DOWNLOADS):
         if not storage.exists(uri):
@@ -141,7 +141,7 @@ def _download(folder: str, name: str, into: Path) -> tuple[Path | None, bool]:
 
 
 def prune(folder: str, best: set[str | None]) -> None:
-    """Delete all but the newest checkpoints, and the weights that they name as the `best`."""
+    """Delete all but the newest checkpoints and the files named in `best`."""
     keep = {*_names(folder)[-_KEPT:], *best}
     for name in storage.list_sizes(folder):
         if name not in keep and not name.startswith(f"{_QUARANTINE}/"):
@@ -149,7 +149,7 @@ def prune(folder: str, best: set[str | None]) -> None:
 
 
 def _names(folder: str) -> list[str]:
-    """Of the checkpoints, oldest first."""
+    """Names of the checkpoints, oldest first."""
     return [name for name in storage.list_sizes(folder) if name.startswith("step-")]
 
 
@@ -158,7 +158,7 @@ def _step_of(name: str) -> int:
         return int(name.split("-")[1])
     except (IndexError, ValueError):
         raise StorageError(
-            f"{name}: not the name of a checkpoint; remove the file", code="checkpoint_name"
+            f"{name}: not a valid name of a checkpoint; remove the file", code="checkpoint_name"
         ) from None
 
 

@@ -16,20 +16,20 @@ DEV_METRICS = (
     *("roc_auc_micro", "roc_auc_macro", "pr_auc_micro", "pr_auc_macro", "precision", "recall"),
     *("macro_genres", "genres_without_auc", "chance_standard_error", "better_than_chance"),
 )
-"""The metrics in the record of an epoch, where each name is prefixed with dev_."""
+"""Metrics in the record of an epoch, with the prefix dev_."""
 
 
 def evaluate_dev(
     stream: BatchStream, predictor: Predictor, manifest: Manifest, ranks: Ranks
 ) -> dict[str, Any]:
-    """dev_loss, and DEV_METRICS, of the whole dev split, every album once; equal on every rank.
+    """dev_loss and DEV_METRICS of the whole dev split, each album once; the same on every rank.
 
-    With a loss that is not finite, dev_loss alone.
+    Only dev_loss if the loss is not finite.
     """
     parts = ranks.gather(_evaluate_share(stream, predictor, len(manifest.genres), ranks.device))
     rows, scores, targets, losses = (np.concatenate(column) for column in zip(*parts, strict=True))
     if len(rows) != manifest.rows("dev") or len(np.unique(rows)) != len(rows):
-        raise AssertionError(f"dev split: {len(rows)} rows were evaluated")
+        raise AssertionError(f"dev split: {len(rows)} rows evaluated, not each album once")
     loss = float(losses.mean())
     if not np.isfinite(loss):
         return {"dev_loss": loss}
@@ -45,7 +45,7 @@ def _evaluate_share(
     scores, targets = ([np.empty((0, num_genres), np.float32)] for _ in range(2))
     for batch in stream.dev():
         logits = predictor.logits_of(to_unit(batch.pixels, device))
-        # From logits, not from scores: those of a diverged model round to 0 and 1.
+        # From logits, because the scores of a diverged model round to 0 and 1.
         by_pair = functional.binary_cross_entropy_with_logits(
             logits.cpu().double(),
             torch.from_numpy(batch.targets.astype(np.float64)),

@@ -12,24 +12,25 @@ from covergenre.training.sampler import Steps
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training run. Pickled for each worker; the backbone goes by reference."""
+    """A training run. Pickled for each worker; the weights are passed by reference."""
 
     config: TrainConfig
-    """Resolved: nothing is None but max_steps, workers and checkpoint_every."""
+    """Resolved: only max_steps, workers and checkpoint_every may be None."""
     manifest: Manifest
     preprocessing: Preprocessing
     baseline_loss: float
-    """Of always predicting the base rates of the training split: see metrics.base_rate_loss."""
+    """Loss of always predicting the base rates of the train split: metrics.base_rate_loss."""
     workers: Workers
     backbone: Any
-    """ObjectRef of its weights, in a list (Ray would resolve a bare reference); None: random."""
+    """ObjectRef of the pretrained weights, in a list because Ray would resolve a bare reference;
+    None: random weights."""
     checkpoints: str
     """Folder of the checkpoints."""
     monitor: Any
     """Handle of a monitor.Monitor actor."""
     microbatch: int | None = None
-    """The most rows that a worker computes at a time, where a step does not fit the GPU's memory;
-    gradients are accumulated. None: its whole share of a step."""
+    """The maximum number of rows in a forward pass, for a step that does not fit GPU memory, with
+    accumulated gradients. None: the worker's whole share of a step."""
 
     @property
     def steps(self) -> Steps:

@@ -1,7 +1,7 @@
-"""Shards -> Ray Data -> batches, inside a training worker, in the order of training.
+"""The batches of a training worker: shards -> Ray Data -> decoded rows, in the order of training.
 
-Each worker runs one ordered pipeline for its rows of all epochs: a few tasks read the rows that the
-rank owns, many decode them, and they arrive step by step. The row numbers travel with the pixels.
+Each worker runs one ordered pipeline for its rows of all epochs: few tasks read the rows that the
+rank owns, many tasks decode them, and the batches arrive step by step, with their row numbers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,10 +22,10 @@ from covergenre.data.image_decoding import Preprocessing, decode
 from covergenre.training import sampler
 
 EVAL_BATCH = 32
-"""Rows of a batch of the dev split. VGG16 holds 26 MB of activations an image at its widest, so 64
-would need more memory than a training step."""
+"""Rows in a batch of the dev split. VGG16 has up to 26 MB of activations per image: 64 would need
+more memory than a training step."""
 
-_CONCURRENT_READS = 2  # the current window and the next: each is in memory while it is used
+_CONCURRENT_READS = 2  # the current window and the next
 _CPUS_PER_READ = 0.25
 READING_CPUS = _CONCURRENT_READS * _CPUS_PER_READ
 """CPUs that a worker's readers occupy throughout training."""
@@ -75,12 +75,12 @@ class TrainingData:
         )
 
     def dev_range(self) -> tuple[int, int]:
-        """This rank's rows of the dev split, from and to; the ranks together have every row."""
+        """(start, stop) of this rank's rows of the dev split; together the ranks have every row."""
         total = sum(self.dev_rows)
         return total * self.rank // self.world, total * (self.rank + 1) // self.world
 
 
-# One row for each rank's share of a step in a window: no block boundary can cut a share.
+# A table row is a rank's share of a step in a window, so that no block boundary can split it.
 _SHARES = pa.schema(
     [
         pa.field("step", pa.int64()),
@@ -90,16 +90,16 @@ _SHARES = pa.schema(
         pa.field("images", pa.large_list(pa.large_binary())),
     ]
 )
-_DEV = -1  # instead of a window or a step: the dev split
+_DEV = -1  # window and step of rows of the dev split
 
 
 class BatchStream:
-    """This rank's batches: all steps of an epoch, its part of the dev split, the next epoch..."""
+    """Batches of a rank: the steps of an epoch, its part of the dev split, the next epoch, ..."""
 
     def __init__(
         self, data: TrainingData, epochs: Sequence[tuple[int, int]], *, first_step: int = 0
     ) -> None:
-        """epochs: (epoch, number of steps), in order; the first begins at step `first_step`."""
+        """epochs: (epoch, number of steps), in order; the first starts at step `first_step`."""
         import ray.data
         from ray.data import TaskPoolStrategy
 
@@ -140,7 +140,7 @@ class BatchStream:
     def _next(self, step: int) -> Batch:
         share = next(self._shares)
         if share["step"][0].as_py() != step:
-            raise AssertionError(f"step {share['step'][0]} came instead of step {step}")
+            raise AssertionError(f"expected step {step}, got step {share['step'][0]}")
         side = self._data.preprocessing.side
         pixels = np.frombuffer(share["pixels"][0].as_buffer(), np.uint8)
         targets = np.frombuffer(share["targets"][0].as_buffer(), np.float32)
@@ -162,7 +162,7 @@ def _concatenated(batches: Sequence[Batch]) -> Batch:
 
 
 def _windows_of_steps(data: TrainingData, epoch: int, steps: range) -> list[int]:
-    """Indices of the windows that have rows of `steps` of an epoch, in order."""
+    """Indices of the windows with rows of `steps` of an epoch, in order."""
     return [
         window.index
         for window in data.windows(epoch)
@@ -175,7 +175,7 @@ def _windows_of_steps(data: TrainingData, epoch: int, steps: range) -> list[int]
 def items_of_epochs(
     data: TrainingData, epochs: Sequence[tuple[int, int]], first_step: int
 ) -> list[dict[str, int]]:
-    """What `read_items` reads for these epochs: the windows of each, then the dev split."""
+    """Input of `read_items` for these epochs: the windows of each, then the dev split."""
     return [
         {"epoch": epoch, "first": first, "steps": steps, "window": window}
         for (epoch, steps), first in zip(epochs, chain([first_step], repeat(0)), strict=False)
@@ -223,7 +223,7 @@ def _read_dev(data: TrainingData) -> Iterator[pa.Table]:
         first += rows
         if low < high:
             pending.append(_read_shard(uri, low, high))
-        # Batches are cut across shards, so that their rows do not depend on where shards end.
+        # Batches span shards, so that their rows do not depend on the size of shards.
         while sum(t.num_rows for t in pending) >= EVAL_BATCH:
             table = pa.concat_tables(pending)
             yield _encoded_dev(table.slice(0, EVAL_BATCH), data.genres)

@@ -1,4 +1,4 @@
-"""The loss of each training step, and the check that training has not diverged."""
+"""The losses of training steps, and the check that training has not diverged."""
 
 import math
 from collections.abc import Sequence
@@ -11,17 +11,16 @@ from covergenre.training import checkpoints
 from covergenre.training.sampler import Steps
 
 _DIVERGED = 10.0
-"""Times the loss of always predicting the base rates: beyond that, training has diverged."""
+"""Training has diverged above this multiple of the loss of always predicting the base rates."""
 _UNTRAINED_LOSS = math.log(2)
-"""Of a model that scores everything 0.5, as an untrained one nearly does."""
+"""Loss if all scores are 0.5, as they nearly are in an untrained model."""
 
 
 def largest_loss(baseline: float) -> float:
     """The mean loss of an epoch, or of the dev split, above which training counts as diverged.
 
-    baseline: the loss of always predicting the base rates. Where genres are very rare (or all
-    albums have them) it is near 0, and a model that has not learned that yet is far above it: the
-    limit is at least twice the loss of an untrained model.
+    baseline: the loss of always predicting the base rates. It is near 0 if genres are very rare or
+    very common, so the limit is at least twice the loss of an untrained model.
     """
     return max(_DIVERGED * baseline, 2 * _UNTRAINED_LOSS)
 
@@ -29,7 +28,7 @@ def largest_loss(baseline: float) -> float:
 class LossHistory:
     """Mean loss of every step so far, over all ranks.
 
-    Raises TrainingDivergedError where training diverged; code: loss_not_finite, loss_too_large or
+    The methods raise TrainingDivergedError with the code loss_not_finite, loss_too_large or
     weights_not_finite.
     """
 
@@ -50,15 +49,14 @@ class LossHistory:
     def append(self, losses: Sequence[float], *, epoch: int, done: int, steps: int) -> None:
         """Add the losses of consecutive steps; `done` of the epoch's `steps` steps are done.
 
-        Raises TrainingDivergedError as soon as the mean loss of the epoch is bound to exceed the
-        limit: no loss is negative, so the losses so far can be enough. The outcome does not depend
-        on how often this is called, nor on where a run was resumed.
+        Raises TrainingDivergedError as soon as the mean loss of the epoch must exceed the limit,
+        even if all further losses are 0. The outcome does not depend on how often this is called,
+        nor on the step at which a run was resumed.
         """
         for step, loss in enumerate(losses, done - len(losses)):
             if not math.isfinite(loss):
                 raise self.diverged(
-                    f"the loss is not finite (NaN or Inf) from step {step + 1} of epoch"
-                    f" {epoch + 1} on",
+                    f"the loss is not finite (NaN or Inf) at step {step + 1} of epoch {epoch + 1}",
                     "loss_not_finite",
                 )
             self.losses.append(loss)
@@ -71,7 +69,7 @@ class LossHistory:
             )
 
     def epoch_mean(self, done: int) -> float:
-        """Mean over all albums in the last `done` steps, which are the first of an epoch."""
+        """Mean loss over the albums of an epoch, after its first `done` steps."""
         return self._sum(done) / self._steps.rows_in(done)
 
     def check_dev(self, loss: float, epoch: int) -> None:
@@ -87,14 +85,14 @@ class LossHistory:
         """The error, with the limit, the learning rate and the last checkpoint."""
         step = checkpoints.latest_step(self._checkpoints)
         last = (
-            f"the last checkpoint is of step {step}, in {self._checkpoints}; lower --learning-rate,"
-            " and choose another --out"
+            f"the last checkpoint is of step {step}, in {self._checkpoints}; use a lower"
+            " --learning-rate and another --out"
             if step
-            else "there is no checkpoint yet; lower --learning-rate"
+            else "there is no checkpoint yet; use a lower --learning-rate"
         )
         return TrainingDivergedError(
-            f"training diverged: {what}; always predicting the base rates of the genres has a loss"
-            f" of {self._baseline:.3g} (limit {self.limit:.3g}); the learning rate is"
+            f"training diverged: {what} (limit {self.limit:.3g}; always predicting the base rates"
+            f" of the genres has a loss of {self._baseline:.3g}); the learning rate is"
             f" {self._learning_rate:g}; {last}",
             code=code,
         )

@@ -1,4 +1,4 @@
-"""What the ranks of a worker group exchange. Every rank must call each method in the same order."""
+"""Collective operations of a worker group. All ranks must call them in the same order."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +42,8 @@ class Ranks:
         return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every rank the buffers of rank 0. Each rank has separate batch norm statistics
-        rows; evaluation and checkpoints must use the same ones."""
+        """Copy the buffers of rank 0 to every rank: the ranks have different batch norm statistics,
+        but evaluation and checkpoints must use the same."""
         if self.world > 1:
             for buffer in model.buffers():
                 distributed.broadcast(buffer, 0)

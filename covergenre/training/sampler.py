@@ -4,8 +4,8 @@ Shards are shuffled and cut into windows of a few; the rows of a window are shuf
 s trains on positions s*B to (s+1)*B of that order, whatever the number of workers, so training can
 resume at any step with any number of workers.
 
-Each rank owns a contiguous part of the rows of a window, reads only those, and computes those of
-them that are in a step. The shuffle is stratified so that a rank's share of every step is nearly
+Each rank owns a contiguous part of the rows of a window. It reads only those, and computes those
+of them that are in a step. The shuffle is stratified so that a rank's share of every step is nearly
 equal: a window's rows are cut into 64 strata, and the order takes one row of each stratum, then
 another of each, and so on. Within such a round of 64, the two halves of the window alternate, and
 so do the two halves of each half, and so on (a scrambled van der Corput sequence).
@@ -33,15 +33,15 @@ class Steps:
     """Of an epoch."""
     batch_size: int
     epochs: tuple[int, ...]
-    """Steps of each epoch: all alike, but --max-steps may end the last one early."""
+    """Steps of each epoch: the same number, except that --max-steps may shorten the last one."""
 
     @classmethod
     def of(cls, rows: int, batch_size: int, epochs: int, max_steps: int | None) -> "Steps":
-        """The steps of `epochs` epochs, or of fewer where max_steps ends training before."""
-        an_epoch = -(-rows // batch_size)
-        total = min(epochs * an_epoch, max_steps or epochs * an_epoch)
-        starts = range(0, total, an_epoch)
-        return cls(rows, batch_size, tuple(min(an_epoch, total - start) for start in starts))
+        """The steps of `epochs` epochs, of which there are at most `max_steps`."""
+        per_epoch = -(-rows // batch_size)
+        total = min(epochs * per_epoch, max_steps or epochs * per_epoch)
+        starts = range(0, total, per_epoch)
+        return cls(rows, batch_size, tuple(min(per_epoch, total - start) for start in starts))
 
     @property
     def total(self) -> int:
@@ -135,7 +135,7 @@ def owned(window: Window, shard_rows: Sequence[int], rank: int, world: int) -> l
 def samples(
     window: Window, *, seed: int, epoch: int, batch_size: int, rank: int = 0, world: int = 1
 ) -> Samples:
-    """What `rank` of `world` computes of `window`."""
+    """The samples of `window` that `rank` of `world` computes."""
     first, last = _owned_range(window, rank, world)
     order = _stratified_order(window.rows, seed, epoch, window.index)
     # Rounds begin at multiples of 64 of the epoch's order, as steps of 32, 64, 128 and so on do.
@@ -150,24 +150,24 @@ def _owned_range(window: Window, rank: int, world: int) -> tuple[int, int]:
 
 
 def _stratified_order(rows: int, seed: int, epoch: int, window: int) -> NDArray[np.int64]:
-    """A random order of range(rows) in which every run of positions has its fair share of any
-    contiguous part of range(rows), as the module's docstring describes."""
+    """A random order of range(rows) in which every run of positions has a proportional share of any
+    contiguous part of range(rows): see the docstring of the module."""
     rounds = -(-rows // _STRATA)
     index = np.arange(rows, dtype=np.int64)
     stratum = index * _STRATA // max(rows, 1)
     starts = np.searchsorted(stratum, np.arange(_STRATA))
-    # Random streams: 0 is of the order of the shards; then two of each window.
+    # Random streams: 0 for the order of the shards, then two for each window.
     bits = _random_bits(_STRATA * rounds, seed, epoch, 2 * window + 1).reshape(_STRATA, rounds)
     turns = np.argsort(bits, axis=1, kind="stable")  # of each stratum's rows
     turn = turns[stratum, index - starts[stratum]]
     scramble = _random_bits(rounds, seed, epoch, 2 * window + 2)[turn]
-    place = np.zeros(rows, np.uint64)  # of the row in its round: its stratum's bits, reversed
+    position = np.zeros(rows, np.uint64)  # in the round: the bits of the stratum, reversed
     for level in range(_STRATA_BITS):
         half = stratum >> (_STRATA_BITS - 1 - level)
         node = (2**level + (half >> 1)).astype(np.uint64)
         flip = (scramble >> node) & np.uint64(1)
-        place |= ((half & 1).astype(np.uint64) ^ flip) << np.uint64(level)
-    return np.lexsort((place, turn)).astype(np.int64)
+        position |= ((half & 1).astype(np.uint64) ^ flip) << np.uint64(level)
+    return np.lexsort((position, turn)).astype(np.int64)
 
 
 def _random_bits(n: int, seed: int, epoch: int, stream: int) -> NDArray[np.uint64]:

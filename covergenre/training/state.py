@@ -1,4 +1,4 @@
-"""What a checkpoint stores: weights, Adam's state, and the position in the run."""
+"""The content of a checkpoint: weights, Adam's state, and the position in the run."""
 
 import math
 import tempfile
@@ -23,15 +23,15 @@ class TrainingState:
 
     epoch: int = 0
     step: int = 0
-    """The next step to train, in the epoch."""
+    """Index in the epoch of the next step."""
     steps_done: int = 0
-    """Of the whole run."""
+    """Steps done in the whole run."""
     best_weights: str | None = None
     """Name of the file with the weights of the best epoch."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """A record for each finished epoch, as in history.jsonl."""
     step_losses: list[float] = field(default_factory=list)
-    """Of every step of the run, over all ranks."""
+    """Mean loss of every step of the run, over all ranks."""
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -39,7 +39,7 @@ class TrainingState:
         return next((record for record in reversed(self.history) if record["best"]), None)
 
     def to_json(self) -> dict[str, Any]:
-        """With null for NaN, which JSON has not."""
+        """With null for NaN, which is not valid JSON."""
         return {**asdict(self), "history": [nan_to_none(record) for record in self.history]}
 
     @classmethod
@@ -60,7 +60,7 @@ def save(
     *,
     best: bool,
 ) -> None:
-    """Write a checkpoint, and before it, where the epoch is the `best`, its weights alone."""
+    """Write a checkpoint and, if the epoch is the `best` so far, first its weights."""
     weights = model.state_dict()
     best_before = state.best_weights  # the previous checkpoint refers to it
     if best:
@@ -82,7 +82,7 @@ def resume(
 ) -> TrainingState:
     """Load the newest intact checkpoint into model and optimizer, the same one on every rank.
 
-    Without one, model and optimizer stay as they are and the state is that of a new run.
+    Without one, model and optimizer are not changed, and the state is that of a new run.
     """
     with tempfile.TemporaryDirectory() as temporary:
         found: checkpoints.Checkpoint | None = None
@@ -94,7 +94,7 @@ def resume(
         if ranks.rank != 0:
             found = checkpoints.fetch(folder, name, Path(temporary))
         if found is None:
-            raise RuntimeError(f"{folder}/{name}: damaged or missing since rank 0 read it")
+            raise RuntimeError(f"{folder}/{name}: was damaged or deleted after rank 0 read it")
         state, tensors = TrainingState.from_json(found.state()), found.tensors()
     model.load_state_dict(
         {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}

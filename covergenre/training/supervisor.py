@@ -1,9 +1,9 @@
 """Start the group of training workers, restart it after failures, and resize it.
 
 When a group fails, the driver starts another one from the newest checkpoint, with another number of
-workers if necessary, until training is complete. Ray Train's own restarts are off: they would also
-repeat errors that cannot succeed, and its resizing drops all steps since the last checkpoint and
-may leave machines without a CPU for decoding.
+workers if necessary, until training is complete. Ray Train's restarts are disabled, because they
+would also repeat runs that cannot succeed, and its resizing discards all steps since the last
+checkpoint and may leave machines without a CPU for decoding.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ CHECKPOINTS = "checkpoints"
 _RAY = "ray"
 _RETRY_SECONDS = 15.0
 _MAX_FAILURES = 3
-"""Failures of a group in a row, without a new checkpoint, after which training fails."""
+"""Consecutive failures of groups, without a new checkpoint, after which training fails."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class TrainingResult:
     """A complete training run."""
 
     state: dict[str, Any]
-    """Of the last checkpoint: history, step_losses and more, see training/state.py."""
+    """Of the last checkpoint: TrainingState as JSON."""
     weights: bytes
-    """Of the best epoch, as safetensors."""
+    """Weights of the best epoch, as safetensors."""
 
 
 def training_workers(config: TrainConfig) -> Workers:
-    """The workers that the settings ask for. Raises ConfigError where the cluster has no room."""
+    """The workers for these settings. Raises ConfigError if the cluster is too small."""
     return choose_workers(
         config.worker_range(), config.device, config.cpus_per_worker, reading=READING_CPUS
     )
@@ -124,9 +124,11 @@ def _make_job(
 
 
 def _count_failures(failures: int, error: Exception | None, before: int, now: int) -> int:
-    """Failures in a row after a group ended; it began at step `before`, the last checkpoint is of
-    step `now`. error: None where the group ended without one. Raises CovergenreError when there
-    were too many."""
+    """The number of consecutive failures after a group has ended, `failures` before it.
+
+    error: of the group; None if it ended without one. before, now: step of the last checkpoint when
+    the group started, and now. Raises CovergenreError after too many failures.
+    """
     from covergenre.cluster.ray_internals import is_startup_timeout
 
     if error is not None and is_startup_timeout(error):
@@ -135,8 +137,8 @@ def _count_failures(failures: int, error: Exception | None, before: int, now: in
     reason = "the workers exited early" if error is None else _failure_reason(error)
     if failures == _MAX_FAILURES:
         raise CovergenreError(
-            f"training failed {failures} times in a row after step {now:,}: {reason}; resume it"
-            " with --resume, and with --verbose to see more",
+            f"training failed {failures} times in a row after step {now:,}: {reason}; resume with"
+            " --resume, and with --verbose for details",
             code="workers_failed",
         )
     if error is not None:
@@ -146,18 +148,18 @@ def _count_failures(failures: int, error: Exception | None, before: int, now: in
 
 def _run_group(config: TrainConfig, job: Job, state_folder: str) -> None:
     """Run one group of workers from the newest checkpoint, until training is complete, the group
-    fails, or it is to be resized."""
+    fails, or a resize is requested."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from covergenre.cluster.ray_internals import run_torch_trainer
     from covergenre.training.worker import training_loop
 
-    # Ray Train would silently continue a run of this name.
+    # Ray Train would silently continue an earlier run with this name.
     storage.delete_directory(storage.join(state_folder, _RAY))
     filesystem, path = storage.filesystem(state_folder)
     elastic = _is_elastic(config)
     failures: dict[str, Any] = {
-        # Without a smaller group to fall back to, wait for machines for any length of time.
+        # A group of fixed size waits for its machines without a time limit.
         "controller_failure_limit": 0 if elastic else -1,
         "max_preemption_failures": 0,
     }
@@ -188,7 +190,7 @@ def _is_elastic(config: TrainConfig) -> bool:
 
 @contextlib.contextmanager
 def _machines_requested(config: TrainConfig, workers: Workers) -> Iterator[None]:
-    """Ask the autoscaler for the machines of the largest group, and to replace them when lost."""
+    """Request machines for the largest group from the autoscaler, which also replaces lost ones."""
     if not _is_elastic(config):
         yield
         return
@@ -204,11 +206,11 @@ def _machines_requested(config: TrainConfig, workers: Workers) -> Iterator[None]
 
 @contextlib.contextmanager
 def _resizing(config: TrainConfig, job: Job) -> Iterator[None]:
-    """While a group trains, compare its size with the room in the cluster.
+    """While a group trains, compare its size with the number of workers that the cluster can run.
 
-    When another size fits, the group is asked to exit at its next checkpoint. When only a smaller
-    one fits, for longer than one check, it is killed: after the loss of machines that had no
-    worker, the others may have no CPU left for decoding, and the group would never get there.
+    If they differ, the group is asked to save a checkpoint and exit. If only a smaller group fits,
+    at two checks in a row, it is killed: after the loss of machines without a worker, there may be
+    no CPU left for decoding, and the group would never reach a checkpoint.
     """
     requested = 0
 
@@ -221,7 +223,7 @@ def _resizing(config: TrainConfig, job: Job) -> Iterator[None]:
             if count != requested:
                 only = "only " if count < job.workers.count else ""
                 job.monitor.report_message.remote(
-                    f"there is room for {only}{plural(count, 'worker')}: resizing the worker group"
+                    f"resources for {only}{plural(count, 'worker')}: resizing the worker group"
                 )
                 job.monitor.request_resize.remote()
                 requested = count
@@ -237,7 +239,7 @@ def _resizing(config: TrainConfig, job: Job) -> Iterator[None]:
 
 
 def _wait_for_workers(config: TrainConfig) -> Workers:
-    """Workers for the next group; waits while the cluster has too few machines for the smallest."""
+    """Workers for the next group; waits until the cluster has enough machines for the smallest."""
     logged = False
     while True:
         try:
@@ -250,14 +252,14 @@ def _wait_for_workers(config: TrainConfig) -> Workers:
 
 
 def _with_smaller_microbatch(job: Job, error: DeviceMemoryError) -> Job:
-    """The same job with half as many covers computed at a time. Raises DeviceMemoryError at one."""
-    most = job.microbatch or -(-job.config.batch_size // job.workers.count)
-    if most == 1:
-        raise DeviceMemoryError(f"{error}, not even one cover at a time; choose a smaller --model")
-    microbatch = -(-most // 2)
+    """The job with half the microbatch. Raises DeviceMemoryError if it is one cover already."""
+    current = job.microbatch or -(-job.config.batch_size // job.workers.count)
+    if current == 1:
+        raise DeviceMemoryError(f"{error}, even with one cover at a time; choose a smaller --model")
+    microbatch = -(-current // 2)
     logger.warning(
-        f"{error}: computing {plural(microbatch, 'cover')} at a time with accumulated gradients;"
-        f" the batch size stays {job.config.batch_size}"
+        f"{error}: computing {plural(microbatch, 'cover')} at a time, with gradient accumulation;"
+        f" the batch size is still {job.config.batch_size}"
     )
     return dataclasses.replace(job, microbatch=microbatch)
 
@@ -267,7 +269,7 @@ def _failure_reason(error: Exception) -> str:
     from ray.exceptions import RayActorError
 
     failures = list(getattr(error, "worker_failures", {}).values())
-    # When one worker dies the others report errors too; its death is the cause.
+    # If one worker crashes, the others report errors too; the crash is the cause.
     failures.sort(key=lambda failure: not isinstance(failure, RayActorError))
     cause = (failures or [getattr(error, "controller_failure", error)])[0]
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
@@ -275,7 +277,7 @@ def _failure_reason(error: Exception) -> str:
 
 
 def _final_state(folder: str, steps: int, temporary: Path) -> dict[str, Any] | None:
-    """The state of the checkpoint after all `steps`; None where training is not complete."""
+    """The state of the checkpoint after all `steps`; None if training is not complete."""
     if checkpoints.latest_step(folder) < steps:
         return None
     found = checkpoints.newest(folder, temporary)
@@ -285,8 +287,8 @@ def _final_state(folder: str, steps: int, temporary: Path) -> dict[str, Any] | N
 
 
 def _best_weights(folder: str, last: dict[str, Any], temporary: Path) -> bytes:
-    """Weights of the best epoch. Where their file is damaged or missing: of the last epoch, from
-    the last checkpoint, and `last` is changed to name that epoch as the best."""
+    """Weights of the best epoch. If their file is damaged or missing: those of the last epoch, from
+    the last checkpoint, and `last` is changed to make that epoch the best."""
     from safetensors.torch import save
 
     found = checkpoints.fetch(folder, last["best_weights"], temporary)

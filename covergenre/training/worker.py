@@ -1,4 +1,4 @@
-"""The training loop, run by every worker: its share of each step, and of each dev evaluation."""
+"""The training loop of a worker: its share of each step and of each evaluation of the dev split."""
 
 import contextlib
 import math
@@ -27,10 +27,10 @@ from covergenre.training.ranks import Ranks
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-7
-"""Of Adam: Keras's default, which the paper used; torch's is 1e-8."""
+"""Of Adam: the default of Keras, which the paper used; torch's default is 1e-8."""
 _REPORT_EVERY_SECONDS = 1.0
 _SYNC_EVERY_STEPS = 16
-"""Steps between checks of the losses and for a requested resize; each waits for the device."""
+"""Steps between checks of the losses and of resize requests, which wait for the device."""
 
 
 def training_loop(settings: dict[str, Any]) -> None:
@@ -96,16 +96,16 @@ class Worker:
                 if not self._run_epoch(self._state.epoch):
                     return
         except torch.OutOfMemoryError as error:
-            # The ranks are at different points: the driver restarts them, with smaller batches.
+            # The ranks are in different states: the driver restarts them, with smaller batches.
             raise DeviceMemoryError("a step does not fit the GPU's memory") from error
 
     def _run_epoch(self, epoch: int) -> bool:
-        """The rest of an epoch, and the evaluation of the dev split. False: resize first."""
+        """Train the rest of an epoch and evaluate the dev split. False: exit for a resize."""
         steps = self._steps.epochs[epoch]
-        began, first = time.monotonic(), self._state.step
+        start, first = time.monotonic(), self._state.step
         if not self._train_steps(epoch, steps):
             return False
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
         self._report_progress(epoch, self._losses.losses[-1])
         self._ranks.share_buffers(self._model)
         dev = evaluate_dev(self._stream, self._predictor, self._job.manifest, self._ranks)
@@ -117,7 +117,7 @@ class Worker:
             **dev,
             "images_per_second": (self._steps.rows_in(steps) - self._steps.rows_in(first))
             / seconds,
-            "seconds": time.monotonic() - began,
+            "seconds": time.monotonic() - start,
         }
         record["best"] = self._is_best(record["dev_pr_auc_micro"])
         self._state.history.append(record)
@@ -128,13 +128,13 @@ class Worker:
         return True
 
     def _is_best(self, score: float) -> bool:
-        """Whether an epoch is the best so far. A dev split of one class has no PR AUC (NaN): then
-        the latest epoch counts as the best."""
+        """Whether an epoch is the best so far. If PR AUC is undefined on the dev split (NaN), the
+        latest epoch is the best."""
         best = self._state.best
         return best is None or math.isnan(score) or not score <= best["dev_pr_auc_micro"]
 
     def _train_steps(self, epoch: int, steps: int) -> bool:
-        """The remaining steps of an epoch. False: a resize is requested, and a checkpoint saved."""
+        """Train the remaining steps of an epoch. False: a checkpoint was saved for a resize."""
         state, first, reported = self._state, self._state.step, time.monotonic()
         every = self._config.checkpoint_every
         pending: list[torch.Tensor] = []
@@ -151,7 +151,7 @@ class Worker:
                 resize = self._is_resize_requested()
             now = time.monotonic()
             if self._ranks.rank == 0 and now - reported > _REPORT_EVERY_SECONDS:
-                # This rank's part of the loss, scaled up: accurate enough for a progress bar.
+                # An estimate from this rank's part of the loss, for the progress bar.
                 self._report_progress(epoch, float(loss) * self._ranks.world)
                 reported = now
             if resize or (every and state.steps_done % every == 0):
@@ -164,7 +164,7 @@ class Worker:
         return True
 
     def _train_step(self, epoch: int, step: int) -> torch.Tensor:
-        """One step; returns this rank's part of the step's mean loss, detached."""
+        """Train one step; returns this rank's part of the step's mean loss, detached."""
         batch = self._stream.step(epoch, step)
         networks.training_mode(
             self._model, freeze_batch_norm=self._freeze_batch_norm, rows=len(batch)
@@ -177,7 +177,7 @@ class Worker:
         losses: list[torch.Tensor] = []
         for start, stop in pairwise(cuts):
             last = stop == len(batch)
-            # The ranks' gradients are summed once a step, with those of the last part.
+            # Gradients are summed over ranks once per step, in the last part.
             local = self._ddp.no_sync() if self._ddp and not last else contextlib.nullcontext()
             with local:
                 part = batch[start:stop]
@@ -186,12 +186,12 @@ class Worker:
         return torch.stack(losses).sum()
 
     def _backward(self, part: Batch, size: int, epoch: int, *, last: bool) -> torch.Tensor:
-        """Compute the gradients of some rows of a step of `size` rows; returns their loss."""
+        """Compute gradients for rows of a step of `size` rows; returns their part of the loss."""
         config = self._config
         # The same on every rank, and a function of the step alone: see networks.BatchDropout.
         torch.manual_seed((config.seed * 1_000_003 + self._state.steps_done) % 2**63)
         networks.share_dropout(self._model, part.offsets, size)
-        # A rank without rows computes one that does not count: the others wait for its gradients.
+        # A rank without rows computes an ignored row, because the others wait for its gradients.
         pixels = part.pixels if len(part) else np.zeros((1, *part.pixels.shape[1:]), np.uint8)
         images = augment(
             to_unit(pixels, self._ranks.device),
@@ -224,19 +224,19 @@ class Worker:
         return base * 0.5 * (1 + math.cos(math.pi * self._state.steps_done / self._steps.total))
 
     def _record(self, pending: list[torch.Tensor], epoch: int, steps: int) -> None:
-        """Move this rank's parts of the losses of the last steps, summed over ranks, into the loss
-        history. Raises TrainingDivergedError on every rank alike."""
+        """Sum the pending losses over ranks and add them to the loss history. Raises
+        TrainingDivergedError, on all ranks if on one."""
         if pending:
             losses = self._ranks.sum(torch.stack(pending).double()).tolist()
             pending.clear()
             self._losses.append(losses, epoch=epoch, done=self._state.step, steps=steps)
 
     def _is_resize_requested(self) -> bool:
-        """Whether the driver requests a resize of the group; the same on every rank."""
+        """Whether the driver has requested a resize of the group; the same on every rank."""
         import ray
 
-        ask = self._job.monitor.is_resize_requested.remote
-        return self._ranks.first_decides(self._ranks.rank == 0 and ray.get(ask()))
+        request = self._job.monitor.is_resize_requested.remote
+        return self._ranks.first_decides(self._ranks.rank == 0 and ray.get(request()))
 
     def _report_progress(self, epoch: int, loss: float) -> None:
         if self._ranks.rank == 0:

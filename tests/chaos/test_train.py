@@ -321,9 +321,9 @@ def lose_nodes(dataset: Path, out: Path, times: int, seed: int) -> None:
             now = driver.output().count("workers failed")
             what = "workers lost" if now > lost else "no worker was on it"
             if now > lost and not replaced:
-                grown = driver.output().count("there is room for 2 workers: resizing")
+                grown = driver.output().count("resources for 2 workers: resizing")
                 step = latest_step(out)
-                await_output(driver, "there is room for 2 workers: resizing", grown + 1)
+                await_output(driver, "resources for 2 workers: resizing", grown + 1)
                 what += ", later resized to 2"
                 await_step(driver, step + 8)
             lost, step = now, latest_step(out)

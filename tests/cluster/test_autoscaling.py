@@ -179,7 +179,7 @@ def test_training_starts_on_one_machine_and_grows(dataset: Path, tmp_path: Path)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "waiting for machines" in trained.stderr
     assert "workers failed" not in trained.stderr, trained.stderr
-    assert "there is room for 2 workers: resizing" in trained.stderr, trained.stderr
+    assert "resources for 2 workers: resizing" in trained.stderr, trained.stderr
 
 
 def test_more_workers_than_the_cluster_can_have_are_refused(

@@ -23,7 +23,7 @@ def changed(batch: Tensor, rows: list[int], kind: str = "light", **others: Any) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_changed_alike_in_any_batch(kind: str) -> None:
+def test_change_of_a_row_does_not_depend_on_the_batch(kind: str) -> None:
     rows = [5, 0, 3, 999_999_999_999, 7, 1, 2, 4, 6]
     batch = images(len(rows))
     whole = changed(batch, rows, kind)
@@ -35,7 +35,7 @@ def test_a_row_is_changed_alike_in_any_batch(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_neither_global_state_nor_the_input_is_touched(kind: str) -> None:
+def test_global_random_state_and_input_are_not_changed(kind: str) -> None:
     batch = images(4)
     before = batch.clone()
     torch.manual_seed(1)
@@ -47,18 +47,18 @@ def test_neither_global_state_nor_the_input_is_touched(kind: str) -> None:
     assert torch.equal(augment(batch, np.arange(4), kind=kind, seed=0, epoch=0), first)
 
 
-def test_none_is_the_identity() -> None:
+def test_none_returns_the_input() -> None:
     batch = images(3)
     assert torch.equal(changed(batch, [0, 1, 2], "none"), batch)
 
 
 @pytest.mark.parametrize("kind", ["none", *KINDS])
-def test_an_empty_batch(kind: str) -> None:
+def test_empty_batch_is_accepted(kind: str) -> None:
     assert changed(images(0), [], kind).shape == (0, 3, 12, 12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_seed_epoch_or_row_is_another_change(kind: str) -> None:
+def test_change_depends_on_seed_epoch_and_row(kind: str) -> None:
     batch = images(1)
     results = [
         changed(batch, [row], kind, seed=seed, epoch=epoch)
@@ -72,7 +72,7 @@ def test_another_seed_epoch_or_row_is_another_change(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 8, 12)])
-def test_shape_type_and_range_stay(kind: str, shape: tuple[int, ...]) -> None:
+def test_shape_type_and_range_are_kept(kind: str, shape: tuple[int, ...]) -> None:
     for fill in (0.0, 1.0, None):
         batch = torch.rand(shape) if fill is None else torch.full(shape, fill)
         result = changed(batch, [0, 1], kind)
@@ -81,8 +81,8 @@ def test_shape_type_and_range_stay(kind: str, shape: tuple[int, ...]) -> None:
         assert result.min() >= 0 and result.max() <= 1
 
 
-def test_brightness_stays_within_its_bounds_and_reaches_them() -> None:
-    """A grey image has no saturation to change: what is left is the brightness."""
+def test_brightness_covers_its_range() -> None:
+    """In a grey image only the brightness can change."""
     rows = list(range(2000))
     result = changed(torch.full((2000, 3, 1, 1), 0.5), rows, "color").flatten(1)
     assert (result.amax(1) - result.amin(1)).max() < 1e-6
@@ -93,8 +93,8 @@ def test_brightness_stays_within_its_bounds_and_reaches_them() -> None:
     assert abs(float(shift.mean())) < 0.06 * bound  # deviation of the mean: 0.013 * bound
 
 
-def test_saturation_stays_within_its_bounds_and_reaches_them() -> None:
-    """The distance between two channels grows or shrinks by the saturation alone."""
+def test_saturation_covers_its_range() -> None:
+    """Only the saturation changes the difference of two channels."""
     rows = list(range(2000))
     batch = torch.tensor([0.5, 0.5, 0.6]).view(1, 3, 1, 1).expand(2000, 3, 1, 1)
     result = changed(batch, rows, "color")[:, :, 0, 0]
@@ -124,7 +124,7 @@ def test_light_mirrors_about_half_of_the_images() -> None:
     assert (upside_down[:, 0, 0, 8] < upside_down[:, 0, -1, 8]).all()
 
 
-def test_what_is_drawn_for_one_change_says_nothing_of_another() -> None:
+def test_changes_are_independent_of_each_other() -> None:
     rows = list(range(1000))
     ramp = torch.linspace(0.2, 0.8, 16).expand(1000, 3, 16, 16)
     light = changed(ramp, rows)[:, 0, 8]
@@ -139,7 +139,7 @@ def test_what_is_drawn_for_one_change_says_nothing_of_another() -> None:
 
 
 def test_light_keeps_between_four_fifths_and_all_of_a_side() -> None:
-    """Where a pixel of a ramp comes from says how much was cut, and where."""
+    """The values of a ramp show which part of it was kept."""
     side = 64
     across = torch.linspace(0.2, 0.8, side)
     ramp = torch.stack([across.expand(side, side)] * 3).expand(300, 3, side, side)
@@ -150,7 +150,7 @@ def test_light_keeps_between_four_fifths_and_all_of_a_side() -> None:
     assert kept.min() < 0.82 and kept.max() > 0.98
 
 
-def test_a_crop_stays_inside_the_image() -> None:
+def test_crop_is_inside_the_image() -> None:
     """A frame is cut or kept, never repeated from beyond the edge."""
     side = 40
     x = torch.linspace(-1, 1, side)
@@ -174,7 +174,7 @@ def test_draws_are_uniform_and_of_independent_columns() -> None:
 
 
 def test_golden_draws() -> None:
-    """Runs taken up again must draw as before."""
+    """Other values would change resumed runs."""
     drawn = _uniform(np.array([0, 12345]), seed=42, epoch=3, count=3)
     assert (drawn * 2**24).astype(int).tolist() == [
         [3102819, 2714312, 4366366],

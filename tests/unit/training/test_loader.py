@@ -118,7 +118,7 @@ def test_ranks_together_read_the_same_batches_as_one_worker(
     assert by_position(read_epoch(shards, world)) == alone
 
 
-def test_resumed_and_shortened_epochs_have_the_steps_asked_for(shards: tuple[str, ...]) -> None:
+def test_resumed_and_shortened_epochs_have_the_requested_steps(shards: tuple[str, ...]) -> None:
     alone = by_position(read_epoch(shards, 1))
     part = by_position(read_epoch(shards, 2, first=5, steps=16))
     assert part == {at: value for at, value in alone.items() if 5 <= at[0] < 16}
@@ -144,7 +144,7 @@ def test_targets_are_those_of_the_rows(shards: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
-def test_workers_together_read_hardly_more_bytes_than_one(
+def test_workers_together_read_few_more_bytes_than_one(
     shards: tuple[str, ...], bytes_read: list[int], world: int
 ) -> None:
     read_epoch(shards, 1)

@@ -51,8 +51,9 @@ def test_high_first_losses_that_come_down_pass(tmp_path: Path) -> None:
 def test_losses_of_earlier_epochs_do_not_count(tmp_path: Path) -> None:
     second = Epoch(tmp_path, epoch=1)
     second.history.losses += [0.1] * 4
-    with pytest.raises(TrainingDivergedError, match="4 steps of epoch 2 is 6;"):
+    with pytest.raises(TrainingDivergedError) as caught:
         second.append(*[6.0] * 4)
+    assert caught.value.code == "loss_too_large" and "4 steps of epoch 2" in str(caught.value)
 
 
 def test_mean_is_over_albums_so_a_short_last_step_counts_less(tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_mean_is_over_albums_so_a_short_last_step_counts_less(tmp_path: Path) ->
         Epoch(tmp_path, rows=40).append(*losses)
 
 
-def test_epoch_that_max_steps_ends_early_is_judged_by_the_steps_it_has(tmp_path: Path) -> None:
+def test_mean_of_a_shortened_epoch_is_over_its_steps(tmp_path: Path) -> None:
     with pytest.raises(TrainingDivergedError):
         Epoch(tmp_path, steps=2).append(1.0, 10.0)
     Epoch(tmp_path).append(1.0, 10.0)
@@ -99,7 +100,7 @@ def test_outcome_does_not_depend_on_how_often_losses_are_added(
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_loss_that_is_not_finite_names_its_step(loss: float, tmp_path: Path) -> None:
-    with pytest.raises(TrainingDivergedError, match="step 3 of epoch 1 ") as caught:
+    with pytest.raises(TrainingDivergedError, match="step 3 of epoch 1") as caught:
         Epoch(tmp_path).append(0.7, 0.7, loss)
     assert caught.value.code == "loss_not_finite"
 
@@ -117,7 +118,7 @@ def test_dev_loss_has_the_same_limit(loss: float, code: str, tmp_path: Path) -> 
     assert caught.value.code == code
 
 
-def test_last_checkpoint_is_named_and_another_out_suggested(tmp_path: Path) -> None:
+def test_message_names_the_last_checkpoint_and_suggests_another_out(tmp_path: Path) -> None:
     assert "--out" not in str(Epoch(tmp_path).history.diverged("x", "loss_too_large"))
     (tmp_path / f"step-000000012-{'0' * 64}.safetensors").write_bytes(b"")
     message = str(Epoch(tmp_path).history.diverged("x", "loss_too_large"))

@@ -69,7 +69,7 @@ def cases() -> Iterator[tuple[tuple[int, ...], int, int, int, int]]:
     )
 
 
-def test_epoch_has_every_row_once_and_full_steps_but_the_last() -> None:
+def test_epoch_has_every_row_once_and_only_the_last_step_is_short() -> None:
     for shard_rows, batch_size, per_window, seed, epoch in cases():
         order = samples_of_rank(
             shard_rows, batch_size=batch_size, per_window=per_window, seed=seed, epoch=epoch
@@ -80,7 +80,7 @@ def test_epoch_has_every_row_once_and_full_steps_but_the_last() -> None:
             assert (step, offset) == divmod(position, batch_size)
 
 
-def test_ranks_together_compute_each_step_as_one_worker_does() -> None:
+def test_ranks_together_compute_the_steps_of_one_worker() -> None:
     for shard_rows, batch_size, per_window, seed, epoch in cases():
         settings = {
             "batch_size": batch_size,
@@ -97,8 +97,8 @@ def test_ranks_together_compute_each_step_as_one_worker_does() -> None:
             assert found == alone
 
 
-def test_a_rank_owns_contiguous_rows_of_each_window() -> None:
-    """Or it would have to read more than its rows."""
+def test_rank_owns_contiguous_rows_of_each_window() -> None:
+    """Otherwise it would have to read more than its rows."""
     for shard_rows, per_window, world in product(SHARDS, PER_WINDOW, WORLDS):
         for window in windows(shard_rows, seed=0, epoch=1, shards_per_window=per_window):
             rows = [(s, row) for s in window.shards for row in range(shard_rows[s])]
@@ -124,7 +124,7 @@ def test_ranks_have_nearly_equal_shares_of_each_step(batch_size: int, world: int
     assert shares.max(1).mean() <= -(-batch_size // world) + 0.6
 
 
-def test_windows_have_every_shard_once_end_to_end() -> None:
+def test_windows_have_every_shard_once_and_are_consecutive() -> None:
     for shard_rows, per_window, epoch in product(SHARDS, PER_WINDOW, range(3)):
         found = windows(shard_rows, seed=1, epoch=epoch, shards_per_window=per_window)
         assert sorted(s for w in found for s in w.shards) == list(range(len(shard_rows)))
@@ -143,8 +143,8 @@ def test_windows_have_every_shard_once_end_to_end() -> None:
             start += window.rows
 
 
-def test_every_epoch_has_other_windows() -> None:
-    """Or the same shards would be shuffled together in every epoch."""
+def test_windows_differ_between_epochs() -> None:
+    """Otherwise the same shards would be shuffled together in every epoch."""
     orders = {
         tuple(w.shards for w in windows((1,) * 6, seed=seed, epoch=epoch, shards_per_window=2))
         for seed, epoch in product(range(3), range(4))
@@ -152,7 +152,7 @@ def test_every_epoch_has_other_windows() -> None:
     assert len(orders) == 12
 
 
-def test_rows_are_shuffled_within_a_window_and_not_beyond() -> None:
+def test_rows_are_shuffled_only_within_a_window() -> None:
     shard_rows = (400, 400, 400, 400)
     order = epoch_order(shard_rows, batch_size=1, per_window=2)
     for window in windows(shard_rows, seed=0, epoch=0, shards_per_window=2):
@@ -165,7 +165,7 @@ def test_rows_are_shuffled_within_a_window_and_not_beyond() -> None:
             assert abs(np.corrcoef(rows, np.arange(400))[0, 1]) < 0.2  # deviation 0.05
 
 
-def test_rows_of_a_shard_are_in_other_batches_in_every_epoch() -> None:
+def test_batches_differ_between_epochs() -> None:
     """Rows that are neighbours in the dataset are no more often in one batch than by chance."""
     shard_rows, batch_size, epochs = (64,) * 8, 32, 200
     together = np.zeros(8 * 64 - 1)
@@ -220,7 +220,7 @@ def test_every_row_comes_first_about_equally_often(shard_rows: tuple[int, ...]) 
     assert counts.min() > 55 and counts.max() < 150, counts  # 100 expected, deviation 10
 
 
-def test_an_empty_split_has_no_window() -> None:
+def test_empty_split_has_no_windows() -> None:
     assert windows((), seed=0, epoch=0, shards_per_window=3) == []
 
 

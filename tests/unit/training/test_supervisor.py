@@ -33,7 +33,7 @@ def test_best_weights_are_those_of_the_best_epoch(
     assert caplog.text == ""
 
 
-def test_damaged_best_weights_are_replaced_by_the_last_epochs(
+def test_damaged_best_weights_are_replaced_by_those_of_the_last_epoch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = str(tmp_path / "c")
@@ -62,6 +62,6 @@ def test_training_fails_after_three_failures_without_a_new_checkpoint() -> None:
     failures = supervisor._count_failures(failures, None, 4, 4)
     assert failures == 2
     assert supervisor._count_failures(failures, error, 4, 8) == 0
-    with pytest.raises(CovergenreError, match=r"step 4\b.*RuntimeError: worker lost") as caught:
+    with pytest.raises(CovergenreError, match=r"RuntimeError: worker lost") as caught:
         supervisor._count_failures(failures, error, 4, 4)
     assert caught.value.code == "workers_failed"
