@@ -4,7 +4,7 @@ Slow imports (pydantic, Ray, torch) are inside functions, so that --help is fast
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,9 @@ _COMMANDS = ("demo", "sample", *_STAGES, "summary", "submit", "doctor")
 _PROGRAM = "covergenre"
 _ARGUMENTS = "covergenre.arguments"
 """Key in click's Context.meta: the unparsed arguments of a stage."""
+_VERBOSE_HELP = "Also show the logs of Ray and torch"
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class _Commands(click.Group):
@@ -42,17 +45,10 @@ class _Commands(click.Group):
         return super().get_command(ctx, cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = [
-            (
-                name,
-                _STAGES[name][1]
-                if name in _STAGES
-                else self.commands[name].get_short_help_str(limit=80),
-            )
-            for name in _COMMANDS
-        ]
+        helps = {name: command.get_short_help_str(80) for name, command in self.commands.items()}
+        helps |= {name: about for name, (_, about) in _STAGES.items()}
         with formatter.section("Commands"):
-            formatter.write_dl(rows)
+            formatter.write_dl([(name, helps[name]) for name in _COMMANDS])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -191,21 +187,24 @@ def _not_empty(ctx: click.Context, parameter: click.Parameter, value: str | None
     return value
 
 
-_VERBOSE_HELP = "Also show the logs of Ray and torch"
-_POSITIVE = click.IntRange(min=1)
-_NOT_NEGATIVE = click.IntRange(min=0)
-_POSITIVE.name = _NOT_NEGATIVE.name = "integer"  # in click's errors
+def _text_option(flag: str, metavar: str, help_text: str, **settings: Any) -> _Decorator:
+    """An option with a text that must not be empty, such as a path."""
+    return click.option(flag, metavar=metavar, callback=_not_empty, help=help_text, **settings)
+
+
+def _integer_option(
+    flag: str, help_text: str, *, minimum: int = 1, default: int | None = None
+) -> _Decorator:
+    kind = click.IntRange(min=minimum)
+    kind.name = "integer"  # in click's errors
+    shown = default is not None
+    return click.option(
+        flag, type=kind, metavar="N", default=default, show_default=shown, help=help_text
+    )
 
 
 @cli.command()
-@click.option(
-    "--out",
-    default="covergenre-demo",
-    show_default=True,
-    metavar="PATH",
-    callback=_not_empty,
-    help="Output directory",
-)
+@_text_option("--out", "PATH", "Output directory", default="covergenre-demo", show_default=True)
 @click.option("--verbose", is_flag=True, help=_VERBOSE_HELP)
 def demo(out: str, verbose: bool) -> None:
     """Run all stages on a synthetic catalog, in minutes."""
@@ -217,29 +216,9 @@ def demo(out: str, verbose: bool) -> None:
 
 
 @cli.command()
-@click.option(
-    "--out",
-    required=True,
-    metavar="PATH",
-    callback=_not_empty,
-    help="Output directory, new or empty",
-)
-@click.option(
-    "--albums",
-    type=_POSITIVE,
-    default=600,
-    show_default=True,
-    metavar="N",
-    help="Number of albums",
-)
-@click.option(
-    "--seed",
-    type=_NOT_NEGATIVE,
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Seed of the covers and genres",
-)
+@_text_option("--out", "PATH", "Output directory, new or empty", required=True)
+@_integer_option("--albums", "Number of albums", default=600)
+@_integer_option("--seed", "Seed of the covers and genres", minimum=0, default=0)
 def sample(out: str, albums: int, seed: int) -> None:
     """Write a catalog of synthetic covers, for testing."""
     from covergenre.demo.run import make_sample
@@ -249,18 +228,9 @@ def sample(out: str, albums: int, seed: int) -> None:
 
 @cli.command()
 @click.argument("model")
+@_integer_option("--genres", "Number of genres", default=20)
 @click.option(
-    "--genres",
-    type=_POSITIVE,
-    default=20,
-    show_default=True,
-    metavar="N",
-    help="Number of genres",
-)
-@click.option(
-    "--freeze",
-    help="Layers to freeze: paper, none, all, or N for the first N convolutions  [default: as in"
-    " train]",
+    "--freeze", help="paper, none, all, or N: layers to freeze, as in train  [default: the model's]"
 )
 def summary(model: str, genres: int, freeze: str | None) -> None:
     """Print the layers and the number of parameters of a model.
@@ -275,24 +245,22 @@ def summary(model: str, genres: int, freeze: str | None) -> None:
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("stage")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@click.option(
+@_text_option(
     "--address",
-    metavar="URL",
-    callback=_not_empty,
-    help="URL of the cluster's dashboard  [default: RAY_ADDRESS, or http://127.0.0.1:8265]",
+    "URL",
+    "URL of the cluster's dashboard  [default: RAY_ADDRESS, or http://127.0.0.1:8265]",
 )
 @click.option(
     "--wait/--no-wait",
     default=True,
     help="Print the job's log until it ends, and exit with its exit code  [default: --wait]",
 )
-@click.option(
+@_text_option(
     "--working-dir",
+    "PATH",
+    "Directory with covergenre's source code, which is uploaded to the cluster",
     default=".",
     show_default=True,
-    metavar="PATH",
-    callback=_not_empty,
-    help="Directory with covergenre's source code, which is uploaded to the cluster",
 )
 def submit(
     stage: str, arguments: tuple[str, ...], address: str | None, wait: bool, working_dir: str
@@ -308,37 +276,29 @@ def submit(
     if stage not in _STAGES:
         raise ConfigError(f"no stage {stage!r}{did_you_mean(stage, _STAGES)}")
     try:
-        given = _check_arguments(stage, arguments)
+        file = _check_arguments(stage, arguments)["config"]
     except click.NoSuchOption as error:
         own = ("--address", "--wait", "--no-wait", "--working-dir")
         known = [*(error.possibilities or ()), *own]
         raise click.NoSuchOption(error.option_name, possibilities=known, ctx=error.ctx) from error
-    file = given["config"]
     sys.exit(
         submit_job(stage, arguments, file, address=address, wait=wait, working_dir=working_dir)
     )
 
 
 @cli.command()
-@click.option(
+@_text_option(
     "--address",
-    metavar="URL",
-    callback=_not_empty,
-    help="URL of the cluster's dashboard; the checks run as a job there  [default: RAY_ADDRESS; if"
-    " that is not set, check this machine]",
+    "URL",
+    "URL of the cluster's dashboard; the checks run as a job there  [default: RAY_ADDRESS; if that"
+    " is not set, check this machine]",
 )
-@click.option(
+@_text_option(
     "--storage",
-    metavar="PATH",
-    callback=_not_empty,
-    help="Check that a file can be written, read and deleted in this directory or s3:// prefix",
+    "PATH",
+    "Check that a file can be written, read and deleted in this directory or s3:// prefix",
 )
-@click.option(
-    "--workers",
-    type=_POSITIVE,
-    metavar="N",
-    help="Check that N workers can be scheduled",
-)
+@_integer_option("--workers", "Check that N workers can be scheduled")
 def doctor(address: str | None, storage: str | None, workers: int | None) -> None:
     """Check every machine of a cluster.
 
