@@ -1,4 +1,4 @@
-"""BatchPredictor: a model inside somebody's own Ray Data pipeline."""
+"""BatchPredictor: a model in a Ray Data pipeline of the user."""
 
 import os
 from typing import Any
@@ -11,7 +11,7 @@ from covergenre.errors import ConfigError
 
 
 class BatchPredictor:
-    """Scores a column of covers; to be given to `map_batches` of Ray Data.
+    """Scores a column of covers; an argument of `map_batches` of Ray Data.
 
         ds.map_batches(
             cg.BatchPredictor,
@@ -21,9 +21,9 @@ class BatchPredictor:
             num_gpus=1,
         )
 
-    Every actor holds one model on its device, and decodes encoded covers in one child process. Give
-    `num_gpus` where actors are to use GPUs, else `device="cpu"`; `num_cpus` is then also the number
-    of threads that torch uses. Batches may be of any batch_format: "numpy", "pyarrow" or "pandas".
+    Every actor has one model on its device, and decodes encoded covers in one child process. Set
+    `num_gpus` to use GPUs, or else `device="cpu"`; then `num_cpus` is also the number of threads of
+    torch. All values of batch_format are supported: "numpy", "pyarrow" and "pandas".
 
     Columns that are added:
         top_genre, top_score: the genre with the highest score.
@@ -50,18 +50,19 @@ class BatchPredictor:
             model_uri: model directory that `train` wrote, local or s3://.
             device: see `load_model`.
             column: column of the covers: encoded bytes, paths or URLs, or pixels (uint8).
-            prefix: begins the names of the added columns, for batches that have one of them.
-            batch_size: covers in a forward pass, however many are in a batch.
+            prefix: prefix of the names of the added columns, if the batch has columns of the same
+                names.
+            batch_size: covers in a forward pass, whatever the size of the batches.
         """
         self._model = load_model(model_uri, device)
         self.genres = self._model.genres
         self._column, self._prefix, self._batch_size = column, prefix, batch_size
 
     def __call__(self, batch: Any) -> Any:
-        """The batch with the added columns, in the type that it came in.
+        """The batch with the added columns, of the same type.
 
-        Raises ConfigError where the batch lacks the column of covers (code "no_column") or has one
-        of the columns to add (code "column_exists").
+        Raises ConfigError if the batch lacks the column of covers (code "no_column") or already has
+        one of the columns to add (code "column_exists").
         """
         is_arrow = isinstance(batch, pa.Table)
         names = list(batch.column_names if is_arrow else batch)
@@ -72,13 +73,13 @@ class BatchPredictor:
             )
         column = batch[self._column]
         covers = column.to_pylist() if is_arrow else list(column)
-        # Hugging Face keeps images as {bytes, path}.
+        # Hugging Face datasets store images as {bytes, path}.
         covers = [cover.get("bytes") if isinstance(cover, dict) else cover for cover in covers]
         scores = self._model.predict(covers, batch_size=self._batch_size, errors="nan")
         added = {self._prefix + name: values for name, values in _columns(scores).items()}
         if existing := [name for name in names if name in added]:
             raise ConfigError(
-                f"BatchPredictor: the batch has a column {existing[0]!r} already; give a prefix,"
+                f"BatchPredictor: the batch already has a column {existing[0]!r}; set a prefix,"
                 " such as prefix='predicted_'",
                 code="column_exists",
             )

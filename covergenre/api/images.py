@@ -1,4 +1,4 @@
-"""Covers of any type -> pixels as in the pipeline: for predict, the transform and data sets."""
+"""Covers of any type -> the pixels that the pipeline computes; for predict and transforms."""
 
 import os
 from collections import deque
@@ -38,11 +38,11 @@ class Transform:
     def __call__(self, cover: Cover) -> "torch.Tensor":
         """A PIL image, or any other cover, as a normalised float32 tensor [3, side, side].
 
-        The pixels are those that the pipeline computes from the same bytes. Only a large JPEG (over
-        896 pixels for a side of 224) whose PIL image is decoded already may differ by a few levels:
-        the pipeline decodes it at a reduced size.
+        The pixels are those that the pipeline computes from the same bytes, with one exception: a
+        large JPEG (over 896 pixels for a side of 224) whose PIL image is already decoded may differ
+        by a few levels, because the pipeline decodes it at a reduced size.
 
-        Raises ImageError where the cover cannot be read or decoded.
+        Raises ImageError if the cover cannot be read or decoded.
         """
         try:
             image = decode(cover, self.preprocessing, Source(), isolated=False)
@@ -71,9 +71,9 @@ def decode(cover: Any, spec: Preprocessing, source: Source, *, isolated: bool) -
 def decode_batches(
     covers: Iterable[Any], spec: Preprocessing, source: Source, batch_size: int
 ) -> Iterator[list[tuple[str, NDArray[np.uint8] | CoverError]]]:
-    """(name, pixels or why there are none) of covers, in their order, a batch at a time.
+    """Batches of (name, pixels or error), in the order of `covers`.
 
-    The next batch is fetched and decoded while the caller works on the one before.
+    The next batch is fetched and decoded while the caller processes the current one.
     """
     pool = ThreadPoolExecutor(_FETCHES)
     ahead: deque[tuple[str, Future[NDArray[np.uint8]]]] = deque()
@@ -84,7 +84,7 @@ def decode_batches(
                 index, cover = item
                 future: Future[NDArray[np.uint8]] = Future()
                 try:
-                    # An open file is read on this thread: it may be in the list twice.
+                    # Read open files on this thread: the same one may be in the list twice.
                     encoded = _as_encoded(cover)
                     future = pool.submit(decode, encoded, spec, source, isolated=True)
                 except CoverError as error:
@@ -106,7 +106,7 @@ def _result(future: Future[NDArray[np.uint8]]) -> NDArray[np.uint8] | CoverError
 
 
 def as_list(covers: Any) -> tuple[int | None, Iterable[Any]]:
-    """(how many covers, if known; the covers), of one cover or of several."""
+    """(number of covers, if known; the covers), for one cover or several."""
     encoded = bytes | bytearray | memoryview
     is_one = isinstance(covers, str | os.PathLike | encoded | Image.Image) or (
         isinstance(covers, np.ndarray) and covers.dtype != object and covers.ndim in (2, 3)
@@ -117,7 +117,7 @@ def as_list(covers: Any) -> tuple[int | None, Iterable[Any]]:
 
 
 def name_of(cover: Any, index: int | None = None) -> str:
-    """The path or URL of a cover, or else its type and index."""
+    """The path or URL of a cover, or its type and index."""
     if isinstance(cover, Image.Image):
         cover = getattr(cover, "filename", "") or cover
     if isinstance(cover, str | os.PathLike):
@@ -126,7 +126,7 @@ def name_of(cover: Any, index: int | None = None) -> str:
 
 
 def _as_encoded(cover: Any) -> str | bytes | Image.Image:
-    """`cover` as a path, encoded bytes, or else a PIL image in memory. Raises CoverError."""
+    """`cover` as a path, encoded bytes, or a PIL image in memory. Raises CoverError."""
     match cover:
         case Image.Image():
             return _undecoded_bytes(cover) or cover
@@ -153,7 +153,8 @@ def _is_image(array: NDArray[Any]) -> bool:
 
 
 def _undecoded_bytes(image: Image.Image) -> bytes | None:
-    """What Pillow has opened but not decoded yet: as bytes it is decoded as in the pipeline."""
+    """The bytes of an image that Pillow has opened but not decoded, to decode them as the pipeline
+    does."""
     if not isinstance(image, ImageFile.ImageFile) or not image.tile or image.fp is None:
         return None
     if image.tell():  # not the first frame

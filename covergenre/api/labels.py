@@ -1,4 +1,4 @@
-"""read_labels: what `score` wrote, as a table."""
+"""read_labels: the output of `score` as a table."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def read_labels(
     Args:
         uri: output directory of `score`, local or s3://.
         columns: names of the columns to read; by default all of them.
-        allow_partial: read what there is where the run is not finished.
+        allow_partial: read the labels so far if the run is not finished.
 
     Returns:
         The rows in the order of the catalog, in memory.
@@ -39,7 +39,7 @@ def read_labels(
     parts = sorted(name for name in names if re.fullmatch(r"part-[0-9]+\.parquet", name))
     if not parts:
         raise StorageError(
-            f"{uri}: holds no labels; give an output directory of score", code="not_labels"
+            f"{uri}: contains no labels; give an output directory of score", code="not_labels"
         )
     if "_SUCCESS" not in names and not allow_partial:
         raise StorageError(

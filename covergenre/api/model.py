@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def load_model(uri: str | os.PathLike[str], device: str = "auto") -> "Model":
-    """Load a model directory that `train` wrote. The weights are checked by their SHA-256.
+    """Load a model directory that `train` wrote. The SHA-256 of the weights is checked.
 
     Args:
         uri: the model directory, local or s3://.
@@ -64,10 +64,10 @@ class Model:
     """A trained model on a device. Made by `load_model`.
 
     Attributes:
-        module: the network as a torch.nn.Module in eval mode; takes normalised images, float32
-            [batch, 3, side, side] as `transform` makes them, and returns logits [batch, genres].
-        transform: makes a float32 tensor [3, side, side] of a PIL image (or any other cover), with
-            the preprocessing of training.
+        module: the network as a torch.nn.Module in eval mode: normalised images, float32
+            [batch, 3, side, side] as returned by `transform`, to logits [batch, genres].
+        transform: converts a PIL image (or any other cover) to a float32 tensor [3, side, side],
+            with the preprocessing of training.
         uri: the model directory.
         device: name of the torch device.
     """
@@ -92,7 +92,7 @@ class Model:
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """Threshold of each genre: a cover has the genre if its score reaches it."""
+        """Threshold of each genre: a cover has the genre if its score is at least the threshold."""
         return dict(self._bundle.thresholds)
 
     @property
@@ -127,8 +127,8 @@ class Model:
                 [height, width], [height, width, 3] (RGB) or [height, width, 4] (RGBA). May be a
                 generator: no more than two batches are in memory.
             batch_size: covers in a forward pass.
-            errors: "raise" stops at the first cover that cannot be read or decoded; "nan" gives it
-                scores of NaN and its reason in `Scores.reasons`.
+            errors: "raise" raises ImageError for the first cover that cannot be read or decoded;
+                "nan" sets its scores to NaN, and the reason in `Scores.reasons`.
             allow_private_addresses: also fetch http(s) URLs of private networks and this machine.
             progress: show a progress bar, or log lines where stderr is not a terminal.
             callbacks: functions that are called with a ProgressEvent after each batch.
@@ -157,7 +157,7 @@ class Model:
         progress: bool = False,
         callbacks: Iterable[Callback] = (),
     ) -> NDArray[np.float32]:
-        """Penultimate features of covers: what the last layer of the network takes.
+        """Penultimate features of covers: the input of the last layer of the network.
 
         Arguments and errors are those of `predict`.
 
@@ -182,7 +182,7 @@ class Model:
         errors: str,
         allow_private_addresses: bool,
     ) -> tuple[NDArray[np.float32], list[str], list[str | None]]:
-        """(values [covers, width], name of each cover, why it has no values, or None)"""
+        """(values [covers, width], name of each cover, reason for missing values or None)"""
         import torch
 
         if errors not in ("raise", "nan"):
@@ -218,7 +218,7 @@ class Model:
                 except torch.OutOfMemoryError as error:
                     raise DeviceMemoryError(
                         f"a batch of {len(pixels)} covers does not fit the memory of {self.device};"
-                        " give a lower batch_size"
+                        " use a smaller batch_size"
                     ) from error
                 parts.append(values)
                 counter.advance(len(batch))

@@ -1,4 +1,4 @@
-"""Scores: what Model.predict returns."""
+"""Scores: the result of Model.predict."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
@@ -17,10 +17,10 @@ _SHOWN_GENRES = 3
 
 
 class Scores:
-    """Scores of covers, float32 [covers, genres] in 0 to 1; NumPy functions take it as an array.
+    """Scores of covers, float32 [covers, genres] in 0 to 1; NumPy functions accept it as an array.
 
     `scores[i]` is the row of cover i, `scores["Jazz"]` the column of a genre; a slice, a mask or a
-    list of indices gives Scores again.
+    list of indices returns Scores.
 
     Attributes:
         values: float32 [covers, genres].
@@ -53,7 +53,7 @@ class Scores:
         """The genres of each cover whose score reaches the threshold, in the order of `genres`.
 
         Args:
-            thresholds: one for all genres, or one for each; by default the model's own.
+            thresholds: one for all genres, or one for each; by default those of the model.
 
         Returns:
             A list for each cover; empty where no genre reaches its threshold.
@@ -63,7 +63,7 @@ class Scores:
         elif not isinstance(thresholds, Mapping):
             thresholds = dict.fromkeys(self.genres, thresholds)
         elif missing := [genre for genre in self.genres if genre not in thresholds]:
-            raise ConfigError(f"thresholds: none for {missing[0]!r}", code="missing")
+            raise ConfigError(f"thresholds: no threshold for {missing[0]!r}", code="missing")
         return over_threshold(self.values, Genres(self.genres), thresholds)
 
     def top(self, k: int = 1) -> list[list[tuple[str, float]]]:
@@ -122,7 +122,7 @@ class Scores:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """As a notebook shows it: a table of covers and their highest scores."""
+        """HTML for notebooks: a table of covers and their highest scores."""
         from html import escape
 
         rows = "".join(

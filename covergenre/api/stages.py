@@ -1,4 +1,4 @@
-"""The four stages as functions with keyword arguments, and what they return."""
+"""The four stages as functions with keyword arguments, and their results."""
 
 import inspect
 import json
@@ -30,13 +30,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class _Result:
-    """A finished stage; its repr is the summary that the command line prints."""
+    """The result of a stage; its repr is the summary that the command prints."""
 
     uri: str
     _summary: str
 
     def summary(self) -> str:
-        """What the command line prints at the end, in several lines."""
+        """The text that the command prints at the end, in several lines."""
         return self._summary
 
     def __repr__(self) -> str:
@@ -49,7 +49,7 @@ class _Result:
 
 
 class PreparedDataset(_Result):
-    """What `prepare` returns.
+    """Result of `prepare`.
 
     Attributes:
         uri: the dataset.
@@ -75,7 +75,7 @@ class PreparedDataset(_Result):
 
 
 class TrainingRun(_Result):
-    """What `train` returns.
+    """Result of `train`.
 
     Attributes:
         uri: the model directory.
@@ -91,7 +91,7 @@ class TrainingRun(_Result):
 
     @property
     def history(self) -> "pd.DataFrame":
-        """Metrics by epoch, a row for each."""
+        """Metrics, one row per epoch."""
         import pandas as pd
 
         lines = storage.read_bytes(storage.join(self.uri, "history.jsonl")).splitlines()
@@ -99,12 +99,12 @@ class TrainingRun(_Result):
 
     @cached_property
     def model(self) -> Model:
-        """The trained model, loaded when it is first asked for; see `load_model`."""
+        """The trained model, loaded on first access; see `load_model`."""
         return load_model(self.uri)
 
 
 class Evaluation(_Result, Mapping[str, Any]):
-    """What `evaluate` returns: a mapping of metrics by name, as in _metrics.json.
+    """Result of `evaluate`: a mapping of metrics by name, as in _metrics.json.
 
     Attributes:
         uri: directory of the metrics, with plots and predictions.
@@ -135,7 +135,7 @@ class Evaluation(_Result, Mapping[str, Any]):
 
 
 class ScoringRun(_Result):
-    """What `score` returns.
+    """Result of `score`.
 
     Attributes:
         uri: output directory.
@@ -154,7 +154,7 @@ class ScoringRun(_Result):
 
 
 def _stage(settings: type[StageConfig]) -> Callable[[Function], Function]:
-    """Gives a function the signature and the documentation of its stage's settings."""
+    """Adds the settings of a stage to the signature and the docstring of a function."""
 
     def decorate(function: Function) -> Function:
         parameters = [
@@ -199,19 +199,19 @@ def prepare(
     verbose: bool = False,
     **settings: Any,
 ) -> PreparedDataset:
-    """Make a dataset of a catalog: check every cover, select genres, split, write shards.
+    """Make a dataset from a catalog: check every cover, select genres, split, write shards.
 
-    The same call again continues an unfinished run, and returns a finished one at once.
+    Repeating the call resumes an unfinished run, and returns the result of a finished one at once.
 
     Args:
         catalog: CSV, TSV, JSON Lines or Parquet: a file, a directory or a glob, local or s3://.
         out: directory to write, local or s3://.
-        progress: show a progress bar, or log lines where stderr is not a terminal.
-        callbacks: functions that are called with a ProgressEvent as rows are done.
-        verbose: also show what Ray logs.
+        progress: show a progress bar, or log lines if stderr is not a terminal.
+        callbacks: functions that are called with a ProgressEvent as rows are processed.
+        verbose: also show the logs of Ray.
 
     Raises:
-        ConfigError, CatalogError, StorageError: in one line, what is wrong and how to fix it.
+        ConfigError, CatalogError, StorageError: the problem and its fix, in one line.
     """
     from covergenre.stages.prepare import prepare as run
 
@@ -232,20 +232,20 @@ def train(
 ) -> TrainingRun:
     """Fine-tune a model on a dataset, on all GPUs of the Ray cluster or on CPUs.
 
-    A setting of None means the default of the model.
+    None means the default of the model.
 
     Args:
-        dataset: what `prepare` wrote, local or s3://.
+        dataset: dataset directory that `prepare` wrote, local or s3://.
         out: model directory to write, local or s3://.
-        progress: show a progress bar, or log lines where stderr is not a terminal.
+        progress: show a progress bar, or log lines if stderr is not a terminal.
         callbacks: functions that are called with a ProgressEvent as covers are done, and at the end
             of each epoch with its `metrics`.
-        verbose: also show what Ray and torch log.
+        verbose: also show the logs of Ray and torch.
 
     Raises:
-        ConfigError, DatasetError, StorageError, ModelError: in one line, what is wrong.
+        ConfigError, DatasetError, StorageError, ModelError: the problem and its fix, in one line.
         TrainingDivergedError: the loss is not finite.
-        DeviceMemoryError: a step does not fit the memory of the GPU.
+        DeviceMemoryError: a step does not fit GPU memory.
     """
     from covergenre.stages.train import train as run
 
@@ -269,14 +269,14 @@ def evaluate(
 
     Args:
         model: model directory that `train` wrote, local or s3://.
-        dataset: what `prepare` wrote, local or s3://.
+        dataset: dataset directory that `prepare` wrote, local or s3://.
         out: directory of the metrics, local or s3://.
-        progress: show a progress bar, or log lines where stderr is not a terminal.
-        callbacks: functions that are called with a ProgressEvent as covers are done.
-        verbose: also show what Ray logs.
+        progress: show a progress bar, or log lines if stderr is not a terminal.
+        callbacks: functions that are called with a ProgressEvent as covers are processed.
+        verbose: also show the logs of Ray.
 
     Raises:
-        ConfigError, DatasetError, ModelError, StorageError: in one line, what is wrong.
+        ConfigError, DatasetError, ModelError, StorageError: the problem and its fix, in one line.
     """
     from covergenre.stages.evaluate import evaluate as run
 
@@ -298,18 +298,18 @@ def score(
 ) -> ScoringRun:
     """Label every cover of a catalog, or of a dataset, with a model.
 
-    The same call again continues an unfinished run, and returns a finished one at once.
+    Repeating the call resumes an unfinished run, and returns the result of a finished one at once.
 
     Args:
         model: model directory that `train` wrote, local or s3://.
         catalog: CSV, TSV, JSON Lines or Parquet: a file, a directory or a glob; or a dataset.
         out: directory to write, local or s3://.
-        progress: show a progress bar, or log lines where stderr is not a terminal.
-        callbacks: functions that are called with a ProgressEvent as covers are done.
-        verbose: also show what Ray logs.
+        progress: show a progress bar, or log lines if stderr is not a terminal.
+        callbacks: functions that are called with a ProgressEvent as covers are processed.
+        verbose: also show the logs of Ray.
 
     Raises:
-        ConfigError, CatalogError, ModelError, StorageError: in one line, what is wrong.
+        ConfigError, CatalogError, ModelError, StorageError: the problem and its fix, in one line.
         RejectedError: more rows were rejected than `max_rejected` allows.
     """
     from covergenre.stages.score import score as run

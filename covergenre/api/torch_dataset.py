@@ -1,4 +1,4 @@
-"""A prepared dataset as a map-style dataset of torch: load_dataset and CoverDataset."""
+"""A prepared dataset as a map-style torch dataset: load_dataset and CoverDataset."""
 
 import bisect
 import os
@@ -37,7 +37,7 @@ def load_dataset(
     transform: Callable[[Image.Image], Any] | None = None,
     cache_bytes: int = _CACHE_BYTES,
 ) -> "CoverDataset":
-    """A split of a dataset that `prepare` wrote, as a map-style dataset of torch.
+    """A split of a dataset that `prepare` wrote, as a map-style torch dataset.
 
     Args:
         uri: the dataset, local or s3://.
@@ -45,7 +45,7 @@ def load_dataset(
         transform: called with each cover, a PIL image in RGB: `model.transform`, or one of
             torchvision's. By default the covers are PIL images.
         cache_bytes: bytes of encoded covers that each process keeps in memory. A row group, of up
-            to 256 albums, is read as a whole, so random access is fast where they all fit.
+            to 256 albums, is read as a whole, so random access is fast if the whole split fits.
 
     Raises:
         DatasetError: not a dataset, or its files are damaged.
@@ -57,16 +57,16 @@ def load_dataset(
 
 
 class CoverDataset(torch.utils.data.Dataset[tuple[Any, torch.Tensor]]):
-    """One split of a dataset. Made by `load_dataset`.
+    """A split of a dataset. Created by `load_dataset`.
 
-    `ds[i]` is (image, target): a PIL image in RGB, or what `transform` makes of it, and the genres
-    as a multi-hot float32 tensor [genres]. Rows are in the order of the catalog. It can be given to
-    the workers of a DataLoader, forked or spawned.
+    `ds[i]` is (image, target): a PIL image in RGB, or the result of `transform`, and the genres as
+    a multi-hot float32 tensor [genres]. Rows are in the order of the catalog. A DataLoader may fork
+    or spawn its workers.
 
     Attributes:
         uri: the dataset.
         split: name of the split.
-        transform: called with each PIL image; None: none.
+        transform: function of a PIL image, or None.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class CoverDataset(torch.utils.data.Dataset[tuple[Any, torch.Tensor]]):
 
     @property
     def targets(self) -> NDArray[np.float32]:
-        """Genres of all albums, multi-hot [albums, genres]; reads no cover."""
+        """Genres of all albums, multi-hot [albums, genres]; reads no covers."""
         return self._manifest.genres.multi_hot(self._table(["genres"])["genres"].to_pylist())
 
     def __len__(self) -> int:
@@ -118,11 +118,11 @@ class CoverDataset(torch.utils.data.Dataset[tuple[Any, torch.Tensor]]):
         return image, torch.from_numpy(self._manifest.genres.multi_hot([genres])[0])
 
     def encoded(self, index: int) -> bytes:
-        """The cover of an album as it is stored: JPEG or another image format."""
+        """The stored bytes of a cover: JPEG or another image format."""
         return self._row(index)[0]
 
     def to_pandas(self) -> "pd.DataFrame":
-        """All columns but the covers, a row an album, in the order of this dataset."""
+        """All columns except the covers, one row per album, in the order of this dataset."""
         columns = [name for name in DATASET.names if name != "image"]
         frame: pd.DataFrame = self._table(columns).to_pandas()
         return frame
@@ -131,7 +131,7 @@ class CoverDataset(torch.utils.data.Dataset[tuple[Any, torch.Tensor]]):
         """The same rows for Ray Data, with the encoded covers in the column `image`.
 
         The columns are those of the dataset: album_id, row, image, cover_sha256, genres, group,
-        split, title, artist. Ray Data gives them in any order; `row` is that of the catalog.
+        split, title, artist. Ray Data yields rows in any order; `row` is the row of the catalog.
         """
         import ray.data
 
@@ -166,7 +166,7 @@ class CoverDataset(torch.utils.data.Dataset[tuple[Any, torch.Tensor]]):
 
 
 class _RowGroups:
-    """Row groups that were read last, up to a number of bytes."""
+    """A cache of the last row groups that were read, limited in bytes."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -181,7 +181,7 @@ class _RowGroups:
     def find(self, uri: str, row: int) -> tuple[pa.Table, int]:
         """(the row group that has the row of a file, index in the row group)"""
         with self._lock:
-            if self._process != os.getpid():  # forked: connections are not to be shared
+            if self._process != os.getpid():  # forked: connections must not be shared
                 s3_client.reset_clients()
                 self._process = os.getpid()
             if uri not in self._starts:

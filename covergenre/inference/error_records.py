@@ -1,6 +1,6 @@
 """Exceptions as records in the data, so that a worker can report one without failing its task.
 
-A task that fails is retried, and its exception cannot be told from the death of its worker.
+Ray retries a task that fails, and does not distinguish its exception from a crash of its worker.
 """
 
 import json
@@ -22,7 +22,7 @@ def to_record(error: Exception) -> str:
 
 
 def raise_record(record: str) -> None:
-    """Raise the error of a record: one of covergenre.errors as it was, any other a RuntimeError."""
+    """Raise the error of a record: of its class in covergenre.errors, otherwise a RuntimeError."""
     error = json.loads(record)
     class_ = getattr(errors, error["class"], None)
     if class_ is not None:

@@ -1,4 +1,4 @@
-"""Which rows have no result yet: rows whose workers crashed are computed again."""
+"""Rows without a result: those whose workers crashed are computed again."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,24 +23,24 @@ class MissingRows:
     def __init__(self, ranges: Ranges) -> None:
         self._ranges = ranges
         self._missing = ranges[:, 2] - ranges[:, 1]
-        self._received: dict[int, list[tuple[int, int]]] = {}  # of ranges received in part
+        self._received: dict[int, list[tuple[int, int]]] = {}  # of partly received ranges
         self.any_received = False
 
     def remove(self, start: int, stop: int) -> None:
         """Rows `start` to `stop` have a result."""
-        at = int(np.searchsorted(self._ranges[:, 1], start, side="right")) - 1
-        self._missing[at] -= stop - start
-        self._received.setdefault(at, []).append((start, stop))
-        if not self._missing[at]:
-            del self._received[at]
+        index = int(np.searchsorted(self._ranges[:, 1], start, side="right")) - 1
+        self._missing[index] -= stop - start
+        self._received.setdefault(index, []).append((start, stop))
+        if not self._missing[index]:
+            del self._received[index]
         self.any_received = True
 
     def ranges(self) -> Ranges:
         """The ranges that are missing. None crosses the end of an original range."""
         missing = []
-        for at in np.flatnonzero(self._missing).tolist():
-            part, start, stop = self._ranges[at].tolist()
-            for begin, end in sorted(self._received.get(at, ())):
+        for index in np.flatnonzero(self._missing).tolist():
+            part, start, stop = self._ranges[index].tolist()
+            for begin, end in sorted(self._received.get(index, ())):
                 if begin > start:
                     missing.append((part, start, begin))
                 start = end

@@ -1,4 +1,4 @@
-"""What became of each row: scored, rejected or a duplicate; and the tables made of that."""
+"""The outcome of each row (scored, rejected or duplicate), and the tables of outcomes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class ScoredRows:
 
 
 def concatenate(pieces: Iterable[ScoredRows]) -> tuple[pa.Table, NDArray[np.float32]]:
-    """Outcomes and scores of pieces that came in any order, in order of row."""
+    """Outcomes and scores of pieces in any order, sorted by row."""
     pieces = sorted(pieces, key=lambda piece: piece.start)
     outcomes = pa.concat_tables([piece.outcomes for piece in pieces])
     return outcomes, np.concatenate([piece.scores for piece in pieces])

@@ -56,8 +56,8 @@ def score_plan(
             return
         if not missing.any_received:
             raise CovergenreError(
-                "all workers crash, whatever rows they are given; see the reason with --verbose,"
-                " then resume with the same command",
+                "every worker crashed; run the same command with --verbose to see the reason, and"
+                " again to resume",
                 code="workers_crash",
             )
         count = int((ranges[:, 2] - ranges[:, 1]).sum())
@@ -70,7 +70,7 @@ def score_plan(
 
 def _poison_rows(plan: Plan, bundle: Bundle, part: int, start: int, stop: int) -> ScoredRows:
     rows = plan.read(start, stop)
-    error = CoverError("worker_died", "each worker that was given this row alone crashed")
+    error = CoverError("worker_died", "every worker that processed only this row crashed")
     outcomes, _ = decode_rows(rows, [error] * rows.num_rows, bundle.preprocessing)
     return ScoredRows(part, outcomes, np.empty((0, len(bundle.genres)), np.float32))
 
@@ -119,8 +119,7 @@ def _run(
             yield ScoredRows(batch["part"], outcomes, scores.reshape(-1, len(bundle.genres)))
 
 
-# What a loading task gives to a predictor: a row for each batch, so that no block boundary can
-# split a batch.
+# Output of a loading task: a row for each batch, so that no block boundary can split a batch.
 _LOADED = pa.schema(
     [
         pa.field("part", pa.int64()),
@@ -129,7 +128,7 @@ _LOADED = pa.schema(
         pa.field("error", pa.string()),  # an error record; then all else is null
     ]
 )
-# What a predictor gives to the driver.
+# Output of a predictor.
 _PREDICTED = pa.schema(
     [
         pa.field("part", pa.int64()),
@@ -150,7 +149,7 @@ def _load(ranges: pa.Table, plan: Plan, spec: Preprocessing, batch_size: int) ->
             for outcomes, pixels in _decoded_batches(plan, start, stop, spec, batch_size):
                 values = [[part], [_to_stream(outcomes)], [pixels.tobytes()], [None]]
                 yield pa.table(values, schema=_LOADED)
-    except MemoryError:  # as a crash: perhaps of these rows only, and the others can be scored
+    except MemoryError:  # handled like a crash: it may be due to these rows only
         raise
     except Exception as error:
         yield _error_row(_LOADED, to_record(error))
@@ -161,14 +160,14 @@ def _decoded_batches(
 ) -> Iterator[tuple[pa.Table, NDArray[np.uint8]]]:
     """Rows `start` to `stop` in batches: outcomes, and uint8 [rows that decode, side, side, 3]."""
     rows = plan.read(start, stop)
-    at = 0
+    first = 0
     for _, found in covers.load(rows.select(covers.LOADED_COLUMNS), plan.source, batch_size):
-        yield decode_rows(rows.slice(at, len(found)), found, spec)
-        at += len(found)
+        yield decode_rows(rows.slice(first, len(found)), found, spec)
+        first += len(found)
 
 
 def decoded(plan: Plan, rows: Iterable[int], spec: Preprocessing) -> list[NDArray[np.uint8]]:
-    """Pixels of a few rows, uint8 [side, side, 3] each; every row must have a good cover."""
+    """Pixels of a few rows, uint8 [side, side, 3] each; every row must have a valid cover."""
     return [
         image
         for row in rows
@@ -202,9 +201,7 @@ class _Predict:
         try:
             yield from map(self._score, batches.to_batches(1))
         except torch.OutOfMemoryError:
-            error = DeviceMemoryError(
-                "a batch does not fit the GPU's memory; use a lower --batch-size"
-            )
+            error = DeviceMemoryError("a batch does not fit GPU memory; use a smaller --batch-size")
             yield _error_row(_PREDICTED, to_record(error))
         except Exception as error:
             yield _error_row(_PREDICTED, to_record(error))
