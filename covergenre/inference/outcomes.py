@@ -1,7 +1,5 @@
 """The outcome of each row (scored, rejected or duplicate), and the tables of outcomes."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,34 +27,6 @@ _OUTCOME = pa.schema(
         pa.field("cover", pa.string()),  # of a rejected row, without secrets
     ]
 )
-
-
-@dataclass(frozen=True)
-class ScoredRows:
-    """Consecutive rows of one output part: the outcome of each, and the scores of the scored."""
-
-    part: int
-    outcomes: pa.Table
-    """row, album_id in the type of the catalog, title, artist, columns to carry, and _OUTCOME."""
-    scores: NDArray[np.float32]
-    """[rows of `outcomes` with a cover_sha256, genres]"""
-
-    @property
-    def start(self) -> int:
-        """Number of the first row."""
-        return int(self.outcomes["row"][0].as_py())
-
-    @property
-    def stop(self) -> int:
-        """Number of the row after the last one."""
-        return self.start + int(self.outcomes.num_rows)
-
-
-def concatenate(pieces: Iterable[ScoredRows]) -> tuple[pa.Table, NDArray[np.float32]]:
-    """Outcomes and scores of pieces in any order, sorted by row."""
-    pieces = sorted(pieces, key=lambda piece: piece.start)
-    outcomes = pa.concat_tables([piece.outcomes for piece in pieces])
-    return outcomes, np.concatenate([piece.scores for piece in pieces])
 
 
 def decode_rows(

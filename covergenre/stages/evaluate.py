@@ -10,6 +10,7 @@ import csv
 import io
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from covergenre import inference, schema
-from covergenre.cluster.workers import Workers, choose_workers, log_pending_resources
+from covergenre.cluster.workers import choose_workers, log_pending_resources
 from covergenre.config import EvaluateConfig
 from covergenre.data import dataset
 from covergenre.data.covers import DatasetReader
 from covergenre.data.dataset import Manifest, read_manifest
-from covergenre.data.plan import ROWS, write_plan
+from covergenre.data.genres import Genres
+from covergenre.data.plan import ROWS, read_plan, write_plan
 from covergenre.errors import DatasetError, LedgerError
 from covergenre.formatting import decimal, plural
 from covergenre.inference import outcomes
+from covergenre.inference.parts import finished_parts, part_name, pending_ranges
 from covergenre.io import storage
 from covergenre.metrics import (
     chance_warning,
@@ -36,13 +39,15 @@ from covergenre.metrics import (
 from covergenre.models.bundle import Bundle, check_weights, read_bundle
 from covergenre.progress import Progress
 from covergenre.report import plots
-from covergenre.runs.stage_run import stage_run
+from covergenre.runs.stage_run import StageRun, stage_run
 
 _PLAN = "_state/plan"
 _METRICS = "_metrics.json"
 _PLOTS = tuple(f"_report/{name}.png" for name in ("genres", "curves", "covers"))
 _SHEET_COVERS = 24
-_PART_ROWS = 65_536
+_PART_ROWS = 1024
+
+FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,8 @@ def evaluate(config: EvaluateConfig, *, verbose: bool = False) -> Evaluated:
             remark = ": already measured by the same command"
             return Evaluated(out, config.split, storage.read_json(metrics_file), remark)
         bundle, manifest = run.inputs
-        run.start_ray({"--out": out, "model directory": bundle.uri, "dataset": manifest.uri})
-        workers = choose_workers(config.workers, config.device, config.cpus_per_worker)
-        run.record()
-        return _evaluate(out, config, bundle, manifest, workers)
+        _score(out, config, bundle, manifest, run)
+        return _measure(out, config, bundle, manifest)
 
 
 def _read_inputs(config: EvaluateConfig) -> tuple[Bundle, Manifest]:
@@ -110,47 +113,79 @@ def _read_inputs(config: EvaluateConfig) -> tuple[Bundle, Manifest]:
     return bundle, manifest
 
 
-def _evaluate(
-    out: str,
-    config: EvaluateConfig,
-    bundle: Bundle,
-    manifest: Manifest,
-    workers: Workers,
-) -> Evaluated:
-    reader = DatasetReader(manifest, [config.split], [*ROWS.names, "title", "artist"])
-    plan = write_plan(storage.join(out, _PLAN), reader)
-    pieces = []
+def _score(
+    out: str, config: EvaluateConfig, bundle: Bundle, manifest: Manifest, run: StageRun[Any]
+) -> None:
+    """Score the output parts of the split that are not written yet, on Ray."""
+    ranges = pending_ranges(manifest.rows(config.split), _PART_ROWS, finished_parts(out))
+    if not len(ranges):
+        return
+    run.start_ray({"--out": out, "model directory": bundle.uri, "dataset": manifest.uri})
+    workers = choose_workers(config.workers, config.device, config.cpus_per_worker)
+    run.record()
+    plan = write_plan(storage.join(out, _PLAN), _reader(config, manifest))
+    rows = int((ranges[:, 2] - ranges[:, 1]).sum())
     with (
         log_pending_resources(*workers.required_resource),
-        Progress("evaluate", plan.rows, "covers") as progress,
+        Progress("evaluate", rows, "covers") as progress,
     ):
-        for piece in inference.score_plan(
+        for report in inference.score_parts(
             plan,
-            np.array([[0, 0, plan.rows]]),
+            ranges,
             bundle,
+            partial(_write_part, out, bundle, manifest.uri),
             batch_size=config.batch_size,
             workers=workers,
         ):
-            bad = piece.outcomes["reason"].drop_null()
-            if len(bad):
-                raise DatasetError(
-                    f"{manifest.uri}: has a damaged cover ({bad[0]}); prepare it again",
-                    code="bad_cover",
-                )
-            pieces.append(piece)
-            progress.advance(piece.outcomes.num_rows)
-    rows, scores = outcomes.concatenate(pieces)
-    if rows["row"].to_pylist() != list(range(plan.rows)):
-        raise LedgerError(
-            f"{out}: not every one of {plural(plan.rows, 'album')} was scored exactly once; please"
-            " report this bug"
+            run.check_lock()
+            progress.advance(report.rows)
+
+
+def _reader(config: EvaluateConfig, manifest: Manifest) -> DatasetReader:
+    columns = [*ROWS.names, "title", "artist"]
+    return DatasetReader(manifest, [config.split], columns, carry=["genres"])
+
+
+def _write_part(
+    out: str, bundle: Bundle, dataset_uri: str, part: int, rows: pa.Table, scores: FloatArray
+) -> dict[str, int]:
+    """Write the predictions of a part. Called in the workers, see inference.score_parts."""
+    bad = rows["reason"].drop_null()
+    if len(bad):
+        raise DatasetError(
+            f"{dataset_uri}: has a damaged cover ({bad[0]}); prepare it again", code="bad_cover"
         )
-    labelled = DatasetReader(manifest, [config.split], ["genres"])
-    true_genres = pa.concat_tables(labelled.parts())["genres"]
+    carried = f"{schema.CARRIED}genres"
+    labels = outcomes.labels(rows.drop_columns([carried]), scores, bundle)
+    fields = schema.predictions()
+    table = labels.append_column(fields.field("true_genres"), rows[carried]).cast(fields)
+    storage.put(storage.join(out, f"{part_name(part)}.parquet"), dataset.to_parquet(table))
+    return {"scored": table.num_rows}
+
+
+def _predictions(out: str, genres: Genres) -> tuple[pa.Table, FloatArray]:
+    """What all parts have, in order of row: (columns row and true_genres, scores [rows, genres])"""
+    tables, scores = [], []
+    for part in finished_parts(out).tolist():
+        uri = storage.join(out, f"{part_name(part)}.parquet")
+        table = dataset.read_table(uri, ["row", "true_genres", "scores"])
+        values = table["scores"].combine_chunks().items.to_numpy()
+        scores.append(values.reshape(table.num_rows, len(genres)))
+        tables.append(table.drop_columns(["scores"]))
+    return pa.concat_tables(tables), np.concatenate(scores)
+
+
+def _measure(out: str, config: EvaluateConfig, bundle: Bundle, manifest: Manifest) -> Evaluated:
+    """Write the metrics and the plots of the predictions."""
+    rows, scores = _predictions(out, bundle.genres)
+    if rows["row"].to_pylist() != list(range(manifest.rows(config.split))):
+        raise LedgerError(f"{out}: not every album was scored exactly once; please report this bug")
+    true_genres = rows["true_genres"].combine_chunks()
     truth = bundle.genres.multi_hot(true_genres.to_pylist())
     metrics = _ids(bundle, manifest) | multilabel_metrics(truth, scores, bundle.genres.names)
-    _write_predictions(out, bundle, rows, scores, true_genres)
     # Spread over the split: catalogs are often sorted by genre.
+    plan = read_plan(storage.join(out, _PLAN))
+    assert plan is not None  # written before the first part
     shown = np.unique(np.linspace(0, plan.rows - 1, _SHEET_COVERS, dtype=np.int64)).tolist()
     sheet = plots.contact_sheet(
         inference.decoded(plan, shown, bundle.preprocessing),
@@ -163,25 +198,6 @@ def _evaluate(
         storage.put(storage.join(out, name), plot)
     storage.put_json(storage.join(out, _METRICS), nan_to_none(metrics))
     return Evaluated(out, config.split, nan_to_none(metrics))
-
-
-def _write_predictions(
-    out: str,
-    bundle: Bundle,
-    rows: pa.Table,
-    scores: NDArray[np.float32],
-    true_genres: pa.ChunkedArray,
-) -> None:
-    for part, start in enumerate(range(0, rows.num_rows, _PART_ROWS)):
-        stop = start + _PART_ROWS
-        labels = outcomes.labels(rows.slice(start, _PART_ROWS), scores[start:stop], bundle)
-        fields = schema.predictions()
-        table = labels.append_column(
-            fields.field("true_genres"), true_genres.slice(start, _PART_ROWS)
-        )
-        storage.put(
-            storage.join(out, f"part-{part:08d}.parquet"), dataset.to_parquet(table.cast(fields))
-        )
 
 
 def _check_genres(bundle: Bundle, manifest: Manifest) -> None:

@@ -17,14 +17,14 @@ All other names begin with an underscore and have other extensions, so that read
 
 import json
 import logging
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from covergenre import inference, schema
@@ -37,8 +37,8 @@ from covergenre.data.http_proxies import check_proxies
 from covergenre.data.plan import ROWS, Plan, RowReader, identity_of, open_plan, read_plan
 from covergenre.data.rejected import write_duplicates, write_rejected
 from covergenre.errors import LedgerError, RejectedError
-from covergenre.inference import ScoredRows, outcomes
-from covergenre.inference.missing_rows import Ranges
+from covergenre.inference import outcomes
+from covergenre.inference.parts import finished_parts, part_name, pending_ranges
 from covergenre.io import parquet, storage
 from covergenre.models.bundle import Bundle, check_weights, read_bundle
 from covergenre.progress import Progress
@@ -166,31 +166,33 @@ def _score(
 ) -> dict[str, Any]:
     """Score the output parts that are not committed yet, on Ray. Returns the ledger of all."""
     ledger_file = storage.join(out, _LEDGER)
-    every = np.arange(-(-plan.rows // config.part_rows))
+    parts = -(-plan.rows // config.part_rows)
     done = finished_parts(out)
-    pending = np.setdiff1d(every, done, assume_unique=True)
-    starts = pending * config.part_rows
-    stops = np.minimum(starts + config.part_rows, plan.rows)
-    ranges = np.stack([pending, starts, stops], axis=1)
+    ranges = pending_ranges(plan.rows, config.part_rows, done)
     total: Counter[str] = Counter()
     speed: dict[str, float | None] = {"covers_per_second": None, "workers": None}
     if len(done):
-        logger.info(f"score: {len(done):,} of {len(every):,} output parts already exist")
+        logger.info(f"score: {len(done):,} of {parts:,} output parts already exist")
         count_rows(out, done, total)
-    if len(pending):
+    if len(ranges):
         run.start_ray({"--out": out, "model directory": bundle.uri, "the cover": plan.local_cover})
         workers = choose_workers(config.workers, config.device, config.cpus_per_worker)
-        rows = int((stops - starts).sum())
+        rows = int((ranges[:, 2] - ranges[:, 1]).sum())
         with (
             log_pending_resources(*workers.required_resource),
             Progress("score", rows, "covers") as progress,
         ):
-            scored = inference.score_plan(
-                plan, ranges, bundle, batch_size=config.batch_size, workers=workers
-            )
-            for part, pieces in _complete_parts(scored, ranges, progress):
+            for report in inference.score_parts(
+                plan,
+                ranges,
+                bundle,
+                partial(write_part, out, bundle),
+                batch_size=config.batch_size,
+                workers=workers,
+            ):
                 run.check_lock()
-                total.update(_commit(out, part, pieces, bundle))
+                progress.advance(report.rows)
+                total.update(report.counts)
             speed = {"covers_per_second": round(progress.rate, 1), "workers": workers.count}
     elif storage.exists(ledger_file):
         known = storage.read_json(ledger_file)
@@ -202,7 +204,7 @@ def _score(
         "rejected": total["rejected"],
         "duplicates": total["duplicates"],
         "reasons": dict(sorted(reasons.items())),
-        "parts": len(every),
+        "parts": parts,
         "parts_written": len(finished_parts(out)),
         "weights_id": bundle.weights_id,
         "decision_id": bundle.decision_id,
@@ -210,24 +212,17 @@ def _score(
         **speed,
     }
     storage.put_json(ledger_file, ledger)
-    if ledger["parts_written"] != len(every):
+    if ledger["parts_written"] != parts:
         written = ledger["parts_written"]
-        raise LedgerError(f"{out}: has {written:,} of {len(every):,} output parts")
+        raise LedgerError(f"{out}: has {written:,} of {parts:,} output parts")
     return ledger
-
-
-def finished_parts(out: str) -> NDArray[np.int64]:
-    """Numbers of the output parts that are committed."""
-    names = storage.list_sizes(out)
-    found = (re.fullmatch(r"part-([0-9]{8,})\.parquet", name) for name in names)
-    return np.array(sorted(int(match[1]) for match in found if match), np.int64)
 
 
 def count_rows(out: str, parts: NDArray[np.int64], total: Counter[str]) -> None:
     """Add to `total` the counts in the footers of committed parts."""
 
     def counts(part: int) -> dict[str, int]:
-        uri = storage.join(out, f"{_name(part)}.parquet")
+        uri = storage.join(out, f"{part_name(part)}.parquet")
         with storage.open_input(uri) as file, storage.translate_errors(uri, "read as Parquet"):
             metadata = parquet.opened(file).metadata.metadata
             found: dict[str, int] = json.loads(metadata[_COUNTS_KEY])
@@ -238,34 +233,16 @@ def count_rows(out: str, parts: NDArray[np.int64], total: Counter[str]) -> None:
             total.update(found)
 
 
-def _name(part: int) -> str:
-    """Alphabetical order is the order of rows."""
-    return f"part-{part:08d}"
+def write_part(
+    out: str, bundle: Bundle, part: int, rows: pa.Table, scores: NDArray[np.float32]
+) -> dict[str, int]:
+    """Write an output part: rejected and duplicate rows first, labels last. Returns its counts.
 
-
-def _complete_parts(
-    scored: Iterable[ScoredRows], ranges: Ranges, progress: Progress
-) -> Iterator[tuple[int, list[ScoredRows]]]:
-    """Group results, which come in any order, by output part; yields each part when complete."""
-    missing = {part: stop - start for part, start, stop in ranges.tolist()}
-    pieces: dict[int, list[ScoredRows]] = {}
-    for piece in scored:
-        rows = piece.outcomes.num_rows
-        pieces.setdefault(piece.part, []).append(piece)
-        missing[piece.part] -= rows
-        progress.advance(rows)
-        if missing[piece.part] == 0:
-            yield piece.part, pieces.pop(piece.part)
-    if pieces:
-        raise LedgerError(f"{len(pieces)} output parts are incomplete; run the same command again")
-
-
-def _commit(out: str, part: int, pieces: list[ScoredRows], bundle: Bundle) -> dict[str, int]:
-    """Write an output part: rejected and duplicate rows first, labels last. Returns its counts."""
-    rows, scores = outcomes.concatenate(pieces)
+    Called in the workers, see inference.score_parts.
+    """
     labels = outcomes.labels(rows, scores, bundle)
     rejected, duplicates = outcomes.rejected(rows), outcomes.duplicates(rows)
-    name = _name(part)
+    name = part_name(part)
     write_rejected(storage.join(out, _REJECTED, f"{name}.jsonl"), rejected)
     write_duplicates(storage.join(out, _DUPLICATES, f"{name}.arrow"), duplicates)
     reasons = Counter(record["reason"] for record in rejected)

@@ -426,7 +426,7 @@ def test_too_many_rejected_rows_fail_until_the_limit_is_raised(
     assert (ledger["rows"], ledger["scored"], ledger["duplicates"]) == (6, 2, 1)
     assert not (out / "_SUCCESS").exists()
 
-    monkeypatch.setattr(inference, "score_plan", None)  # nothing is scored again
+    monkeypatch.setattr(inference, "score_parts", None)  # nothing is scored again
     with pytest.raises(RejectedError):
         run(0.5)
     assert json.loads((out / "_ledger.json").read_text()) == ledger

@@ -27,9 +27,8 @@ from covergenre.config import ScoreConfig
 from covergenre.data.plan import Plan
 from covergenre.demo.sample import write_untrained_model
 from covergenre.errors import ConfigError
-from covergenre.inference.missing_rows import Ranges, split_ranges
-from covergenre.inference.outcomes import ScoredRows
-from covergenre.inference.pipeline import _decoded_batches
+from covergenre.inference.batches import Ranges, load
+from covergenre.inference.scorer import Report, Write
 from covergenre.models.bundle import Bundle
 from covergenre.stages import score as score_stage
 from covergenre.stages.score import Labelled, score
@@ -38,14 +37,16 @@ ROWS = 20
 
 
 def scored_here(
-    plan: Plan, ranges: Ranges, bundle: Bundle, *, batch_size: int, workers: Any
-) -> Iterator[ScoredRows]:
-    """In this process, in reverse order, with scores that depend on nothing but the row."""
-    for part, start, stop in split_ranges(ranges, 4)[::-1].tolist():
-        for outcomes, pixels in _decoded_batches(plan, start, stop, bundle.preprocessing, 4):
-            chance = np.random.default_rng(start)
-            scores = chance.random((len(pixels), len(bundle.genres)), np.float32)
-            yield ScoredRows(part, outcomes, scores)
+    plan: Plan, ranges: Ranges, bundle: Bundle, write: Write, *, batch_size: int, workers: Any
+) -> Iterator[Report]:
+    """In this process, the last part first, with scores that depend on nothing but the row."""
+    for part, start, stop in ranges[::-1].tolist():
+        (loaded,) = load(plan, start, stop, bundle.preprocessing, stop - start)
+        outcomes, pixels = loaded
+        scores = np.random.default_rng(start).random((len(pixels), len(bundle.genres)), np.float32)
+        report = Report(rows=outcomes.num_rows)
+        report.add(part, write(part, outcomes, scores))
+        yield report
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_runtime, "start_ray", lambda **_: None)
     monkeypatch.setattr(score_stage, "choose_workers", lambda *_: workers)
     monkeypatch.setattr(score_stage, "log_pending_resources", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(inference, "score_plan", scored_here)
+    monkeypatch.setattr(inference, "score_parts", scored_here)
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+"""Rows of a plan in batches: loaded and decoded, ready for the model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from covergenre.data import covers
+from covergenre.data.image_decoding import CoverError, Preprocessing
+from covergenre.data.plan import Plan
+from covergenre.inference.outcomes import decode_rows
+
+Ranges = NDArray[np.int64]
+"""[n, 3]: (output part, first row, row after the last one), in order of row."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive rows of one output part."""
+
+    part: int
+    stop: int
+    """Number of the row after the last one."""
+    outcomes: pa.Table
+    """A row for each; see outcomes.py."""
+    pixels: NDArray[np.uint8]
+    """uint8 [rows that decode, side, side, 3]"""
+
+
+def split_ranges(ranges: Ranges, rows: int) -> Ranges:
+    """`ranges` cut into pieces of at most `rows` rows, counted from the start of each range."""
+    counts = -(-(ranges[:, 2] - ranges[:, 1]) // rows)
+    range_of = np.repeat(np.arange(len(ranges)), counts)
+    piece = np.arange(len(range_of)) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = ranges[range_of, 1] + piece * rows
+    stop = np.minimum(start + rows, ranges[range_of, 2])
+    return np.stack([ranges[range_of, 0], start, stop], axis=1)
+
+
+def load(
+    plan: Plan, start: int, stop: int, spec: Preprocessing, batch_size: int
+) -> Iterator[tuple[pa.Table, NDArray[np.uint8]]]:
+    """Rows `start` to `stop` in batches: outcomes, and uint8 [rows that decode, side, side, 3]."""
+    rows = plan.read(start, stop)
+    at = 0
+    for _, found in covers.load(rows.select(covers.LOADED_COLUMNS), plan.source, batch_size):
+        yield decode_rows(rows.slice(at, len(found)), found, spec)
+        at += len(found)
+
+
+def poison_row(plan: Plan, row: int, spec: Preprocessing) -> tuple[pa.Table, NDArray[np.uint8]]:
+    """The outcome of a row whose workers crash, also where they have no other row."""
+    error = CoverError("worker_died", "each worker that was given this row alone crashed")
+    return decode_rows(plan.read(row, row + 1), [error], spec)
+
+
+def decoded(plan: Plan, rows: list[int], spec: Preprocessing) -> list[NDArray[np.uint8]]:
+    """Pixels of a few rows, uint8 [side, side, 3] each; every row must have a good cover."""
+    return [
+        image for row in rows for _, pixels in load(plan, row, row + 1, spec, 1) for image in pixels
+    ]

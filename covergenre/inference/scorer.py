@@ -1,0 +1,95 @@
+"""Scores batches and writes each output part as soon as it is complete, beside the next one."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from covergenre.errors import DeviceMemoryError
+from covergenre.inference.batches import Batch
+from covergenre.models.bundle import Bundle, load_model
+from covergenre.models.predictor import Predictor, to_device
+
+Write = Callable[[int, pa.Table, NDArray[np.float32]], dict[str, int]]
+"""(output part, outcomes, scores of the rows with a cover_sha256) -> counts; writes the part."""
+
+_REPORT_SECONDS = 0.5
+_WRITES_AHEAD = 2
+
+
+@dataclass
+class Report:
+    """What was done since the last report: counts only, no rows."""
+
+    rows: int = 0
+    parts: list[int] = field(default_factory=list)
+    """Output parts that were written."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Sums of what `write` returned for these."""
+    messages: list[str] = field(default_factory=list)
+    """Lines for the user."""
+
+    def add(self, part: int, counts: dict[str, int]) -> None:
+        """A part was written."""
+        self.parts.append(part)
+        for name, count in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+
+
+class Scorer:
+    """A model on a device."""
+
+    def __init__(self, bundle: Bundle, device: str) -> None:
+        model = to_device(load_model(bundle), device)
+        self._predictor = Predictor(model, bundle.preprocessing, device, bundle.precision)
+        self._genres = len(bundle.genres)
+
+    def score(
+        self, batches: Iterable[Batch], stops: dict[int, int], write: Write, report: Report
+    ) -> Iterator[Report]:
+        """Score batches in order of row, and write each part.
+
+        stops: output part -> the row after its last one. report: one that others may add messages
+        to. Yields a report at times, and one at the end.
+        """
+        outcomes: list[pa.Table] = []
+        scores: list[NDArray[np.float32]] = []
+        writing: deque[tuple[int, Future[dict[str, int]]]] = deque()
+        reported = time.monotonic()
+        with ThreadPoolExecutor(1) as writer:
+            for batch in batches:
+                outcomes.append(batch.outcomes)
+                scores.append(self._scores(batch.pixels))
+                report.rows += batch.outcomes.num_rows
+                if batch.stop == stops[batch.part]:
+                    table, values = pa.concat_tables(outcomes), np.concatenate(scores)
+                    writing.append((batch.part, writer.submit(write, batch.part, table, values)))
+                    outcomes, scores = [], []
+                while writing and (len(writing) > _WRITES_AHEAD or writing[0][1].done()):
+                    part, counts = writing.popleft()
+                    report.add(part, counts.result())
+                if time.monotonic() - reported > _REPORT_SECONDS:
+                    yield report
+                    report.__init__()
+                    reported = time.monotonic()
+            for part, counts in writing:
+                report.add(part, counts.result())
+        yield report
+
+    def _scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        import torch
+
+        if not len(pixels):
+            return np.empty((0, self._genres), np.float32)
+        try:
+            return self._predictor(pixels)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                "a batch does not fit the GPU's memory; use a lower --batch-size",
+                code="gpu_memory",
+            ) from error
