@@ -20,6 +20,7 @@ import pyarrow as pa
 from benchmarks import run_benchmark
 from covergenre import schema
 from covergenre.data import dataset
+from covergenre.inference.parts import finished_parts
 from covergenre.io import storage
 from covergenre.stages import score
 
@@ -39,11 +40,11 @@ def main() -> None:
         with ThreadPoolExecutor(32) as pool:
             list(pool.map(lambda n: storage.put(storage.join(directory, n), data), names))
         tracemalloc.start()
-        score.finished_parts(directory)
+        finished_parts(directory)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         began = time.perf_counter()  # again, because tracing is slow
-        parts = score.finished_parts(directory)
+        parts = finished_parts(directory)
         listed = time.perf_counter()
         total: Counter[str] = Counter()
         score.count_rows(directory, parts, total)

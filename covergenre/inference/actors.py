@@ -104,7 +104,7 @@ def score_parts(
     actors: list[_Actor] = []
 
     def new_actor() -> _Actor:
-        handle = (
+        handle: Any = (
             ray.remote(ScoringActor)
             .options(num_cpus=workers.cpus, num_gpus=workers.resources.get("GPU", 0))
             .remote(plan_reference, bundle, batch_size, workers)

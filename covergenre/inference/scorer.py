@@ -34,6 +34,13 @@ class Report:
     messages: list[str] = field(default_factory=list)
     """Lines for the user."""
 
+    def take(self) -> "Report":
+        """A copy; this one begins anew."""
+        taken = Report(self.rows, self.parts, self.counts, self.messages[:])
+        self.rows, self.parts, self.counts = 0, [], {}
+        self.messages.clear()  # others hold a reference to this list
+        return taken
+
     def add(self, part: int, counts: dict[str, int]) -> None:
         """A part was written."""
         self.parts.append(part)
@@ -74,12 +81,11 @@ class Scorer:
                     part, counts = writing.popleft()
                     report.add(part, counts.result())
                 if time.monotonic() - reported > _REPORT_SECONDS:
-                    yield report
-                    report.__init__()
+                    yield report.take()
                     reported = time.monotonic()
             for part, counts in writing:
                 report.add(part, counts.result())
-        yield report
+        yield report.take()
 
     def _scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         import torch

@@ -296,7 +296,8 @@ def cut_off(lab: Lab) -> Iterator[None]:
 
 
 def parts(lab: Lab, place: str) -> int:
-    count = f"from covergenre.stages import score; print(len(score.finished_parts('{place}')))"
+    find = "from covergenre.inference.parts import finished_parts"
+    count = f"{find}; print(len(finished_parts('{place}')))"
     return int(lab.ok(sys.executable, "-c", count))
 
 
