@@ -28,6 +28,9 @@ _MAX_PARTS = 64
 _MAX_CRASHES = 3
 """Crashes of actors while they had the same part first, or while they started, in a row."""
 
+_STARTING = -1
+"""Instead of a part: crashes while an actor starts."""
+
 
 class ScoringActor:
     """A Ray actor with a model."""
@@ -121,15 +124,7 @@ def score_parts(
                 with unwrap_ray_errors():
                     report = _next_report(actor)
             except ray.exceptions.RayActorError as error:
-                first = next(iter(actor.ranges), -1)
-                crashes[first] += 1
-                if crashes[first] == _MAX_CRASHES:
-                    raise CovergenreError(
-                        f"workers crashed {_MAX_CRASHES} times in a row"
-                        f"{f' on output part {first}' if actor.started else ' while they started'};"
-                        " see the reason with --verbose, then resume with the same command",
-                        code="workers_crash",
-                    ) from error
+                _count_crash(crashes, actor, error)
                 logger.warning("a worker crashed: another one is started")
                 waiting.extendleft(reversed(actor.ranges.values()))
                 actors[actors.index(actor)] = new_actor()
@@ -141,7 +136,9 @@ def score_parts(
                     logger.warning(message)
                 yield report
                 continue
-            actor.started = True
+            if not actor.started:
+                actor.started = True
+                crashes.pop(_STARTING, None)
             # All at once for one; else half of what is left, so that all end together.
             shares = workers.count if workers.count == 1 else 2 * workers.count
             count = min(_MAX_PARTS, -(-len(waiting) // shares))
@@ -156,6 +153,19 @@ def score_parts(
     finally:
         for actor in actors:
             ray.kill(actor.handle)
+
+
+def _count_crash(crashes: Counter[int], actor: _Actor, error: Exception) -> None:
+    """Raises CovergenreError where crashes are repeated: another actor would crash, too."""
+    first = next(iter(actor.ranges), _STARTING)
+    crashes[first] += 1
+    if crashes[first] == _MAX_CRASHES:
+        when = f"on output part {first}" if actor.started else "while they started"
+        raise CovergenreError(
+            f"workers crashed {_MAX_CRASHES} times in a row {when}; run the same command again"
+            " with --verbose to see the reason; it resumes the run",
+            code="workers_crash",
+        ) from error
 
 
 def _next_report(actor: _Actor) -> Report | None:
