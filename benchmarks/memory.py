@@ -78,7 +78,7 @@ def _compare_plans(rows: int) -> dict[str, Any]:
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         for count in (rows, rows * _FACTOR):
-            catalog = _labelled_catalog(Path(temporary, f"{count}.csv"), count)
+            catalog = _labeled_catalog(Path(temporary, f"{count}.csv"), count)
             command = [sys.executable, "-m", "benchmarks.memory", "--plan-catalog", str(catalog)]
             result = subprocess.run(command, capture_output=True, text=True, check=True)
             results.append(json.loads(result.stdout))
@@ -89,7 +89,7 @@ def _compare_plans(rows: int) -> dict[str, Any]:
     }
 
 
-def _labelled_catalog(file: Path, rows: int) -> Path:
+def _labeled_catalog(file: Path, rows: int) -> Path:
     """Rows with URLs, up to three of 40 genres, and artists; 1 in 100 repeats an earlier id."""
     chance = random.Random(0)
     names = [f"Genre {n}" for n in range(40)]

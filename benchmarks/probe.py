@@ -3,7 +3,7 @@
     uv run python -m benchmarks.probe DATASET --model mobilenet_v2 --weights FILE
 
 Features are the backbone's output for each cover of a prepared dataset, with the dataset's own
-splits. One logistic regression per genre (scikit-learn, standardised features); C is selected by
+splits. One logistic regression per genre (scikit-learn, standardized features); C is selected by
 macro ROC AUC on dev, and the metrics are computed once on test. Does not use Ray.
 """
 

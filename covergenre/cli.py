@@ -118,7 +118,7 @@ def _stage_config(name: str) -> "type[StageConfig]":
 
 def _parameter(stage: "type[StageConfig]", name: str) -> click.Parameter:
     """The argument or option of a setting. Its value is validated later, by the settings class."""
-    from covergenre.config import flag
+    from covergenre.config import PREPARE_ONLY, PrepareConfig, flag
 
     field = stage.model_fields[name]
     if field.json_schema_extra:
@@ -134,13 +134,16 @@ def _parameter(stage: "type[StageConfig]", name: str) -> click.Parameter:
     elif field.default not in (None, ()):
         is_list = isinstance(field.default, tuple)
         text += f"  [default: {','.join(map(str, field.default)) if is_list else field.default}]"
-    return click.Option([flag(name), name], metavar=_metavar(stage, name), help=text)
+    hidden = name in PREPARE_ONLY and stage is not PrepareConfig
+    return click.Option([flag(name), name], metavar=_metavar(stage, name), help=text, hidden=hidden)
 
 
 def _metavar(stage: "type[StageConfig]", name: str) -> str:
     from covergenre.config import PATH_SETTINGS
     from covergenre.config_errors import options
 
+    if name == "weights":
+        return "NAME|PATH"
     if name in PATH_SETTINGS:
         return "PATH"
     kinds = {"tuple": "LIST", "int": "N", "float": "X"}
@@ -233,7 +236,7 @@ def sample(out: str, albums: int, seed: int) -> None:
     "--freeze", help="paper, none, all, or N: layers to freeze, as in train  [default: the model's]"
 )
 def summary(model: str, genres: int, freeze: str | None) -> None:
-    """Print the layers and the number of parameters of a model.
+    """Print the layers and the parameter counts of a model.
 
     MODEL: an architecture, such as vgg16.
     """

@@ -54,6 +54,8 @@ _EXECUTION_SETTINGS = {
 }
 # Not part of the fingerprint: the run record has hashes of the contents of these paths.
 PATH_SETTINGS = {"out", "covers", "genre_map", "weights"}
+# Catalog settings that score accepts but does not use; its help does not show them.
+PREPARE_ONLY = {"genres_column", "genres_separator", "split_column", "group_column"}
 
 
 class StageConfig(BaseModel):
@@ -75,7 +77,9 @@ class StageConfig(BaseModel):
             raise config_error(error, type(self), {}) from None
 
     shared_filesystem: bool = Field(
-        False, description="local paths are on a file system that all machines of the cluster share"
+        False,
+        description="assume that local paths are on a file system shared by all machines of the"
+        " cluster",
     )
 
     def fingerprint(self) -> str:
@@ -128,10 +132,14 @@ class CatalogSettings(StageConfig):
         description="values that are treated as missing, comma-separated; case is ignored",
     )
     covers: PathOrUri | None = Field(
-        None, description="directory of relative cover paths  [default: the catalog's]"
+        None,
+        description="base directory for relative cover paths  [default: the directory of the"
+        " catalog]",
     )
     download_concurrency: Positive = Field(
-        16, description="covers that each task downloads in parallel; for http(s), from each host"
+        16,
+        description="maximum number of parallel downloads per task (for http(s): per task and"
+        " host)",
     )
     allow_private_addresses: bool = Field(
         False, description="allow http(s) URLs of covers on private networks and on this machine"
@@ -172,7 +180,7 @@ class PrepareConfig(CatalogSettings):
     )
     top_genres: Positive = Field(20, description="keep the N most common genres")
     min_share: float = Field(
-        0.01, ge=0, le=1, description="drop genres with a smaller share of the labelled albums"
+        0.01, ge=0, le=1, description="drop genres with a smaller share of the albums with genres"
     )
     genres: Names = Field(
         (),
@@ -213,7 +221,7 @@ class PrepareConfig(CatalogSettings):
 
     @field_validator("genres")
     @classmethod
-    def _normalise_genres(cls, genres: tuple[str, ...]) -> tuple[str, ...]:
+    def _normalize_genres(cls, genres: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(clean_name(name) for name in genres)
 
     def needed_columns(self) -> set[str]:
@@ -256,7 +264,9 @@ class TrainConfig(StageConfig):
         " file  [default: imagenet if available for the model, else none]",
     )
     allow_partial_weights: bool = Field(
-        False, description="accept a weights file that lacks some layers, and list them"
+        False,
+        description="accept a weights file with missing tensors; those stay randomly initialized"
+        " and are listed",
     )
     freeze: str | None = Field(
         None,
@@ -265,13 +275,14 @@ class TrainConfig(StageConfig):
     )
     batch_norm: Literal["auto", "train"] = Field(
         "auto",
-        description="batch norm layers; auto: keep pretrained ones in eval mode; train: train them",
+        description="mode of the batch norm layers; auto: keep pretrained ones in eval mode; train:"
+        " train them",
     )
     epochs: Positive | None = Field(
         None, description="number of epochs  [default: depends on the model]"
     )
     max_steps: Positive | None = Field(
-        None, description="stop after this many optimizer steps, even during an epoch"
+        None, description="stop after this many optimizer steps, even in the middle of an epoch"
     )
     batch_size: Positive = Field(
         32, description="global batch size: albums per step, summed over all workers"
@@ -307,8 +318,8 @@ class TrainConfig(StageConfig):
     seed: Seed = Field(0, description="seed of initial weights, sample order and augmentation")
     shuffle_window: Positive = Field(
         8,
-        description="number of shards that are shuffled together; more mix better and need more"
-        " memory",
+        description="number of shards that are shuffled together; larger values shuffle more"
+        " thoroughly but need more memory",
     )
 
     @field_validator("workers")
@@ -384,7 +395,7 @@ class EvaluateConfig(InferenceSettings):
     model: PathOrUri = argument("model directory written by train")
     dataset: PathOrUri = argument("dataset directory written by prepare")
     out: PathOrUri = Field(
-        description="output directory of the metrics: new, or that of the run to repeat"
+        description="output directory of the metrics: new, or that of the run to resume"
     )
     split: Literal["train", "dev", "test"] = Field("test", description="split to evaluate on")
 
@@ -410,8 +421,8 @@ class ScoreConfig(CatalogSettings, InferenceSettings):
         ge=0,
         le=1,
         description="fail with exit code 3 if a larger share of the rows (without duplicates) is"
-        " rejected  [default: fail if all rows are rejected, unless every cover was read and is not"
-        " an image]",
+        " rejected  [default: fail if all rows are rejected, unless the only reason is that the"
+        " covers are not images (not_an_image)]",
     )
 
     @field_validator("carry")

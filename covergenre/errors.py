@@ -78,7 +78,7 @@ class TrainingDivergedError(UserError):
 
 
 class DeviceMemoryError(UserError):
-    """A training step does not fit into GPU memory, even if it is split into micro-batches."""
+    """A training step does not fit in GPU memory, even if it is split into micro-batches."""
 
 
 class RejectedError(CovergenreError):

@@ -1,4 +1,4 @@
-"""Parsing and normalising genre names: lists written as text, missing values, Unicode forms.
+"""Parsing and normalizing genre names: lists written as text, missing values, Unicode forms.
 
 A list column in a CSV file is text such as `['rock', 'pop']` (pandas), `["rock", "pop"]` (JSON),
 `['rock' 'pop']` (numpy) or `{rock,"hip hop"}` (PostgreSQL). It is parsed as a list, never
@@ -55,7 +55,7 @@ def split_names(text: str, separator: str) -> list[str | None]:
 
 
 def clean_names(names: Iterable[str | None], missing: frozenset[str]) -> list[str]:
-    """Normalised names, in order, without missing values, empty names and duplicates.
+    """Normalized names, in order, without missing values, empty names and duplicates.
 
     missing: in lower case. Raises ValueError if a name has brackets: it is part of a list.
     """
@@ -63,15 +63,15 @@ def clean_names(names: Iterable[str | None], missing: frozenset[str]) -> list[st
     for name in names:
         if name is None:
             continue
-        normalised = clean_name(name)
-        if not normalised or normalised.lower() in missing:
+        normalized = clean_name(name)
+        if not normalized or normalized.lower() in missing:
             continue
-        if not BRACKETS.isdisjoint(normalised):
+        if not BRACKETS.isdisjoint(normalized):
             raise ValueError(
-                f"the genre name {excerpt(normalised)} contains a bracket; correct the separator or"
+                f"the genre name {excerpt(normalized)} contains a bracket; correct the separator or"
                 " the name"
             )
-        cleaned[normalised] = None
+        cleaned[normalized] = None
     return list(cleaned)
 
 

@@ -36,7 +36,7 @@ class Transform:
         self.preprocessing = preprocessing
 
     def __call__(self, cover: Cover) -> "torch.Tensor":
-        """A PIL image, or any other cover, as a normalised float32 tensor [3, side, side].
+        """A PIL image, or any other cover, as a normalized float32 tensor [3, side, side].
 
         The pixels are those that the pipeline computes from the same bytes, with one exception: a
         large JPEG (over 896 pixels for a side of 224) whose PIL image is already decoded may differ

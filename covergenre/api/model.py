@@ -64,7 +64,7 @@ class Model:
     """A trained model on a device. Made by `load_model`.
 
     Attributes:
-        module: the network as a torch.nn.Module in eval mode: normalised images, float32
+        module: the network as a torch.nn.Module in eval mode: normalized images, float32
             [batch, 3, side, side] as returned by `transform`, to logits [batch, genres].
         transform: converts a PIL image (or any other cover) to a float32 tensor [3, side, side],
             with the preprocessing of training.
@@ -138,7 +138,7 @@ class Model:
 
         Raises:
             ImageError: a cover cannot be read or decoded; see its `index` and `code`.
-            DeviceMemoryError: a batch does not fit the memory of the device.
+            DeviceMemoryError: a batch does not fit in the memory of the device.
         """
         with reporting(progress, callbacks):
             values, names, reasons = self._run(
@@ -217,8 +217,8 @@ class Model:
                         values[good] = compute(np.stack(pixels))
                 except torch.OutOfMemoryError as error:
                     raise DeviceMemoryError(
-                        f"a batch of {len(pixels)} covers does not fit the memory of {self.device};"
-                        " use a smaller batch_size"
+                        f"a batch of {len(pixels)} covers does not fit in the memory of"
+                        f" {self.device}; use a smaller batch_size"
                     ) from error
                 parts.append(values)
                 counter.advance(len(batch))

@@ -177,6 +177,8 @@ def _stage(settings: type[StageConfig]) -> Callable[[Function], Function]:
                 )
             )
             about = (field.description or "").partition("  [")[0]
+            if name in config.PREPARE_ONLY and settings is not config.PrepareConfig:
+                about += " (used only by prepare)"
             lines.append(f"        {name} ({default!r}): {about}.")
         function.__signature__ = inspect.signature(function).replace(  # type: ignore[attr-defined]
             parameters=parameters
@@ -245,7 +247,7 @@ def train(
     Raises:
         ConfigError, DatasetError, StorageError, ModelError: the problem and its fix, in one line.
         TrainingDivergedError: the loss is not finite.
-        DeviceMemoryError: a step does not fit GPU memory.
+        DeviceMemoryError: a step does not fit in GPU memory.
     """
     from covergenre.stages.train import train as run
 
@@ -266,6 +268,8 @@ def evaluate(
     **settings: Any,
 ) -> Evaluation:
     """Measure a model on a split of a dataset, every album once.
+
+    Repeating the call resumes an unfinished run, and returns the result of a finished one at once.
 
     Args:
         model: model directory that `train` wrote, local or s3://.

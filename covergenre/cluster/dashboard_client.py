@@ -87,7 +87,7 @@ def connect(address: str, sleep: Sleep) -> "DashboardClient":
         if cause is not None and not _is_unreachable(cause):
             raise _not_a_dashboard(shown, essential_line(str(cause))) from error
         raise ConfigError(
-            f"{shown}: no Ray dashboard answers at this address; start the cluster, or forward its"
+            f"{shown}: no Ray dashboard responds at this address; start the cluster, or forward its"
             " dashboard with `ray dashboard cluster.yaml`",
             code="no_dashboard",
         ) from error
@@ -111,7 +111,8 @@ class DashboardClient(JobSubmissionClient):
             response: requests.Response = attempts(self._request_once, method, endpoint, **kwargs)
         except TemporaryError as error:
             raise CovergenreError(
-                f"{self._shown_address}: the dashboard {error}, repeatedly; try again later",
+                f"{self._shown_address}: the dashboard {error}, and every retry failed; try"
+                " again later",
                 code="dashboard_failed",
             ) from error
         return response
@@ -132,14 +133,14 @@ class DashboardClient(JobSubmissionClient):
                 raise
             how = f"closed the connection ({essential_line(str(error))})"
             timed_out = isinstance(error, Timeout)
-            raise TemporaryError("does not answer in time" if timed_out else how) from error
+            raise TemporaryError("does not respond" if timed_out else how) from error
         self._has_answered = True
         # The dashboard reports a refusal of its agent as an HTTP 500.
         is_refusal = re.search(r"status code 4\d\d", response.text)
         if response.status_code in _RETRYABLE_STATUS and not is_refusal:
             is_page = "html" in response.headers.get("Content-Type", "")
             text = response.reason if is_page else essential_line(response.text)
-            raise TemporaryError(f"answers {response.status_code}: {text}")
+            raise TemporaryError(f"returned {response.status_code} ({text})")
         return response
 
     def _is_temporary(self, error: requests.RequestException) -> bool:

@@ -51,10 +51,10 @@ _embedded_directory: EmbeddedRayDirectory | None = None
 
 
 def start_ray(*, verbose: bool = False) -> None:
-    """Use the Ray that this process has initialised; without one, connect to the cluster of
+    """Use the Ray that this process has initialized; without one, connect to the cluster of
     RAY_ADDRESS, or embed a Ray in this process.
 
-    A Ray that the caller has initialised is not changed. Environment variables are set while Ray
+    A Ray that the caller has initialized is not changed. Environment variables are set while Ray
     starts and restored afterwards; no signal handler is installed. The embedded Ray ends with the
     process, or at ray.shutdown(). Raises ConfigError or RayStartError if Ray does not start.
     """

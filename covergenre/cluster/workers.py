@@ -67,8 +67,8 @@ def choose_workers(
         low = low or min(max(1, max_gpus), _MAX_DEFAULT_GPUS)
         if low > max_gpus:
             raise ConfigError(
-                f"--workers {low}: each needs a GPU, and the cluster has at most {max_gpus}; use"
-                " fewer, or --device cpu",
+                f"--workers {low}: needs {plural(low, 'GPU')} (1 per worker), but the cluster has"
+                f" at most {max_gpus}; use fewer workers, or --device cpu",
                 code="too_many_workers",
             )
         count = max(low, min(high or low, int(ray.cluster_resources().get("GPU", 0))))
@@ -78,8 +78,8 @@ def choose_workers(
     each = cpus_per_worker + reading
     if low * each > max_cpus - 1:
         raise ConfigError(
-            f"--workers {low}: {plural(each, 'CPU')} each and one to decode covers need"
-            f" {low * each + 1:g}, and the cluster has at most {max_cpus:g}; use fewer",
+            f"--workers {low}: needs {low * each + 1:g} CPUs ({each:g} per worker, plus 1 to decode"
+            f" covers), but the cluster has at most {max_cpus:g}; use fewer workers",
             code="too_many_workers",
         )
     fitting = int((float(ray.cluster_resources().get("CPU", 0)) - 1) / each)
@@ -91,8 +91,8 @@ def check_task_limit(workers: int | None) -> None:
     """Raises ConfigError if the cluster can never run this many one-CPU tasks in parallel."""
     if workers and workers > (max_cpus := autoscaling.max_resources("CPU")):
         raise ConfigError(
-            f"--workers {workers}: each needs a CPU, and the cluster has at most {max_cpus:g}; use"
-            " fewer",
+            f"--workers {workers}: needs {plural(workers, 'CPU')} (1 per worker), but the cluster"
+            f" has at most {max_cpus:g}; use fewer workers",
             code="too_many_workers",
         )
 

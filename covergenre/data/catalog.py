@@ -1,4 +1,4 @@
-"""Catalogs: CSV, TSV, JSON Lines, Parquet and MuMu's label files, read as schema.CATALOG.
+"""Catalogs: CSV, TSV, JSON Lines, Parquet and MuMu's genre files, read as schema.CATALOG.
 
 A row that cannot be used (no id, no cover) stays in the table; the stage rejects and counts it. An
 error is raised only if the catalog itself cannot be read.
@@ -52,7 +52,7 @@ class CatalogReader:
         self.notes: list[str] = []
         """Notes for the user, one line each; complete when all parts have been read."""
         self.source_rows = 0
-        """Rows of the source files; of MuMu's label files, songs."""
+        """Rows of the source files; of MuMu's files, songs."""
         self.image_column = settings.image_column
         """The column of `files` that has the bytes."""
         self._settings = settings

@@ -60,7 +60,9 @@ class ColumnMapping:
             )
         elif self.is_set("image"):
             raise CatalogError(
-                f"{path}: --image-column needs Parquet files", code="image_column_format"
+                f"{path}: not a Parquet file, but --image-column is supported only for Parquet; use"
+                " --cover-column, or convert the catalog",
+                code="image_column_format",
             )
         elif format_ == "jsonl":
             file = read_jsonl(
@@ -120,23 +122,23 @@ class ColumnMapping:
         """Raises CatalogError if --carry names the column of the images."""
         if file.image_column in self.carry and file.image_type and holds_bytes(file.image_type):
             raise CatalogError(
-                f"--carry {file.image_column}: the column of the images in {file.uri}; carry"
-                " other columns",
+                f"--carry {file.image_column}: this is the image column of {file.uri} and cannot"
+                " be copied to the labels; remove it from --carry",
                 code="image_column",
             )
 
     def check_mumu(self) -> None:
-        """Raises ConfigError for settings that do not apply to MuMu's label files."""
+        """Raises ConfigError for settings that do not apply to MuMu's files."""
         if self.carry:
             raise ConfigError(
-                "--carry: MuMu's label files have rows of songs, not of albums; leave it out",
+                "--carry: MuMu's files have rows of songs, not of albums; leave it out",
                 code="mumu_columns",
             )
         for name in self.names:
             if self.is_set(name):
                 raise ConfigError(
-                    f"{flag(f'{name}_column')}: the columns of MuMu's label files are fixed; leave"
-                    " it out",
+                    f"{flag(f'{name}_column')}: the columns of MuMu's files are fixed; leave it"
+                    " out",
                     code="mumu_columns",
                 )
 

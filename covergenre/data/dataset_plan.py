@@ -68,7 +68,8 @@ def plan_dataset(
         unused = [name for name, rows in counts.mapped.items() if not rows]
         logger.info(
             f"genre map: {len(genre_map) - len(unused)} of {len(genre_map)} names occur in the"
-            f" catalog{'; not: ' if unused else ''}{', '.join(unused[:5])}"
+            f" catalog{'; not found: ' if unused else ''}{', '.join(unused[:5])}"
+            f"{', ...' if len(unused) > 5 else ''}"
         )
     selection = select(
         counts.genres,

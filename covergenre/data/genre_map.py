@@ -49,7 +49,9 @@ def load_genre_map(uri: str) -> dict[str, str | None]:
                 f"{uri}, {line}: {new!r}: brackets are not allowed in genre names", code="brackets"
             )
         if not raw:
-            raise ConfigError(f"{uri}, {line}: the raw name of {new!r} is empty", code="empty_name")
+            raise ConfigError(
+                f"{uri}, {line}: the old name (mapped to {new!r}) is empty", code="empty_name"
+            )
         if mapping.setdefault(raw, new) != new:
             raise ConfigError(
                 f"{uri}, {line}: {raw!r} is already mapped to {mapping[raw]!r}", code="conflict"

@@ -69,7 +69,7 @@ def select(
     explicit: Sequence[str] = (),
 ) -> Selection:
     """Select genres as the paper does: the `top` most common, each on at least `min_share` of the
-    labelled albums; or exactly the `explicit` ones, if any.
+    albums with genres; or exactly the `explicit` ones, if any.
 
     counts: albums of each genre. labelled: albums with at least one genre. Equal counts are
     ordered by name. Raises ConfigError if nothing is selected or no album has an explicit genre.
@@ -93,7 +93,7 @@ def select(
         genre, n = next(iter(counts.items()))
         raise ConfigError(
             f"--min-share {min_share:g}: no genre is that common; {genre!r} is the most common, on"
-            f" {n / labelled:.2%} of the labelled albums",
+            f" {n / labelled:.2%} of the albums with genres",
             code="min_share_too_high",
         )
     return Selection(Genres(tuple(sorted(common[:top]))), counts, labelled)

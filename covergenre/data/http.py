@@ -267,7 +267,7 @@ def _check_proxy_status(status: int, proxy: Proxy) -> None:
 def _parse(url: str) -> Url:
     """The http(s) `url` in ASCII: the host by IDNA, the rest percent-encoded.
 
-    IP addresses in any notation (127.1, 0x7f000001) are normalised, so that the address that is
+    IP addresses in any notation (127.1, 0x7f000001) are normalized, so that the address that is
     checked is the one that is used. Raises LocationValueError or UnicodeError.
     """
     match = _URL.fullmatch(url)

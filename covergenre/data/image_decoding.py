@@ -30,7 +30,7 @@ MAX_BYTES = 25_000_000
 MAX_PIXELS = 100_000_000
 """Covers with more pixels are rejected as possible decompression bombs."""
 
-_JPEG_QUALITY = 92  # visually lossless at cover size; 4:4:4 below keeps coloured lettering sharp
+_JPEG_QUALITY = 92  # visually lossless at cover size; 4:4:4 below keeps colored lettering sharp
 # EXIF orientation -> transposition to upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,7 +41,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_HIGH_BIT_DEPTH = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # grey with more than 8 bits
+_HIGH_BIT_DEPTH = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # gray with more than 8 bits
 _SRGB_TOLERANCE = 3  # of 255; profiles that differ less from sRGB are ignored
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -60,7 +60,7 @@ class CoverError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """The steps from encoded bytes to normalised pixels. Changing a step requires a new version."""
+    """The steps from encoded bytes to normalized pixels. Changing a step requires a new version."""
 
     version: int = 1
     side: int = 224
@@ -68,7 +68,7 @@ class Preprocessing:
     orientation: str = "exif"
     """EXIF orientation is applied before anything else."""
     alpha: str = "white"
-    """Transparent pixels are composited over this colour."""
+    """Transparent pixels are composited over this color."""
     reduction: str = "dct-2x"
     """JPEGs are decoded at the smallest DCT scale of at least twice `side`: much faster."""
     filter: str = "bilinear"
@@ -233,7 +233,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image, file: Image.Image) -> Image.Image:
     """sRGB over white, as an image viewer shows it. `file`: the file that `image` was read from."""
     alpha = _alpha(image) if image.has_transparency_data else None
-    rgb = _to_srgb(_colours(image, file), file.info.get("icc_profile"))
+    rgb = _to_srgb(_colors(image, file), file.info.get("icc_profile"))
     if alpha is None:
         return rgb
     rgb.putalpha(alpha)
@@ -242,13 +242,13 @@ def _to_rgb(image: Image.Image, file: Image.Image) -> Image.Image:
 
 
 def _alpha(image: Image.Image) -> Image.Image:
-    if image.mode in _HIGH_BIT_DEPTH:  # one grey level is transparent
+    if image.mode in _HIGH_BIT_DEPTH:  # one gray level is transparent
         opaque = np.asarray(image) != image.info["transparency"]
         return Image.fromarray(opaque.astype(np.uint8) * np.uint8(255))
     return image.convert("RGBA").getchannel("A")
 
 
-def _colours(image: Image.Image, file: Image.Image) -> Image.Image:
+def _colors(image: Image.Image, file: Image.Image) -> Image.Image:
     """The image without alpha, in a mode that profiles apply to: L, RGB, CMYK or LAB (8 bits)."""
     if image.mode in _HIGH_BIT_DEPTH:
         return _to_8_bits(image, file)
@@ -258,7 +258,7 @@ def _colours(image: Image.Image, file: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image, file: Image.Image) -> Image.Image:
-    """Greyscale scaled to 8 bits, where Pillow would clip at 255. Floats range from 0 to 1."""
+    """Grayscale scaled to 8 bits, where Pillow would clip at 255. Floats range from 0 to 1."""
     samples = np.asarray(image)
     bits, signed, inverted = 16, False, False
     if isinstance(file, TiffImageFile):
@@ -269,12 +269,12 @@ def _to_8_bits(image: Image.Image, file: Image.Image) -> Image.Image:
     if samples.dtype == np.int32 and not signed:
         samples = samples.view(np.uint32)
     white = 1 if image.mode == "F" else 2 ** (bits - signed) - 1
-    grey = samples.astype(np.float32)
-    grey *= 255
-    grey /= white
-    np.nan_to_num(grey, copy=False)
-    np.clip(grey, 0, 255, out=grey)
-    return Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))
+    gray = samples.astype(np.float32)
+    gray *= 255
+    gray /= white
+    np.nan_to_num(gray, copy=False)
+    np.clip(gray, 0, 255, out=gray)
+    return Image.fromarray((255 - gray if inverted else gray).astype(np.uint8))
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -20,7 +20,7 @@ _STRAY = re.compile(
     re.DOTALL,
 )
 _CRITICAL = (b"IHDR", b"PLTE", b"IDAT")
-# Chunks that affect the image (transparency, colours, orientation); text chunks by keyword
+# Chunks that affect the image (transparency, colors, orientation); text chunks by keyword
 _PNG_USED = (b"tRNS", b"iCCP", b"eXIf")
 _PNG_USED_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
 _WEBP_FLAGS = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}
@@ -94,10 +94,8 @@ def _png_chunk(kind: bytes, body: bytes) -> bytes:
 def _png_chunk_is_readable(header: bytes, chunk: bytes) -> bool:
     """Whether Pillow can read the chunk in an image with this header."""
     if chunk[4:8] == b"tRNS":
-        size, colour_type = len(chunk) - 12, header[17:18]
-        return size == {b"\0": 2, b"\2": 6}.get(colour_type) or (
-            colour_type == b"\3" and size <= 256
-        )
+        size, color_type = len(chunk) - 12, header[17:18]
+        return size == {b"\0": 2, b"\2": 6}.get(color_type) or (color_type == b"\3" and size <= 256)
     small = b"".join([_PNG, header, chunk, _png_chunk(b"IDAT", b"")])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about sizes that look like a decompression bomb

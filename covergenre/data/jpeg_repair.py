@@ -48,7 +48,7 @@ def repaired_jpeg(data: bytes) -> bytes | None:
 
 
 def _metadata_is_readable(marker: int, body: bytes) -> bool:
-    """Whether a segment is used by libjpeg (for colours) or Pillow, and long enough for both."""
+    """Whether a segment is used by libjpeg (for colors) or Pillow, and long enough for both."""
     return (
         (marker == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14)
         or (marker == 0xE1 and body.startswith((b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")))

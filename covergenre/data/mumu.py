@@ -1,4 +1,4 @@
-"""MuMu's label files: CSV with one row per song, read as one row per album.
+"""MuMu's genre files: CSV with one row per song, read as one row per album.
 
 An album is one amazon_id, in order of first appearance. Its genres are those of all its songs, in
 order of first appearance; its artist is that of the first song that has one. Covers are not part of

@@ -129,7 +129,9 @@ def _delimited_parts(
         records = _check_delimited(uri, kind, names)
         if records != rows:
             raise CatalogError(
-                f"{uri}: has {records:,} rows, but {rows:,} were read", code="lost_rows"
+                f"{uri}: a strict parser finds {records:,} rows, but only {rows:,} were read; check"
+                " the quoting (a quote is probably not closed)",
+                code="lost_rows",
             )
 
 

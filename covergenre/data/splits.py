@@ -95,15 +95,18 @@ class SplitAssigner:
         nulls = pc.indices_nonzero(split.is_null())
         if len(nulls) and not self._invalid:
             first = nulls[0].as_py()
-            self._first_invalid = f"row {rows['row'][first]} with {rows['split'][first].as_py()!r}"
+            value = rows["split"][first].as_py()
+            shown = "missing" if value is None else repr(value)
+            self._first_invalid = f"row {rows['row'][first]} (value: {shown})"
         self._invalid += len(nulls)
 
     def check(self) -> None:
         """Raises CatalogError if a row that needs a split has no valid one."""
         if self._invalid:
+            have = "row has" if self._invalid == 1 else "rows have"
             raise CatalogError(
-                f"{self._invalid:,} rows have no valid split, the first is {self._first_invalid};"
-                " use train, dev or test, or --split-from hash",
+                f"{self._invalid:,} {have} no valid split; the first is {self._first_invalid}; set"
+                " the split to train, dev or test, or use --split-from hash",
                 code="invalid_split",
             )
 
@@ -113,8 +116,8 @@ class SplitAssigner:
     def _groups(self, rows: pa.Table) -> pa.ChunkedArray:
         if self._group_by == "album_id":
             return pa.chunked_array([pa.nulls(rows.num_rows, pa.string())])
-        normalise = _artist_key if self._group_by == "artist" else _group_key
-        group = map_distinct(rows[self._group_by], normalise, pa.string())
+        normalize = _artist_key if self._group_by == "artist" else _group_key
+        group = map_distinct(rows[self._group_by], normalize, pa.string())
         self.without_group += group.null_count
         return group
 

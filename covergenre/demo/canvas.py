@@ -1,4 +1,4 @@
-"""The canvas and the colours of synthetic covers."""
+"""The canvas and the colors of synthetic covers."""
 
 import colorsys
 import functools
@@ -67,7 +67,7 @@ PALETTES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of one cover."""
+    """Colors of one cover."""
 
     ground: Color
     accents: tuple[Color, Color, Color]
@@ -157,13 +157,13 @@ def mix(a: Color, b: Color, share: float) -> Color:
 
 
 def luminance(color: Sequence[float]) -> float:
-    """Luminance of an RGB colour, 0 to 255."""
+    """Luminance of an RGB color, 0 to 255."""
     red, green, blue = color
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def darkest_first(palette: Palette) -> list[Color]:
-    """All colours of a palette, darkest first."""
+    """All colors of a palette, darkest first."""
     return sorted({palette.ground, *palette.accents, palette.ink}, key=luminance)
 
 

@@ -30,7 +30,7 @@ def _fade(sheet: Sheet, top: Color, bottom: Color) -> None:
 
 
 def _mist(sheet: Sheet, palette: Palette, rnd: Random, variant: int) -> None:
-    """Ambient: soft clouds of colour; plain, with a pale sun, or over hills in fog."""
+    """Ambient: soft clouds of color; plain, with a pale sun, or over hills in fog."""
     colors = (palette.ground, palette.ground, *palette.accents)
     rows, columns = rnd.randint(3, 6), rnd.randint(2, 4)
     clouds = [

@@ -24,7 +24,7 @@ from covergenre.stages.train import Trained, train
 logger = logging.getLogger(__name__)
 
 _ALBUMS = 1200
-_UNLABELLED = 200
+_UNLABELED = 200
 _EPOCHS = 10
 _SYNTHETIC_COVER = re.compile(r"covers/synthetic_\d+\.jpg")
 
@@ -68,7 +68,7 @@ def run_demo(out: str, *, verbose: bool) -> None:
     def path_of(name: str) -> str:
         return storage.join(root, name)
 
-    for name, albums, seed in (("catalog", _ALBUMS, 0), ("new-albums", _UNLABELLED, 1)):
+    for name, albums, seed in (("catalog", _ALBUMS, 0), ("new-albums", _UNLABELED, 1)):
         if not storage.exists(path_of(f"{name}/catalog.csv")):
             logger.info(make_sample(path_of(name), albums, seed))
     prepared = prepare(
@@ -99,20 +99,20 @@ def run_demo(out: str, *, verbose: bool) -> None:
         verbose=verbose,
     )
     logger.info(evaluated.summary())
-    labelled = score(
+    labeled = score(
         ScoreConfig(
             model=path_of("model"), catalog=path_of("new-albums/catalog.csv"), out=path_of("labels")
         ),
         verbose=verbose,
     )
-    logger.info(labelled.summary())
+    logger.info(labeled.summary())
     minutes = (time.monotonic() - began) / 60
     click.echo(f"Finished in {minutes:.1f} minutes. Output directory: {root}")
-    click.echo(_list_of_results(prepared, trained, evaluated, labelled))
+    click.echo(_list_of_results(prepared, trained, evaluated, labeled))
 
 
 def _list_of_results(
-    prepared: Prepared, trained: Trained, evaluated: Evaluated, labelled: Labelled
+    prepared: Prepared, trained: Trained, evaluated: Evaluated, labeled: Labelled
 ) -> str:
     """The output directories and plots of the demo, one per line."""
     albums, genres = prepared.manifest.counts["albums"], len(prepared.manifest.genres)
@@ -126,7 +126,7 @@ def _list_of_results(
         ),
         ("model", f"model: the best of {plural(trained.epochs, 'epoch')} of `tiny`"),
         ("metrics", f"metrics: macro ROC AUC {auc:.3f} over {over}, on the test split"),
-        ("labels", f"labels: {plural(labelled.ledger['scored'], 'new album')} labelled"),
+        ("labels", f"labels: {plural(labeled.ledger['scored'], 'new album')} labeled"),
     )
     plots = (
         ("metrics/_report/covers.png", "covers with their genres and scores"),

@@ -2,7 +2,7 @@
 
 An album depends only on the seed and its number, so a larger sample extends a smaller one. Each
 genre has palettes and motifs. Albums of two genres use the palette of one and the motif of the
-other, and some albums have the style of a random genre: the genres can be learnt, but not
+other, and some albums have the style of a random genre: the genres can be learned, but not
 perfectly.
 """
 
@@ -190,7 +190,7 @@ def _album(number: int, seed: int) -> Album:
     style = (rnd.choice(GENRES), rnd.choice(GENRES)) if rnd.random() < ATYPICAL else genres
     # At most two of the genres are visible: one as palette, one as motif.
     palette, motif = rnd.sample(style, 2) if len(style) > 1 else (style[0], style[0])
-    favourite = artist_rnd.randrange(3)
+    favorite = artist_rnd.randrange(3)
     return Album(
         album_id=f"synthetic_{number + 1:06d}",
         genres=genres,
@@ -198,7 +198,7 @@ def _album(number: int, seed: int) -> Album:
         artist=_artist(artist, seed),
         palette=palette,
         motif=motif,
-        variant=favourite if rnd.random() < 0.4 else rnd.randrange(3),
+        variant=favorite if rnd.random() < 0.4 else rnd.randrange(3),
         hue=artist_rnd.gauss(0, 0.02),
     )
 

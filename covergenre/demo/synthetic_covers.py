@@ -22,13 +22,13 @@ class Album:
     title: str
     artist: str
     palette: str
-    """The genre whose colours the cover has."""
+    """The genre whose colors the cover has."""
     motif: str
     """The genre whose shapes the cover has."""
     variant: int
     """Which of the motif's three forms: 0, 1 or 2."""
     hue: float
-    """Shift of the hue of all colours, in full turns; characteristic of the artist."""
+    """Shift of the hue of all colors, in full turns; characteristic of the artist."""
 
 
 def film_grain(side: int) -> NDArray[np.float32]:
@@ -66,7 +66,7 @@ class Words:
     size: float
     """Height of the title's letters; the artist's are smaller."""
     anchor: str
-    """l, m or r: flush left, centred or flush right."""
+    """l, m or r: flush left, centered or flush right."""
     case: Callable[[str], str] = str
     spaced: bool = False
 
@@ -84,7 +84,7 @@ WORDS = {
 
 
 def _caption(sheet: Sheet, palette: Palette, rnd: Random, album: Album) -> None:
-    """Draw the title, and the artist below it, in a legible colour."""
+    """Draw the title, and the artist below it, in a legible color."""
     words = WORDS[album.motif]
     x = {"l": 0.07, "m": 0.5, "r": 0.93}[words.anchor] * sheet.size
     y = words.y * sheet.size

@@ -96,6 +96,6 @@ class Scorer:
             return self._predictor(pixels)
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(
-                "a batch does not fit the GPU's memory; use a lower --batch-size",
+                "a batch does not fit in GPU memory; use a lower --batch-size",
                 code="gpu_memory",
             ) from error

@@ -104,8 +104,8 @@ class TaskLoader:
             self._poison_rows += 1
             if self._poison_rows == _MAX_POISON_ROWS:
                 raise CovergenreError(
-                    "all workers crash, whatever rows they are given; see the reason with"
-                    " --verbose, then resume with the same command",
+                    "all workers crash, whatever rows they are given; run the same command again"
+                    " with --verbose to see the reason; it resumes the run",
                     code="workers_crash",
                 ) from None
             return batches.poison_row(self._plan, row, self._spec)

@@ -62,6 +62,7 @@ def _check_no_extension(uri: str, file: pa.NativeFile) -> None:
     file.seek(size - _TAIL_BYTES - length)
     if b"ARROW:extension:name" in file.read(length):
         raise StorageError(
-            f"{uri}: has a column of an extension type; covergenre writes none",
+            f"{uri}: has a column of an extension type; the file was not written by covergenre;"
+            " delete it and run the command again",
             code="extension_type",
         )

@@ -3,7 +3,7 @@
     DIR/bundle.json            format version, ids, every file's sha256; written last
     DIR/model.safetensors      weights of backbone and head
     DIR/genres.json            the vocabulary: column j of the scores is genre j
-    DIR/preprocessing.json     how covers become normalised pixels
+    DIR/preprocessing.json     how covers become normalized pixels
     DIR/decision.json          the threshold of each genre
     DIR/config.json            settings and inputs of the training run
     DIR/history.jsonl          a line for each epoch; steps.jsonl: the loss of each step
@@ -134,8 +134,9 @@ def read_bundle(uri: str | Path) -> Bundle:
     for name in storage.list_sizes(uri):
         if name.lower().endswith(_PICKLES):
             raise ModelError(
-                f"{storage.join(uri, name)}: may be a pickle, which can run code; if you trust"
-                " the other files, remove it from the model directory",
+                f"{storage.join(uri, name)}: this file may be a pickle, which can run arbitrary"
+                " code when loaded; covergenre does not need it; delete it if you trust the rest of"
+                " the directory",
                 code="pickle",
             )
     path = storage.join(uri, "bundle.json")

@@ -68,7 +68,7 @@ Micro counts every album-genre pair as one decision; macro is the plain mean ove
 - A cover tells only so much about the music: use the scores as a hint, not as a verdict.
 - It knows the genres and the kind of covers it was trained on, and repeats their biases.
 - The thresholds in decision.json are 0.5 for every genre and were not tuned.
-- Pretrained weights and training covers may have separate licences.
+- Pretrained weights and training covers may have separate licenses.
 """
 
 

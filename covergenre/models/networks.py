@@ -26,7 +26,7 @@ class CoverModel(nn.Module):
         self.head = head
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits [B, G] of normalised float images."""
+        """Logits [B, G] of normalized float images."""
         features_BD = self.backbone(images_BCHW)
         logits_BG: Tensor = self.head(features_BD)
         return logits_BG
@@ -93,7 +93,7 @@ def build_model(name: str, num_genres: int, *, seed: int | None = None) -> Cover
         if seed is not None:
             # torch.manual_seed would also reseed the GPUs, whose state is not restored.
             torch.default_generator.manual_seed(seed)
-        _initialise(model)
+        _initialize(model)
     return model.to(device)
 
 
@@ -261,7 +261,7 @@ def _tiny(num_genres: int) -> tuple[nn.Module, nn.Module]:
     return backbone, head
 
 
-def _initialise(model: nn.Module) -> None:
+def _initialize(model: nn.Module) -> None:
     """Random weights: He for convolutions, Glorot for dense layers, as Keras and the paper do."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -273,6 +273,6 @@ def _initialise(model: nn.Module) -> None:
                 nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        else:  # uninitialised memory otherwise
+        else:  # uninitialized memory otherwise
             own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            assert not own, f"{type(module).__name__} has no initialisation"
+            assert not own, f"{type(module).__name__} has no initialization"

@@ -79,8 +79,8 @@ def _imagenet(name: str) -> tuple[str, Mapping[Any, object]]:
     if origin is None:
         known = ", ".join(other for other, spec in MODELS.items() if spec.imagenet)
         raise ModelError(
-            f"--weights imagenet: torchvision has none for {name}; use --weights none, or one of"
-            f" the models {known}",
+            f"torchvision has no ImageNet weights for {name}; use --weights none, or another"
+            f" --model: {known}",
             code="no_imagenet_weights",
         )
     import torchvision
@@ -242,7 +242,7 @@ def _shapes(model: CoverModel) -> dict[str, torch.Size]:
 def _hint(
     tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], unknown: list[str]
 ) -> str:
-    """Suggests the model that the file fits, or else the correct name of a misspelt tensor."""
+    """Suggests the model that the file fits, or else the correct name of a misspelled tensor."""
     for other in MODELS:
         with torch.device("meta"):
             shapes = _shapes(build_model(other, 1))

@@ -85,7 +85,7 @@ def label_distribution(counts: Mapping[str, int], albums: int, selected: Collect
     """Percent of albums that have each genre, before filtering: Figure 1 of the paper.
 
     `counts`: genre -> albums that have it; `albums`: all albums, with a genre or not;
-    `selected`: the selected genres, in colour. Returns a PNG with at most the `MAX_BARS` most
+    `selected`: the selected genres, in color. Returns a PNG with at most the `MAX_BARS` most
     common genres.
     """
     if not counts or albums < 1:
@@ -420,7 +420,7 @@ def _title(figure: Figure, text: str) -> None:
 
 
 def _note(axes: Axes, text: str) -> None:
-    """Write `text` in the centre of the axes."""
+    """Write `text` in the center of the axes."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
 
 
@@ -551,7 +551,7 @@ def _genres_under_cover(
 
 
 def _legend(axes: Axes, x: float, y: float, threshold: float) -> None:
-    """Explain the colours under the covers."""
+    """Explain the colors under the covers."""
     from matplotlib.patches import Rectangle
 
     for offset, color, text in (

@@ -206,9 +206,9 @@ def _check_genres(bundle: Bundle, manifest: Manifest) -> None:
         names = io.StringIO()
         csv.writer(names, lineterminator="").writerow(bundle.genres.names)
         raise DatasetError(
-            f"{manifest.uri}: genres differ from those of {bundle.uri}"
-            f" ({', '.join(sorted(extra)[:5])}); prepare it with --genres"
-            f" {shlex.quote(names.getvalue())}",
+            f"{manifest.uri}: the dataset has other genres than {bundle.uri} (difference:"
+            f" {', '.join(sorted(extra)[:5])}{', ...' if len(extra) > 5 else ''}); prepare the"
+            f" dataset again with --genres {shlex.quote(names.getvalue())}",
             code="other_genres",
         )
 

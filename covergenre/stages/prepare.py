@@ -260,8 +260,9 @@ def _finish(
     albums, duplicates = counts["albums"], counts["duplicates"]
     if plan.rows != albums + rejected.total() + duplicates:
         raise LedgerError(
-            f"{out}: {plan.rows} rows went in; {albums} albums + {rejected.total()} rejected +"
-            f" {duplicates} duplicates came out"
+            f"{out}: the catalog has {plan.rows:,} rows, but"
+            f" {albums + rejected.total() + duplicates:,} are accounted for ({albums:,} albums +"
+            f" {rejected.total():,} rejected + {duplicates:,} duplicates); please report this bug"
         )
     if albums == 0:
         storage.delete_directory(storage.join(out, _RECORDS))  # the same command tries all again

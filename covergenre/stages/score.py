@@ -81,7 +81,7 @@ class Labelled:
                 f" {schema.counted_reasons(led['reasons'])}"
             )
         if led["rejected"] and not led["scored"]:
-            lines.append("  warning: nothing was labelled: every row was rejected")
+            lines.append("  warning: nothing was labeled: every row was rejected")
         return "\n".join([*lines, *schema.reason_warnings(led["reasons"])])
 
 
@@ -104,7 +104,7 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
         if run.is_finished:
             ledger = storage.read_json(storage.join(out, _LEDGER))
             _check_rejected(out, ledger, config.max_rejected)
-            return Labelled(out, ledger, ": already labelled by the same command")
+            return Labelled(out, ledger, ": already labeled by the same command")
         bundle, reader = run.inputs
         plan = open_plan(
             storage.join(out, _PLAN), reader, reuse=output_dir.has_run_record(out)
@@ -115,7 +115,9 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
         accounted = ledger["scored"] + ledger["rejected"] + ledger["duplicates"]
         if accounted != plan.rows:
             raise LedgerError(
-                f"{out}: {plan.rows:,} rows went in and {accounted:,} came out; see _ledger.json"
+                f"{out}: the catalog has {plan.rows:,} rows, but {accounted:,} are accounted for"
+                f" (scored + rejected + duplicates); see {storage.join(out, _LEDGER)}; please"
+                " report this bug"
             )
         _check_rejected(out, ledger, config.max_rejected)
         storage.put(storage.join(out, _SUCCESS), b"")
@@ -129,16 +131,18 @@ def _check_rejected(out: str, ledger: dict[str, Any], limit: float | None) -> No
     covers could be read but none is an image, because then their paths and access are correct.
     """
     rejected, tried = ledger["rejected"], ledger["rows"] - ledger["duplicates"]
-    if rejected <= (limit * tried if limit is not None else tried - 1):
+    if not rejected or (rejected / tried <= limit if limit is not None else rejected < tried):
         return
     if limit is None and set(ledger["reasons"]) == {"not_an_image"}:
         return
     storage.delete_file(storage.join(out, _SUCCESS))  # of a command with a higher limit
     over = "all of them" if limit is None else f"over --max-rejected {limit:g}"
+    sufficient = -(-rejected * 1000 // tried) / 1000  # rounded up
     raise RejectedError(
         f"{out}: {rejected:,} of {tried:,} rows were rejected ({rejected / tried:.1%}), {over}:"
         f" {schema.counted_reasons(ledger['reasons'])}; see {storage.join(out, _REJECTED)}; to"
-        " accept it, run the same command with a higher --max-rejected: nothing is scored again"
+        f" accept this, run the same command with --max-rejected {sufficient:g}; rows already"
+        " scored are not scored again"
     )
 
 
@@ -214,7 +218,9 @@ def _score(
     storage.put_json(ledger_file, ledger)
     if ledger["parts_written"] != parts:
         written = ledger["parts_written"]
-        raise LedgerError(f"{out}: has {written:,} of {parts:,} output parts")
+        raise LedgerError(
+            f"{out}: has {written:,} of {parts:,} output parts; run the same command again"
+        )
     return ledger
 
 

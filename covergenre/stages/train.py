@@ -252,8 +252,8 @@ def _choose_workers(config: TrainConfig) -> Workers:
     workers = training_workers(config)
     if config.batch_size < workers.count:
         raise ConfigError(
-            f"--batch-size {config.batch_size}: each worker needs an album per step, and there are"
-            f" {workers.count}; use a larger one, or fewer --workers",
+            f"--batch-size {config.batch_size}: must be at least the number of workers"
+            f" ({workers.count}); use a larger --batch-size, or fewer --workers",
             code="batch_size",
         )
     return workers

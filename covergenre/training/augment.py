@@ -35,8 +35,8 @@ def augment(
     brightness = (2 * u[0] - 1) * _BRIGHTNESS
     saturation = _SATURATION[0] + (_SATURATION[1] - _SATURATION[0]) * u[1]
     weights = torch.tensor((0.299, 0.587, 0.114), device=images_BCHW.device).view(1, 3, 1, 1)
-    grey = (images_BCHW * weights).sum(1, keepdim=True)
-    mixed = torch.lerp(grey, images_BCHW, saturation.view(-1, 1, 1, 1))
+    gray = (images_BCHW * weights).sum(1, keepdim=True)
+    mixed = torch.lerp(gray, images_BCHW, saturation.view(-1, 1, 1, 1))
     return (mixed + brightness.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 

@@ -29,8 +29,8 @@ class Job:
     monitor: Any
     """Handle of a monitor.Monitor actor."""
     microbatch: int | None = None
-    """The maximum number of rows in a forward pass, for a step that does not fit GPU memory, with
-    accumulated gradients. None: the worker's whole share of a step."""
+    """The maximum number of rows in a forward pass, for a step that does not fit in GPU memory,
+    with accumulated gradients. None: the worker's whole share of a step."""
 
     @property
     def steps(self) -> Steps:

@@ -137,8 +137,8 @@ def _count_failures(failures: int, error: Exception | None, before: int, now: in
     reason = "the workers exited early" if error is None else _failure_reason(error)
     if failures == _MAX_FAILURES:
         raise CovergenreError(
-            f"training failed {failures} times in a row after step {now:,}: {reason}; resume with"
-            " --resume, and with --verbose for details",
+            f"training failed {failures} times in a row after step {now:,}: {reason}; run the same"
+            " command again with --resume; add --verbose to see the details",
             code="workers_failed",
         )
     if error is not None:
@@ -258,8 +258,8 @@ def _with_smaller_microbatch(job: Job, error: DeviceMemoryError) -> Job:
         raise DeviceMemoryError(f"{error}, even with one cover at a time; choose a smaller --model")
     microbatch = -(-current // 2)
     logger.warning(
-        f"{error}: computing {plural(microbatch, 'cover')} at a time, with gradient accumulation;"
-        f" the batch size is still {job.config.batch_size}"
+        f"GPU out of memory: computing {plural(microbatch, 'cover')} at a time, with gradient"
+        f" accumulation; the batch size stays {job.config.batch_size}"
     )
     return dataclasses.replace(job, microbatch=microbatch)
 

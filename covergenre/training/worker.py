@@ -97,7 +97,7 @@ class Worker:
                     return
         except torch.OutOfMemoryError as error:
             # The ranks are in different states: the driver restarts them, with smaller batches.
-            raise DeviceMemoryError("a step does not fit the GPU's memory") from error
+            raise DeviceMemoryError("a training step does not fit in GPU memory") from error
 
     def _run_epoch(self, epoch: int) -> bool:
         """Train the rest of an epoch and evaluate the dev split. False: exit for a resize."""

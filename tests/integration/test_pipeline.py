@@ -187,7 +187,7 @@ def test_genre_map_and_splits_by_artist(
             min_share=0.0,
         )
     ).manifest
-    assert "genre map: 2 of 3 names occur in the catalog; not: Jazzz\n" in caplog.text
+    assert "genre map: 2 of 3 names occur in the catalog; not found: Jazzz\n" in caplog.text
     names = manifest.genres.names
     assert "Jazz and Blues" in names and not {"Jazz", "Blues"} & set(names)
     splits: dict[str, set[str]] = {}
@@ -399,7 +399,7 @@ def test_score_accounts_for_every_row_and_matches_scores_computed_without_ray(
     again = score(config)
     assert lost.read_bytes() == before
     assert again.ledger["scored"] == len(labels)
-    assert "already labelled" in score(config).summary()
+    assert "already labeled" in score(config).summary()
 
 
 def test_too_many_rejected_rows_fail_until_the_limit_is_raised(
@@ -432,7 +432,7 @@ def test_too_many_rejected_rows_fail_until_the_limit_is_raised(
     assert json.loads((out / "_ledger.json").read_text()) == ledger
     assert "rejected (60.0%)" in run(0.6).summary()
     assert (out / "_SUCCESS").exists()
-    assert "already labelled" in run(None).summary()
+    assert "already labeled" in run(None).summary()
     with pytest.raises(RejectedError):
         run(0.5)
     assert not (out / "_SUCCESS").exists()
@@ -448,7 +448,7 @@ def test_rejecting_every_row_is_an_error_unless_allowed(
         score(config)
     done = score(config.model_copy(update={"max_rejected": 1.0}))
     assert done.ledger["scored"] == 0 and (tmp_path / "out" / "_SUCCESS").exists()
-    assert "warning: nothing was labelled" in done.summary()
+    assert "warning: nothing was labeled" in done.summary()
     (tmp_path / "page.jpg").write_text("<html>")
     catalog.write_text("album_id,cover\na,page.jpg\n")
     done = score(config.model_copy(update={"out": str(tmp_path / "no images")}))

@@ -187,7 +187,7 @@ def test_persistent_failure_of_the_dashboard_is_an_error(
     method = "GET" if path == "/api/version" else "POST"
     dashboard.fails[method, path] = [(500, NO_AGENT)] * 100
     error, waits = failed(dashboard, folder)
-    assert error.code == "dashboard_failed" and f"500: {NO_AGENT}" in str(error)
+    assert error.code == "dashboard_failed" and f"500 ({NO_AGENT})" in str(error)
     assert ("ray job status" in str(error)) == (method == "POST")
     assert len(waits) == len(dashboard_client.RETRY_WAITS_SECONDS)
 

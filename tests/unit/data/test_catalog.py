@@ -690,13 +690,17 @@ def test_splits_of_the_catalog() -> None:
         lambda: assign_splits(table, group_by="album_id", split_from="catalog"),
         CatalogError,
         "3 rows",
-        "row 2 with 'holdout'",
+        "row 2",
+        "'holdout'",
         code="invalid_split",
     )
     fails(
         lambda: assign_splits(albums(1), group_by="album_id", split_from="catalog"),
         CatalogError,
-        "row 0 with None",
+        "1 row has",
+        "row 0",
+        "missing",
+        code="invalid_split",
     )
 
 
