@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from covergenre.cluster.workers import Workers
 from covergenre.config import ScoreConfig
 from covergenre.data.plan import Plan
 from covergenre.demo.sample import write_untrained_model
-from covergenre.errors import ConfigError
+from covergenre.errors import ConfigError, RejectedError
 from covergenre.inference.batches import Ranges, load
 from covergenre.inference.scorer import Report, Write
 from covergenre.models.bundle import Bundle
@@ -162,6 +163,18 @@ def test_carried_columns_must_not_collide(names: str) -> None:
 def labels(untrained_model: str, catalog: Path, tmp_path: Path) -> Path:
     run(untrained_model, catalog, tmp_path / "labels", carry=("year",))
     return tmp_path / "labels"
+
+
+@pytest.mark.parametrize(("rejected", "tried"), [(29, 100), (1, 3), (2, 3), (1, 9_999), (7, 7)])
+def test_error_for_rejected_rows_names_a_limit_that_accepts_them(
+    rejected: int, tried: int, tmp_path: Path
+) -> None:
+    reasons = {"missing_file": rejected}
+    ledger = {"rows": tried + 5, "duplicates": 5, "rejected": rejected, "reasons": reasons}
+    with pytest.raises(RejectedError) as caught:
+        score_stage._check_rejected(str(tmp_path), ledger, 0.0)
+    limit = re.findall(r"--max-rejected ([0-9.]+);", str(caught.value))[-1]
+    score_stage._check_rejected(str(tmp_path), ledger, float(limit))
 
 
 def test_pyarrow_reads_the_labels_alone(labels: Path) -> None:
