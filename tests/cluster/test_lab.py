@@ -361,7 +361,7 @@ def test_train_survives_a_disconnected_host(lab: Lab) -> None:
         said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said.decode()
     # Whichever is noticed first: the machine that is gone, or its worker.
-    gone = b"room for only 1 worker" in said or b"workers failed" in said
+    gone = b"resources for only 1 worker" in said or b"workers failed" in said
     assert b"2 CPU workers" in said and gone, said.decode()
     wait_for_two(lab)
     lab.ok(
