@@ -1,4 +1,4 @@
-"""Inference on the cluster: the rows of a plan to scores. evaluate and score use it."""
+"""Inference: the rows of a plan to output parts. evaluate and score use it."""
 
-from covergenre.inference.actors import score_parts as score_parts
 from covergenre.inference.batches import decoded as decoded
+from covergenre.inference.scoring import Scoring as Scoring

@@ -17,8 +17,9 @@ from covergenre.cluster.workers import Workers, use_cores
 from covergenre.data.plan import Plan
 from covergenre.errors import CovergenreError
 from covergenre.inference.batches import Ranges
+from covergenre.inference.loader import BATCHES_AHEAD, Loader
+from covergenre.inference.ray_tasks import RayTasks
 from covergenre.inference.scorer import Report, Scorer, Write
-from covergenre.inference.task_loader import BATCHES_AHEAD, TaskLoader
 from covergenre.models.bundle import Bundle
 
 logger = logging.getLogger(__name__)
@@ -49,11 +50,13 @@ class ScoringActor:
         """Score and write parts; a report twice a second."""
         report = Report()
         batch_bytes = self._batch_size * 3 * self._bundle.preprocessing.side**2
-        loader = TaskLoader(
+        spec = self._bundle.preprocessing
+        loader = Loader(
             self._plan,
-            self._bundle.preprocessing,
+            spec,
             self._batch_size,
-            tasks=_tasks_ahead(self._workers, batch_bytes),
+            RayTasks(self._plan, spec),
+            ahead=_tasks_ahead(self._workers, batch_bytes),
             warn=report.messages.append,
         )
         stops = dict(ranges[:, [0, 2]].tolist())

@@ -15,6 +15,9 @@ from covergenre.inference.outcomes import decode_rows
 Ranges = NDArray[np.int64]
 """[n, 3]: (output part, first row, row after the last one), in order of row."""
 
+Loaded = tuple[pa.Table, NDArray[np.uint8]]
+"""(outcomes of some rows, see outcomes.py; uint8 [rows that decode, side, side, 3])"""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -41,8 +44,8 @@ def split_ranges(ranges: Ranges, rows: int) -> Ranges:
 
 def load(
     plan: Plan, start: int, stop: int, spec: Preprocessing, batch_size: int
-) -> Iterator[tuple[pa.Table, NDArray[np.uint8]]]:
-    """Rows `start` to `stop` in batches: outcomes, and uint8 [rows that decode, side, side, 3]."""
+) -> Iterator[Loaded]:
+    """Rows `start` to `stop` in batches."""
     rows = plan.read(start, stop)
     at = 0
     for _, found in covers.load(rows.select(covers.LOADED_COLUMNS), plan.source, batch_size):
@@ -50,7 +53,7 @@ def load(
         at += len(found)
 
 
-def poison_row(plan: Plan, row: int, spec: Preprocessing) -> tuple[pa.Table, NDArray[np.uint8]]:
+def poison_row(plan: Plan, row: int, spec: Preprocessing) -> Loaded:
     """The outcome of a row whose workers crash, also where they have no other row."""
     error = CoverError("worker_died", "each worker that was given this row alone crashed")
     return decode_rows(plan.read(row, row + 1), [error], spec)
@@ -61,3 +64,16 @@ def decoded(plan: Plan, rows: list[int], spec: Preprocessing) -> list[NDArray[np
     return [
         image for row in rows for _, pixels in load(plan, row, row + 1, spec, 1) for image in pixels
     ]
+
+
+def to_stream(table: pa.Table) -> bytes:
+    """A table as an Arrow stream, without the rows around it of which it is a slice."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def from_stream(stream: bytes) -> pa.Table:
+    """The table of `to_stream`."""
+    return pa.ipc.open_stream(stream).read_all()

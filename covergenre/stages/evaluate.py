@@ -18,7 +18,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from covergenre import inference, schema
-from covergenre.cluster.workers import choose_workers, log_pending_resources
 from covergenre.config import EvaluateConfig
 from covergenre.data import dataset
 from covergenre.data.covers import DatasetReader
@@ -116,27 +115,18 @@ def _read_inputs(config: EvaluateConfig) -> tuple[Bundle, Manifest]:
 def _score(
     out: str, config: EvaluateConfig, bundle: Bundle, manifest: Manifest, run: StageRun[Any]
 ) -> None:
-    """Score the output parts of the split that are not written yet, on Ray."""
+    """Score the output parts of the split that are not written yet."""
     ranges = pending_ranges(manifest.rows(config.split), _PART_ROWS, finished_parts(out))
     if not len(ranges):
         return
-    run.start_ray({"--out": out, "model directory": bundle.uri, "dataset": manifest.uri})
-    workers = choose_workers(config.workers, config.device, config.cpus_per_worker)
     run.record()
     plan = write_plan(storage.join(out, _PLAN), _reader(config, manifest))
-    rows = int((ranges[:, 2] - ranges[:, 1]).sum())
-    with (
-        log_pending_resources(*workers.required_resource),
-        Progress("evaluate", rows, "covers") as progress,
-    ):
-        for report in inference.score_parts(
-            plan,
-            ranges,
-            bundle,
-            partial(_write_part, out, bundle, manifest.uri),
-            batch_size=config.batch_size,
-            workers=workers,
-        ):
+    uris = {"--out": out, "model directory": bundle.uri, "dataset": manifest.uri}
+    write = partial(_write_part, out, bundle, manifest.uri)
+    start_ray = partial(run.start_ray, uris)
+    scoring = inference.Scoring(plan, ranges, bundle, write, config, start_ray)
+    with Progress("evaluate", scoring.rows, "covers") as progress:
+        for report in scoring:
             run.check_lock()
             progress.advance(report.rows)
 
@@ -149,7 +139,7 @@ def _reader(config: EvaluateConfig, manifest: Manifest) -> DatasetReader:
 def _write_part(
     out: str, bundle: Bundle, dataset_uri: str, part: int, rows: pa.Table, scores: FloatArray
 ) -> dict[str, int]:
-    """Write the predictions of a part. Called in the workers, see inference.score_parts."""
+    """Write the predictions of a part. Called where they were scored, see inference.Scoring."""
     bad = rows["reason"].drop_null()
     if len(bad):
         raise DatasetError(

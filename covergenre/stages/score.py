@@ -28,7 +28,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from covergenre import inference, schema
-from covergenre.cluster.workers import choose_workers, log_pending_resources
 from covergenre.config import ScoreConfig
 from covergenre.data import dataset
 from covergenre.data.catalog import CatalogReader
@@ -168,7 +167,7 @@ def _identity(bundle: Bundle, catalog: str) -> dict[str, str]:
 def _score(
     out: str, config: ScoreConfig, bundle: Bundle, plan: Plan, run: StageRun[Any]
 ) -> dict[str, Any]:
-    """Score the output parts that are not committed yet, on Ray. Returns the ledger of all."""
+    """Score the output parts that are not committed yet. Returns the ledger of all."""
     ledger_file = storage.join(out, _LEDGER)
     parts = -(-plan.rows // config.part_rows)
     done = finished_parts(out)
@@ -179,25 +178,16 @@ def _score(
         logger.info(f"score: {len(done):,} of {parts:,} output parts already exist")
         count_rows(out, done, total)
     if len(ranges):
-        run.start_ray({"--out": out, "model directory": bundle.uri, "the cover": plan.local_cover})
-        workers = choose_workers(config.workers, config.device, config.cpus_per_worker)
-        rows = int((ranges[:, 2] - ranges[:, 1]).sum())
-        with (
-            log_pending_resources(*workers.required_resource),
-            Progress("score", rows, "covers") as progress,
-        ):
-            for report in inference.score_parts(
-                plan,
-                ranges,
-                bundle,
-                partial(write_part, out, bundle),
-                batch_size=config.batch_size,
-                workers=workers,
-            ):
+        uris = {"--out": out, "model directory": bundle.uri, "the cover": plan.local_cover}
+        write = partial(write_part, out, bundle)
+        start_ray = partial(run.start_ray, uris)
+        scoring = inference.Scoring(plan, ranges, bundle, write, config, start_ray)
+        with Progress("score", scoring.rows, "covers") as progress:
+            for report in scoring:
                 run.check_lock()
                 progress.advance(report.rows)
                 total.update(report.counts)
-            speed = {"covers_per_second": round(progress.rate, 1), "workers": workers.count}
+        speed = {"covers_per_second": round(progress.rate, 1), "workers": scoring.workers}
     elif storage.exists(ledger_file):
         known = storage.read_json(ledger_file)
         speed = {name: known.get(name) for name in speed}
@@ -244,7 +234,7 @@ def write_part(
 ) -> dict[str, int]:
     """Write an output part: rejected and duplicate rows first, labels last. Returns its counts.
 
-    Called in the workers, see inference.score_parts.
+    Called where it was scored, see inference.Scoring.
     """
     labels = outcomes.labels(rows, scores, bundle)
     rejected, duplicates = outcomes.rejected(rows), outcomes.duplicates(rows)

@@ -1,6 +1,5 @@
 """score without Ray: what it writes, what resuming keeps, and who can read it."""
 
-import contextlib
 import csv
 import json
 import re
@@ -22,41 +21,33 @@ from outputs import read_duplicates, read_labels, read_rejected
 from PIL import Image
 
 from covergenre import inference
-from covergenre.cluster import ray_runtime
-from covergenre.cluster.workers import Workers
 from covergenre.config import ScoreConfig
-from covergenre.data.plan import Plan
 from covergenre.demo.sample import write_untrained_model
 from covergenre.errors import ConfigError, RejectedError
-from covergenre.inference.batches import Ranges, load
-from covergenre.inference.scorer import Report, Write
-from covergenre.models.bundle import Bundle
-from covergenre.stages import score as score_stage
+from covergenre.inference.batches import load
+from covergenre.inference.scorer import Report
 from covergenre.stages.score import Labelled, score
 
 ROWS = 20
 
 
-def scored_here(
-    plan: Plan, ranges: Ranges, bundle: Bundle, write: Write, *, batch_size: int, workers: Any
-) -> Iterator[Report]:
-    """In this process, the last part first, with scores that depend on nothing but the row."""
-    for part, start, stop in ranges[::-1].tolist():
-        (loaded,) = load(plan, start, stop, bundle.preprocessing, stop - start)
-        outcomes, pixels = loaded
-        scores = np.random.default_rng(start).random((len(pixels), len(bundle.genres)), np.float32)
-        report = Report(rows=outcomes.num_rows)
-        report.add(part, write(part, outcomes, scores))
-        yield report
+class RandomScoring(inference.Scoring):
+    """The last part first, with scores that depend on nothing but the row."""
+
+    def __iter__(self) -> Iterator[Report]:
+        plan, ranges, bundle, write = self._job
+        for part, start, stop in ranges[::-1].tolist():
+            ((outcomes, pixels),) = load(plan, start, stop, bundle.preprocessing, stop - start)
+            shape = len(pixels), len(bundle.genres)
+            scores = np.random.default_rng(start).random(shape, np.float32)
+            report = Report(rows=outcomes.num_rows)
+            report.add(part, write(part, outcomes, scores))
+            yield report
 
 
 @pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    workers = Workers(1, use_gpu=False, cpus=1.0, per_node=1)
-    monkeypatch.setattr(ray_runtime, "start_ray", lambda **_: None)
-    monkeypatch.setattr(score_stage, "choose_workers", lambda *_: workers)
-    monkeypatch.setattr(score_stage, "log_pending_resources", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(inference, "score_parts", scored_here)
+def random_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "Scoring", RandomScoring)
 
 
 @pytest.fixture
