@@ -31,6 +31,9 @@ KILLS = int(os.environ.get("COVERGENRE_CHAOS_KILLS", "20"))
 ALBUMS = 400
 ROWS = ALBUMS + 2
 PART_ROWS = 16
+HERE: tuple[str, ...] = ()
+"""Flags of a run without Ray: the default of small jobs."""
+RAY = ("--workers", "1")
 TIMEOUT_SECONDS = 900.0
 """Fails a test that hangs; nothing else depends on it."""
 
@@ -71,14 +74,15 @@ class Run:
         return [process for process in self._family.values() if process.is_running()]
 
     def workers(self) -> list[psutil.Process]:
-        """Ray workers that run one of its tasks or actors now."""
+        """Ray workers that run one of its tasks or actors now; without Ray, its children."""
         found = []
         for process in self.family():
             try:
                 title = " ".join(process.cmdline())
             except psutil.Error:
                 continue
-            if title.startswith("ray::") and not any(n in title for n in ("IDLE", "Agent")):
+            in_ray = title.startswith("ray::") and not any(n in title for n in ("IDLE", "Agent"))
+            if in_ray or "local_tasks" in title:
                 found.append(process)
         return found
 
@@ -114,11 +118,15 @@ def contents(out: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Reference:
-    """An uninterrupted run."""
+    """An uninterrupted run without Ray."""
 
     contents: dict[str, str]
     seconds: float
-    """How long it took: the times of failures are drawn from it."""
+    """How long it took."""
+
+    def longest_delay(self, flags: tuple[str, ...]) -> float:
+        """Seconds after its start in which a run may be hit; Ray takes some to start, too."""
+        return self.seconds * (3 if flags == RAY else 1)
 
 
 @pytest.fixture(scope="module")
@@ -161,15 +169,15 @@ def interrupt_driver(run: Run) -> None:
     assert "Traceback" not in run.output(), run.output()
 
 
-def kill_ray(run: Run) -> None:
-    """Kill all processes of Ray except the driver."""
+def kill_children(run: Run) -> None:
+    """Kill all processes except the driver: all of Ray."""
     for process in run.family():
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 def kill_worker(run: Run) -> None:
-    """Kill one Ray worker; the run continues."""
+    """Kill one worker; the run continues."""
     while not run.ends_within(0.1):
         if found := run.workers():
             found[0].kill()
@@ -183,16 +191,17 @@ def run_with_failures(
     reference: Reference,
     failures: list[Failure],
     rng: random.Random,
+    flags: tuple[str, ...] = RAY,
 ) -> None:
     """Repeat the same command to its end, with failures while `failures` last."""
     done: dict[str, int] = {}
     code = -1
     while code != 0:
-        run = Run(model, catalog, out)
+        run = Run(model, catalog, out, *flags)
         failure: Failure | None = kill_worker
         what = ""
         while failure is kill_worker:
-            delay = rng.uniform(0, reference.seconds)
+            delay = rng.uniform(0, reference.longest_delay(flags))
             failure = failures.pop() if failures and not run.ends_within(delay) else None
             if failure:
                 failure(run)
@@ -206,21 +215,26 @@ def run_with_failures(
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("flags", [HERE, RAY], ids=["here", "ray"])
 def test_one_failure_of_each_kind(
-    untrained_model: str, catalog: Path, reference: Reference, tmp_path: Path
+    flags: tuple[str, ...],
+    untrained_model: str,
+    catalog: Path,
+    reference: Reference,
+    tmp_path: Path,
 ) -> None:
     rng = random.Random(SEED)
-    failures: list[Failure] = [kill_driver, interrupt_driver, kill_ray, kill_worker]
+    failures: list[Failure] = [kill_driver, interrupt_driver, kill_children, kill_worker]
     rng.shuffle(failures)
     while failures:  # a job may end before all failures had their time
         run_with_failures(
-            untrained_model, catalog, tmp_path / f"{len(failures)}", reference, failures, rng
+            untrained_model, catalog, tmp_path / f"{len(failures)}", reference, failures, rng, flags
         )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "failure", [kill_driver, interrupt_driver, kill_ray], ids=lambda f: f.__name__
+    "failure", [kill_driver, interrupt_driver, kill_children], ids=lambda f: f.__name__
 )
 def test_many_failures_of_one_kind(
     failure: Failure, untrained_model: str, catalog: Path, reference: Reference, tmp_path: Path
@@ -241,7 +255,7 @@ def test_killed_workers_are_restarted(
     rng = random.Random(f"{SEED}workers")
     made = jobs = 0
     while made < KILLS:
-        run = Run(untrained_model, catalog, tmp_path / f"labels-{jobs}")
+        run = Run(untrained_model, catalog, tmp_path / f"labels-{jobs}", *RAY)
         jobs += 1
         while made < KILLS and not run.ends_within(rng.uniform(0.2, 5)):
             if workers := run.workers():
@@ -285,8 +299,9 @@ def killer_url() -> Iterator[str]:
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("flags", [HERE, RAY], ids=["here", "ray"])
 def test_row_that_kills_its_worker_is_rejected(
-    killer_url: str, untrained_model: str, catalog: Path, tmp_path: Path
+    flags: tuple[str, ...], killer_url: str, untrained_model: str, catalog: Path, tmp_path: Path
 ) -> None:
     lines = catalog.read_text().splitlines()[:101]
     folder = str(catalog.parent)
@@ -301,6 +316,7 @@ def test_row_that_kills_its_worker_is_rejected(
             "--covers",
             folder,
             "--allow-private-addresses",
+            *flags,
         )
     )
     assert run.end() == 0, run.output()

@@ -33,6 +33,7 @@ from covergenre.errors import (
     StorageError,
     UserError,
 )
+from covergenre.inference import here
 from covergenre.io import storage
 from covergenre.models.bundle import Bundle, load_model, read_bundle
 from covergenre.models.networks import build_model
@@ -353,7 +354,7 @@ def messy_catalog(synthetic_catalog: Path, folder: Path) -> Path:
 
 
 def test_score_accounts_for_every_row_and_matches_scores_computed_without_ray(
-    synthetic_catalog: Path, trained_model: Path, tmp_path: Path
+    synthetic_catalog: Path, trained_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     catalog = messy_catalog(synthetic_catalog, tmp_path)
     out = tmp_path / "labels"
@@ -391,6 +392,14 @@ def test_score_accounts_for_every_row_and_matches_scores_computed_without_ray(
         assert row["genres"] == [g for g in bundle.genres.names if row["scores"][g] >= 0.5]
         assert row["weights_id"] == bundle.weights_id
 
+    # A small job without Ray writes the same bytes.
+    with monkeypatch.context() as patch:
+        patch.setattr(here, "is_small_job", lambda *_: True)
+        alone = score(config.model_copy(update={"out": str(tmp_path / "alone")}))
+    assert alone.ledger["rows"] == n
+    for name in (*(f.name for f in out.glob("part-*")), "_rejected/part-00000000.jsonl"):
+        assert (tmp_path / "alone" / name).read_bytes() == (out / name).read_bytes(), name
+
     # Resumed: a lost part is written again byte for byte, whatever the number of workers.
     lost = out / "part-00000001.parquet"
     before = lost.read_bytes()
@@ -426,7 +435,7 @@ def test_too_many_rejected_rows_fail_until_the_limit_is_raised(
     assert (ledger["rows"], ledger["scored"], ledger["duplicates"]) == (6, 2, 1)
     assert not (out / "_SUCCESS").exists()
 
-    monkeypatch.setattr(inference, "score_parts", None)  # nothing is scored again
+    monkeypatch.setattr(inference, "Scoring", None)  # nothing is scored again
     with pytest.raises(RejectedError):
         run(0.5)
     assert json.loads((out / "_ledger.json").read_text()) == ledger

@@ -26,7 +26,7 @@ from covergenre.demo.sample import write_untrained_model
 from covergenre.errors import ConfigError, RejectedError
 from covergenre.inference.batches import load
 from covergenre.inference.scorer import Report
-from covergenre.stages.score import Labelled, score
+from covergenre.stages.score import Labelled, _check_rejected, score
 
 ROWS = 20
 
@@ -163,9 +163,9 @@ def test_error_for_rejected_rows_names_a_limit_that_accepts_them(
     reasons = {"missing_file": rejected}
     ledger = {"rows": tried + 5, "duplicates": 5, "rejected": rejected, "reasons": reasons}
     with pytest.raises(RejectedError) as caught:
-        score_stage._check_rejected(str(tmp_path), ledger, 0.0)
+        _check_rejected(str(tmp_path), ledger, 0.0)
     limit = re.findall(r"--max-rejected ([0-9.]+);", str(caught.value))[-1]
-    score_stage._check_rejected(str(tmp_path), ledger, float(limit))
+    _check_rejected(str(tmp_path), ledger, float(limit))
 
 
 def test_pyarrow_reads_the_labels_alone(labels: Path) -> None:
