@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks import run_benchmark
-from covergenre import inference
 from covergenre.cluster.ray_runtime import start_ray
 from covergenre.cluster.workers import Workers
 from covergenre.config import ScoreConfig
@@ -105,7 +104,7 @@ def _cpu_time(folder: Path, model: str, rows: int) -> dict[str, Any]:
             f"album-{row:09d},https://covers.invalid/{row}.jpg\n" for row in range(rows)
         )
     measured: dict[str, float] = {}
-    score_parts = inference.score_parts
+    score_parts = actors.score_parts
 
     def timed(*arguments: Any, **settings: Any) -> Iterator[Report]:
         began, cpu = time.perf_counter(), time.process_time()
@@ -114,7 +113,7 @@ def _cpu_time(folder: Path, model: str, rows: int) -> dict[str, Any]:
         measured["cpu_seconds"] = time.process_time() - cpu
 
     actors.ScoringActor = WritingActor  # type: ignore[misc,assignment]
-    inference.score_parts = timed  # type: ignore[assignment]
+    actors.score_parts = timed  # type: ignore[assignment]
     start_ray()
     began = time.perf_counter()
     config = ScoreConfig(
@@ -142,7 +141,7 @@ def _rate(bundle: Bundle, count: int, seconds: float) -> float:
     number = np.arange(parts)
     ranges = np.stack([number, number * _PART_ROWS, (number + 1) * _PART_ROWS], axis=1)
     workers = Workers(count, use_gpu=False, cpus=0.01, per_node=count)
-    reports = inference.score_parts(
+    reports = actors.score_parts(
         None,  # type: ignore[arg-type]  # no row is read
         ranges,
         bundle,

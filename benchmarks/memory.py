@@ -168,6 +168,7 @@ class _Run:
 
     def __init__(self, model: str, catalog: Path, out: Path, *flags: str) -> None:
         command = [sys.executable, "-m", "covergenre", "score", model, str(catalog)]
+        command += ["--workers", "1"]  # with Ray also for few albums
         self.began = time.monotonic()
         self.process = subprocess.Popen(
             [*command, "--out", str(out), *flags], env=os.environ | {"RAY_ADDRESS": ""}
