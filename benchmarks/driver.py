@@ -113,7 +113,7 @@ def _cpu_time(folder: Path, model: str, rows: int) -> dict[str, Any]:
         measured["cpu_seconds"] = time.process_time() - cpu
 
     actors.ScoringActor = WritingActor  # type: ignore[misc,assignment]
-    actors.score_parts = timed  # type: ignore[assignment]
+    actors.score_parts = timed
     start_ray()
     began = time.perf_counter()
     config = ScoreConfig(

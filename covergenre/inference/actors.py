@@ -17,7 +17,7 @@ from covergenre.cluster.workers import Workers, use_cores
 from covergenre.data.plan import Plan
 from covergenre.errors import CovergenreError
 from covergenre.inference.batches import Ranges
-from covergenre.inference.loader import BATCHES_AHEAD, Loader
+from covergenre.inference.loader import Loader
 from covergenre.inference.ray_tasks import RayTasks
 from covergenre.inference.scorer import Report, Scorer, Write
 from covergenre.models.bundle import Bundle
@@ -49,30 +49,28 @@ class ScoringActor:
     def score(self, ranges: Ranges, write: Write) -> Iterator[Report]:
         """Score and write parts; a report twice a second."""
         report = Report()
-        batch_bytes = self._batch_size * 3 * self._bundle.preprocessing.side**2
         spec = self._bundle.preprocessing
         loader = Loader(
             self._plan,
             spec,
             self._batch_size,
             RayTasks(self._plan, spec),
-            ahead=_tasks_ahead(self._workers, batch_bytes),
-            warn=report.messages.append,
+            report.messages.append,
         )
+        ahead = _tasks_ahead(self._workers, loader.task_rows(ranges) * 3 * spec.side**2)
         stops = dict(ranges[:, [0, 2]].tolist())
-        yield from self._scorer.score(loader.batches(ranges), stops, write, report)
+        yield from self._scorer.score(loader.batches(ranges, ahead), stops, write, report)
 
 
-def _tasks_ahead(workers: Workers, batch_bytes: int) -> int:
+def _tasks_ahead(workers: Workers, task_bytes: int) -> int:
     """Loading tasks that one of `workers` runs at a time: its share of the cluster's CPUs, as far
-    as their batches fit half of its share of the object store."""
+    as their pixels fit half of its share of the object store."""
     import ray
 
     has = ray.cluster_resources()
     cpus = (has.get("CPU", 1) - workers.count * workers.cpus) / workers.count
     memory = has.get("object_store_memory", 0) / 2 / workers.count
-    fitting = memory / ((BATCHES_AHEAD + 1) * batch_bytes)
-    return max(1, int(min(cpus + 1, fitting)))
+    return max(1, int(min(cpus + 1, memory / task_bytes)))
 
 
 @dataclass

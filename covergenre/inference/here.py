@@ -39,9 +39,9 @@ def score_parts_here(
     tasks = LocalTasks(plan, spec, processes)  # first: the children start while torch is imported
     try:
         scorer = Scorer(bundle, _torch_device(device))
-        loader = Loader(plan, spec, batch_size, tasks, ahead=processes + 1, warn=logger.warning)
+        loader = Loader(plan, spec, batch_size, tasks, logger.warning)
         stops = dict(ranges[:, [0, 2]].tolist())
-        yield from scorer.score(loader.batches(ranges), stops, write, Report())
+        yield from scorer.score(loader.batches(ranges, processes + 1), stops, write, Report())
     finally:
         tasks.close()
 

@@ -17,8 +17,6 @@ from covergenre.inference.batches import Batch, Loaded, Ranges, split_ranges
 TASK_ROWS = dataset.ROW_GROUP_ROWS
 """Rows that one task loads: a row group of a dataset. Where the covers are in Parquet files of a
 catalog, whose row groups may be larger, a task loads a whole output part."""
-BATCHES_AHEAD = 2
-"""Batches that a task has ready before it waits for the model."""
 _MAX_POISON_ROWS = 100
 """Successive rows whose workers crash, after which the rows are not to blame."""
 
@@ -28,7 +26,11 @@ class WorkerCrashedError(Exception):
 
 
 class Tasks(Protocol):
-    """Runs `batches.load` elsewhere: in Ray tasks, or in processes of this machine."""
+    """Runs `batches.load` elsewhere: in Ray tasks, or in processes of this machine.
+
+    A task does not wait until its batches are taken: those that are ahead of the model would keep
+    all processes, and the loader waits for another one when a worker crashed.
+    """
 
     def start(self, start: int, stop: int, batch_size: int) -> Iterator[Loaded]:
         """Start a task; returns its batches, which raise WorkerCrashedError when its worker
@@ -44,25 +46,28 @@ class Loader:
         spec: Preprocessing,
         batch_size: int,
         tasks: Tasks,
-        *,
-        ahead: int,
         warn: Callable[[str], None],
     ) -> None:
-        """ahead: how many tasks run or wait at a time. warn: takes a line for the user."""
+        """warn: takes a line for the user."""
         self._plan, self._spec, self._batch_size = plan, spec, batch_size
-        self._tasks, self._ahead, self._warn = tasks, ahead, warn
-        in_files = bool(plan.source.files) and not plan.source.prepared
-        self._task_rows = None if in_files else -(-TASK_ROWS // batch_size) * batch_size
+        self._tasks, self._warn = tasks, warn
         self._poison_rows = 0
 
-    def batches(self, ranges: Ranges) -> Iterator[Batch]:
-        """The rows of `ranges`, in order. A batch ends where its range ends."""
-        if self._task_rows is not None:
-            ranges = split_ranges(ranges, self._task_rows)
-        waiting = deque(ranges.tolist())
+    def task_rows(self, ranges: Ranges) -> int:
+        """The largest number of rows that a task loads."""
+        if self._plan.source.files and not self._plan.source.prepared:
+            return int((ranges[:, 2] - ranges[:, 1]).max())
+        return -(-TASK_ROWS // self._batch_size) * self._batch_size
+
+    def batches(self, ranges: Ranges, ahead: int) -> Iterator[Batch]:
+        """The rows of `ranges`, in order. A batch ends where its range ends.
+
+        ahead: how many tasks run at a time, or have batches that the model has not taken yet.
+        """
+        waiting = deque(split_ranges(ranges, self.task_rows(ranges)).tolist())
         running: deque[tuple[int, int, int, Iterator[Loaded]]] = deque()
         while waiting or running:
-            while waiting and len(running) < self._ahead:
+            while waiting and len(running) < ahead:
                 part, start, stop = waiting.popleft()
                 task = self._tasks.start(start, stop, self._batch_size)
                 running.append((part, start, stop, task))

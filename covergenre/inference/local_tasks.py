@@ -23,7 +23,7 @@ from covergenre.data.plan import Plan
 from covergenre.errors import CovergenreError
 from covergenre.inference import batches
 from covergenre.inference.batches import Loaded
-from covergenre.inference.loader import BATCHES_AHEAD, WorkerCrashedError
+from covergenre.inference.loader import WorkerCrashedError
 
 _ATTEMPTS = 3
 """Of a task whose children crash before its first batch; as with Ray."""
@@ -44,6 +44,8 @@ local_tasks.serve()
 
 Request = tuple[int, int, int]
 """(first row, row after the last one, batch size)"""
+_Results = queue.SimpleQueue[Loaded | Exception | None]
+"""The batches of a task; at the end None, or the exception that came instead."""
 
 
 class LocalTasks:
@@ -53,76 +55,62 @@ class LocalTasks:
         """count: children, which are started here."""
         self._requests: queue.SimpleQueue[tuple[Request, _Results] | None] = queue.SimpleQueue()
         self._closed = threading.Event()
-        children = [_Child(plan, spec) for _ in range(count)]
+        self._children = [_Child(plan, spec) for _ in range(count)]
         self._threads = [
-            threading.Thread(target=self._run, args=(child,), daemon=True) for child in children
+            threading.Thread(target=self._run, args=(child,), daemon=True)
+            for child in self._children
         ]
         for thread in self._threads:
             thread.start()
 
     def start(self, start: int, stop: int, batch_size: int) -> Iterator[Loaded]:
         """Start a task; returns its batches."""
-        results = _Results(self._closed)
+        results: _Results = queue.SimpleQueue()
         self._requests.put(((start, stop, batch_size), results))
-        return results.received()
+        return _received(results)
 
     def close(self) -> None:
         """Kill the children."""
         self._closed.set()
-        for _ in self._threads:
+        for child in self._children:
             self._requests.put(None)
+            child.kill()
         for thread in self._threads:
             thread.join()
 
     def _run(self, child: "_Child") -> None:
         """Of a thread, for one child."""
-        try:
-            while (task := self._requests.get()) is not None and not self._closed.is_set():
-                request, results = task
-                results.put(_end_of(child, request, results))
-        finally:
-            child.kill()
+        while (task := self._requests.get()) is not None and not self._closed.is_set():
+            request, results = task
+            try:
+                results.put(self._load(child, request, results))
+            except Exception as error:
+                results.put(error)
+
+    def _load(self, child: "_Child", request: Request, results: _Results) -> Exception | None:
+        """Run a task. Returns WorkerCrashedError if its child crashed."""
+        for _ in range(_ATTEMPTS):
+            any_loaded = False
+            try:
+                for loaded in child.load(request):
+                    results.put(loaded)
+                    any_loaded = True
+            except (EOFError, OSError):
+                if self._closed.is_set():
+                    break
+                child.restart()
+                if any_loaded:
+                    break
+            else:
+                return None
+        return WorkerCrashedError()
 
 
-class _Results:
-    """What a task has loaded so far; a few batches at most."""
-
-    def __init__(self, closed: threading.Event) -> None:
-        self._queue: queue.Queue[Loaded | Exception | None] = queue.Queue(BATCHES_AHEAD)
-        self._closed = closed
-
-    def put(self, value: Loaded | Exception | None) -> None:
-        """A batch; or the end: None, or why it came early."""
-        while not self._closed.is_set():
-            with contextlib.suppress(queue.Full):
-                self._queue.put(value, timeout=0.1)
-                return
-
-    def received(self) -> Iterator[Loaded]:
-        """The batches. Raises the exception at their end."""
-        while (value := self._queue.get()) is not None:
-            if isinstance(value, Exception):
-                raise value
-            yield value
-
-
-def _end_of(child: "_Child", request: Request, results: _Results) -> Exception | None:
-    """Run a task; returns its exception."""
-    for _ in range(_ATTEMPTS):
-        any_loaded = False
-        try:
-            for loaded in child.load(request):
-                results.put(loaded)
-                any_loaded = True
-        except (EOFError, OSError):  # the child crashed
-            child.restart()
-            if any_loaded:
-                break
-        except Exception as error:
-            return error
-        else:
-            return None
-    return WorkerCrashedError()
+def _received(results: _Results) -> Iterator[Loaded]:
+    while (value := results.get()) is not None:
+        if isinstance(value, Exception):
+            raise value
+        yield value
 
 
 class _Child:
@@ -130,6 +118,7 @@ class _Child:
 
     def __init__(self, plan: Plan, spec: Preprocessing) -> None:
         self._arguments = plan, spec
+        self._failed_starts = 0
         self._start()
 
     def _start(self) -> None:
@@ -140,10 +129,11 @@ class _Child:
                 [sys.executable, "-P", "-c", code], stdin=theirs.fileno(), stdout=subprocess.DEVNULL
             )
         self._connection = Connection(ours.detach())
-        self._connection.send(self._arguments)
+        self._is_ready = False
 
     def load(self, request: Request) -> Iterator[Loaded]:
-        """Raises EOFError or OSError when the child crashes, and what it raised."""
+        """Raises EOFError or OSError when the child crashes, and what the task raised."""
+        self._await_start()
         self._connection.send(request)
         while (answer := self._connection.recv()) is not None:
             if isinstance(answer, Exception):
@@ -151,13 +141,32 @@ class _Child:
             outcomes, pixels = answer
             yield batches.from_stream(outcomes), pixels
 
+    def _await_start(self) -> None:
+        if self._is_ready:
+            return
+        try:
+            self._connection.send(self._arguments)
+            self._connection.recv()
+        except (EOFError, OSError):
+            self._failed_starts += 1
+            if self._failed_starts == _ATTEMPTS:
+                raise CovergenreError(
+                    f"a process to load covers did not start in {_ATTEMPTS} attempts; see its"
+                    " error above, then run the same command again",
+                    code="workers_crash",
+                ) from None
+            raise
+        self._failed_starts, self._is_ready = 0, True
+
     def kill(self) -> None:
+        """Kill the process; a thread that waits for it gets an EOFError."""
         self._process.kill()
         self._process.wait()
-        self._connection.close()
 
     def restart(self) -> None:
+        """Replace a process that crashed."""
         self.kill()
+        self._connection.close()
         self._start()
 
 
@@ -167,6 +176,7 @@ def serve() -> None:
     connection: Any = Connection(os.dup(0))
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         plan, spec = connection.recv()
+        connection.send("ready")
         while True:
             _answer(connection, plan, spec, connection.recv())
 

@@ -10,7 +10,7 @@ from covergenre.data.image_decoding import Preprocessing
 from covergenre.data.plan import Plan
 from covergenre.inference import batches
 from covergenre.inference.batches import Loaded
-from covergenre.inference.loader import BATCHES_AHEAD, WorkerCrashedError
+from covergenre.inference.loader import WorkerCrashedError
 
 _MAX_RETRIES = 2
 """Of a task whose worker crashed."""
@@ -27,7 +27,6 @@ class RayTasks:
             num_cpus=1,
             num_returns="streaming",
             max_retries=_MAX_RETRIES,
-            _generator_backpressure_num_objects=BATCHES_AHEAD,
         )
 
     def start(self, start: int, stop: int, batch_size: int) -> Iterator[Loaded]:

@@ -308,17 +308,8 @@ def test_row_that_kills_its_worker_is_rejected(
     lines.insert(50, f"poison,{killer_url}" + "," * (lines[0].count(",") - 1))
     poisoned = tmp_path / "poisoned.csv"
     poisoned.write_text("\n".join(lines) + "\n")
-    run = Run(
-        *(
-            untrained_model,
-            poisoned,
-            tmp_path / "labels",
-            "--covers",
-            folder,
-            "--allow-private-addresses",
-            *flags,
-        )
-    )
+    allowed = ("--covers", folder, "--allow-private-addresses")
+    run = Run(untrained_model, poisoned, tmp_path / "labels", *allowed, *flags)
     assert run.end() == 0, run.output()
     assert "Traceback" not in run.output(), run.output()
     ledger = json.loads((run.out / "_ledger.json").read_text())
