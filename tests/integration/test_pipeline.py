@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from numpy.typing import NDArray
 from outputs import read_duplicates, read_labels, read_rejected
 from PIL import Image
@@ -21,7 +22,7 @@ from training_runs import BATCH_SIZE, FLAGS, losses, read_jsonl, train_config
 import covergenre as cg
 from covergenre import inference, schema
 from covergenre.cli import main
-from covergenre.cluster.workers import Workers
+from covergenre.cluster.workers import Workers, available_cores
 from covergenre.config import EvaluateConfig, PrepareConfig, ScoreConfig
 from covergenre.data.dataset import read_manifest, read_table, write_manifest
 from covergenre.data.image_decoding import decode, sha256
@@ -319,8 +320,6 @@ def test_damaged_file_is_one_line(dataset: Path, trained_model: Path, tmp_path: 
 
 def by_hand(bundle: Bundle, covers: list[bytes]) -> NDArray[np.float32]:
     """Scores without Ray, cover by cover."""
-    import torch
-
     model = load_model(bundle)
     out = []
     with torch.inference_mode():
@@ -392,10 +391,13 @@ def test_score_accounts_for_every_row_and_matches_scores_computed_without_ray(
         assert row["genres"] == [g for g in bundle.genres.names if row["scores"][g] >= 0.5]
         assert row["weights_id"] == bundle.weights_id
 
-    # A small job without Ray writes the same bytes.
+    # A small job without Ray writes the same bytes, with as many threads as each worker had.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, available_cores() // 2))
     with monkeypatch.context() as patch:
         patch.setattr(here, "is_small_job", lambda *_: True)
         alone = score(config.model_copy(update={"out": str(tmp_path / "alone")}))
+    torch.set_num_threads(threads)
     assert alone.ledger["rows"] == n
     for name in (*(f.name for f in out.glob("part-*")), "_rejected/part-00000000.jsonl"):
         assert (tmp_path / "alone" / name).read_bytes() == (out / name).read_bytes(), name
