@@ -383,7 +383,9 @@ class InferenceSettings(StageConfig):
 
     batch_size: Positive = Field(64, description="covers per forward pass")
     workers: Positive | None = Field(
-        None, description="number of worker processes  [default: one per GPU, or one on CPU]"
+        None,
+        description="number of worker processes; with a number, small jobs use Ray, too"
+        "  [default: one per GPU, or one on CPU]",
     )
     cpus_per_worker: float = Field(0.5, gt=0, description=_CPUS)
     device: Device = Field("auto", description=_DEVICE)
