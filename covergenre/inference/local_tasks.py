@@ -72,11 +72,13 @@ class LocalTasks:
     def close(self) -> None:
         """Kill the children."""
         self._closed.set()
-        for child in self._children:
+        for _ in self._threads:
             self._requests.put(None)
+        for child, thread in zip(self._children, self._threads, strict=True):
+            while thread.is_alive():  # it may be replacing a child that crashed
+                child.kill()
+                thread.join(0.1)
             child.kill()
-        for thread in self._threads:
-            thread.join()
 
     def _run(self, child: "_Child") -> None:
         """Of a thread, for one child."""
