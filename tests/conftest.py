@@ -172,6 +172,12 @@ def untrained_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`score` and `evaluate` do without Ray, though this process has one: they are faster."""
+    monkeypatch.setattr("covergenre.inference.here.is_small_job", lambda *_: True)
+
+
+@pytest.fixture
 def local_training() -> Iterator[None]:
     """`train` trains in this process: see helpers/local_training.py."""
     with training_in_this_process():

@@ -24,6 +24,7 @@ _CHECK_RAY_SECONDS = 1.0
 def install() -> None:
     """Use the policy of commands, in a process that runs nothing else."""
     ray_runtime.process_policy = _CommandProcess()
+    _handle_sigterm()
 
 
 class _CommandProcess(ray_runtime.ProcessPolicy):
@@ -40,13 +41,17 @@ class _CommandProcess(ray_runtime.ProcessPolicy):
         if embedded:
             threading.Thread(target=_exit_with_ray, daemon=True).start()
         if threading.current_thread() is threading.main_thread():
-            # Ray's own handler writes a stack trace of its C++ part.
-            signal.signal(signal.SIGTERM, _on_sigterm)
+            _handle_sigterm()  # Ray's own handler writes a stack trace of its C++ part
             # Ctrl-C is ignored during exit. Registered after Ray's exit handler, so called first.
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         if not verbose:
             # It warns if it cannot write its cache to the home directory.
             logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+def _handle_sigterm() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _on_sigterm)
 
 
 def _on_sigterm(*_: object) -> None:

@@ -152,6 +152,15 @@ def _is_leftover(path: Path, modified: float) -> bool:
         return False
 
 
+def python_path() -> dict[str, str]:
+    """The variable PYTHONPATH without empty entries, as in `PYTHONPATH=$PYTHONPATH:/more`: they
+    mean the current directory."""
+    if "PYTHONPATH" not in os.environ:
+        return {}
+    entries = os.environ["PYTHONPATH"].split(os.pathsep)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, entries))}
+
+
 def environment(directory: EmbeddedRayDirectory) -> dict[str, str]:
     """Environment variables for the embedded Ray and its processes."""
     variables = {
@@ -160,10 +169,7 @@ def environment(directory: EmbeddedRayDirectory) -> dict[str, str]:
         # Empty: no proxy. gRPC would use http_proxy even for connections to this machine.
         "grpc_proxy": "",
     }
-    if "PYTHONPATH" in os.environ:
-        # An empty entry, as in `PYTHONPATH=$PYTHONPATH:/more`, means the current directory.
-        entries = os.environ["PYTHONPATH"].split(os.pathsep)
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, entries))
+    variables |= python_path()
     if not os.path.isabs(os.path.expanduser("~")):
         # No HOME and no such user: Ray Train and others need one when they are imported.
         variables["HOME"] = str(directory.path)

@@ -60,6 +60,8 @@ def choose_workers(
     import ray
 
     low, high = workers if isinstance(workers, tuple) else (workers, workers)
+    max_cpus = autoscaling.max_resources("CPU")
+    each = cpus_per_worker + reading
     nodes = max(1, sum(bool(node["Alive"]) for node in ray.nodes()))
     max_gpus = int(autoscaling.max_resources("GPU"))
     use_gpu = device == "gpu" or (device == "auto" and max_gpus > 0)
@@ -71,20 +73,24 @@ def choose_workers(
                 f" at most {max_gpus}; use fewer workers, or --device cpu",
                 code="too_many_workers",
             )
+        _check_cpus(low, each, max_cpus)
         count = max(low, min(high or low, int(ray.cluster_resources().get("GPU", 0))))
         return Workers(count, True, cpus_per_worker, -(-count // nodes))
     low = low or 1
-    max_cpus = autoscaling.max_resources("CPU")
-    each = cpus_per_worker + reading
-    if low * each > max_cpus - 1:
-        raise ConfigError(
-            f"--workers {low}: needs {low * each + 1:g} CPUs ({each:g} per worker, plus 1 to decode"
-            f" covers), but the cluster has at most {max_cpus:g}; use fewer workers",
-            code="too_many_workers",
-        )
+    _check_cpus(low, each, max_cpus)
     fitting = int((float(ray.cluster_resources().get("CPU", 0)) - 1) / each)
     count = max(low, min(high or low, fitting))
     return Workers(count, False, cpus_per_worker, -(-count // nodes))
+
+
+def _check_cpus(workers: int, each: float, max_cpus: float) -> None:
+    if workers * each > max_cpus - 1:
+        raise ConfigError(
+            f"--workers {workers}: needs {workers * each + 1:g} CPUs ({each:g} per worker, plus 1"
+            f" to decode covers), but the cluster has at most {max_cpus:g}; use fewer workers, or a"
+            " lower --cpus-per-worker",
+            code="too_many_workers",
+        )
 
 
 def check_task_limit(workers: int | None) -> None:

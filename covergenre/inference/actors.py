@@ -17,7 +17,7 @@ from covergenre.cluster.workers import Workers, use_cores
 from covergenre.data.plan import Plan
 from covergenre.errors import CovergenreError
 from covergenre.inference.batches import Ranges
-from covergenre.inference.loader import Loader
+from covergenre.inference.loader import Loader, rows_per_task
 from covergenre.inference.ray_tasks import RayTasks
 from covergenre.inference.scorer import Report, Scorer, Write
 from covergenre.models.bundle import Bundle
@@ -27,10 +27,7 @@ logger = logging.getLogger(__name__)
 _MAX_PARTS = 64
 """Parts that an actor gets at a time; fewer near the end, so that all end together."""
 _MAX_CRASHES = 3
-"""Crashes of actors while they had the same part first, or while they started, in a row."""
-
-_STARTING = -1
-"""Instead of a part: crashes while an actor starts."""
+"""Crashes of actors on the same part, or of one and its replacements while they started."""
 
 
 class ScoringActor:
@@ -57,7 +54,8 @@ class ScoringActor:
             RayTasks(self._plan, spec),
             report.messages.append,
         )
-        ahead = _tasks_ahead(self._workers, loader.task_rows(ranges) * 3 * spec.side**2)
+        task_rows = rows_per_task(self._plan, ranges, self._batch_size)
+        ahead = _tasks_ahead(self._workers, task_rows * 3 * spec.side**2)
         stops = dict(ranges[:, [0, 2]].tolist())
         yield from self._scorer.score(loader.batches(ranges, ahead), stops, write, report)
 
@@ -78,6 +76,8 @@ class _Actor:
     handle: Any
     waits_for: Any
     """ObjectRef of its start, or generator of its reports."""
+    failed_starts: int = 0
+    """In a row, of it and the actors that it replaces."""
     started: bool = False
     ranges: dict[int, list[int]] = field(default_factory=dict)
     """The parts that it has and has not written yet."""
@@ -107,28 +107,29 @@ def score_parts(
     crashes: Counter[int] = Counter()
     actors: list[_Actor] = []
 
-    def new_actor() -> _Actor:
+    def new_actor(failed_starts: int = 0) -> _Actor:
         handle: Any = (
             ray.remote(ScoringActor)
             .options(num_cpus=workers.cpus, num_gpus=workers.resources.get("GPU", 0))
             .remote(plan_reference, bundle, batch_size, workers)
         )
-        return _Actor(handle, handle.start.remote())
+        return _Actor(handle, handle.start.remote(), failed_starts)
 
     plan_reference = ray.put(plan)
     try:
         actors = [new_actor() for _ in range(min(workers.count, len(ranges)))]
-        while actors:
+        while waiting or any(actor.ranges for actor in actors):
             ready, _ = ray.wait([actor.waits_for for actor in actors], num_returns=1)
             (actor,) = (actor for actor in actors if actor.waits_for is ready[0])
             try:
                 with unwrap_ray_errors():
                     report = _next_report(actor)
             except ray.exceptions.RayActorError as error:
+                ray.kill(actor.handle)  # it may be only disconnected
                 _count_crash(crashes, actor, error)
                 logger.warning("a worker crashed: another one is started")
                 waiting.extendleft(reversed(actor.ranges.values()))
-                actors[actors.index(actor)] = new_actor()
+                actors[actors.index(actor)] = new_actor(actor.failed_starts)
                 continue
             if report is not None:
                 for part in report.parts:
@@ -137,9 +138,8 @@ def score_parts(
                     logger.warning(message)
                 yield report
                 continue
-            if not actor.started:
-                actor.started = True
-                crashes.pop(_STARTING, None)
+            assert not actor.ranges  # all of them were reported
+            actor.started, actor.failed_starts = True, 0
             # All at once for one; else half of what is left, so that all end together.
             shares = workers.count if workers.count == 1 else 2 * workers.count
             count = min(_MAX_PARTS, -(-len(waiting) // shares))
@@ -158,10 +158,13 @@ def score_parts(
 
 def _count_crash(crashes: Counter[int], actor: _Actor, error: Exception) -> None:
     """Raises CovergenreError where crashes are repeated: another actor would crash, too."""
-    first = next(iter(actor.ranges), _STARTING)
-    crashes[first] += 1
-    if crashes[first] == _MAX_CRASHES:
-        when = f"on output part {first}" if actor.started else "while they started"
+    part = next(iter(actor.ranges), None)
+    if part is not None:
+        crashes[part] += 1
+    elif not actor.started:
+        actor.failed_starts += 1
+    if _MAX_CRASHES in (actor.failed_starts, crashes[part] if part is not None else 0):
+        when = "while they started" if part is None else f"on output part {part}"
         raise CovergenreError(
             f"workers crashed {_MAX_CRASHES} times in a row {when}; run the same command again"
             " with --verbose to see the reason; it resumes the run",

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from covergenre.cluster.workers import available_cores
 from covergenre.data.plan import Plan
 from covergenre.errors import ConfigError
-from covergenre.inference.batches import Ranges
-from covergenre.inference.loader import Loader
+from covergenre.inference.batches import Ranges, split_ranges
+from covergenre.inference.loader import Loader, rows_per_task
 from covergenre.inference.local_tasks import LocalTasks
 from covergenre.inference.scorer import Report, Scorer, Write
 from covergenre.models.bundle import Bundle
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ROWS = 20_000
 """Rows of a small job."""
+_BYTES_AHEAD = 2**30
+"""Of pixels that wait for the model; a single task may have more."""
 
 
 def is_small_job(rows: int, workers: int | None) -> bool:
@@ -35,13 +37,16 @@ def score_parts_here(
     plan: Plan, ranges: Ranges, bundle: Bundle, write: Write, *, batch_size: int, device: str
 ) -> Iterator[Report]:
     """As score_parts, on this process's device. device: "auto", "cpu" or "gpu"."""
-    spec, processes = bundle.preprocessing, available_cores()
+    spec = bundle.preprocessing
+    task_rows = rows_per_task(plan, ranges, batch_size)
+    processes = min(available_cores(), len(split_ranges(ranges, task_rows)))
+    ahead = max(1, min(processes + 1, _BYTES_AHEAD // (task_rows * 3 * spec.side**2)))
     tasks = LocalTasks(plan, spec, processes)  # first: the children start while torch is imported
     try:
         scorer = Scorer(bundle, _torch_device(device))
         loader = Loader(plan, spec, batch_size, tasks, logger.warning)
         stops = dict(ranges[:, [0, 2]].tolist())
-        yield from scorer.score(loader.batches(ranges, processes + 1), stops, write, Report())
+        yield from scorer.score(loader.batches(ranges, ahead), stops, write, Report())
     finally:
         tasks.close()
 

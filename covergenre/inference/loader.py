@@ -37,6 +37,13 @@ class Tasks(Protocol):
         crashes."""
 
 
+def rows_per_task(plan: Plan, ranges: Ranges, batch_size: int) -> int:
+    """The most rows that a task loads, whole batches."""
+    if plan.source.files and not plan.source.prepared:
+        return int((ranges[:, 2] - ranges[:, 1]).max())
+    return -(-TASK_ROWS // batch_size) * batch_size
+
+
 class Loader:
     """Batches of rows of a plan."""
 
@@ -53,18 +60,13 @@ class Loader:
         self._tasks, self._warn = tasks, warn
         self._poison_rows = 0
 
-    def task_rows(self, ranges: Ranges) -> int:
-        """The largest number of rows that a task loads."""
-        if self._plan.source.files and not self._plan.source.prepared:
-            return int((ranges[:, 2] - ranges[:, 1]).max())
-        return -(-TASK_ROWS // self._batch_size) * self._batch_size
-
     def batches(self, ranges: Ranges, ahead: int) -> Iterator[Batch]:
         """The rows of `ranges`, in order. A batch ends where its range ends.
 
         ahead: how many tasks run at a time, or have batches that the model has not taken yet.
         """
-        waiting = deque(split_ranges(ranges, self.task_rows(ranges)).tolist())
+        task_rows = rows_per_task(self._plan, ranges, self._batch_size)
+        waiting = deque(split_ranges(ranges, task_rows).tolist())
         running: deque[tuple[int, int, int, Iterator[Loaded]]] = deque()
         while waiting or running:
             while waiting and len(running) < ahead:
@@ -80,11 +82,14 @@ class Loader:
         """The batches of a task. Where its worker crashes, the rest is loaded batch by batch."""
         try:
             for outcomes, pixels in task:
+                self._poison_rows = 0
                 yield outcomes, pixels
                 start += outcomes.num_rows
+            if start < stop:  # it ended early
+                raise WorkerCrashedError
         except WorkerCrashedError:
-            rows = stop - start
-            self._warn(f"a worker crashed on {rows:,} rows; trying them in smaller batches")
+            if rows := stop - start:
+                self._warn(f"a worker crashed on {rows:,} rows; trying them in smaller batches")
             for at in range(start, stop, self._batch_size):
                 yield self._batch(at, min(at + self._batch_size, stop))
 

@@ -7,7 +7,6 @@ Ray replaces a worker.
 import contextlib
 import os
 import queue
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from covergenre.cluster.embedded import python_path
 from covergenre.data.image_decoding import Preprocessing
 from covergenre.data.plan import Plan
 from covergenre.errors import CovergenreError
@@ -128,20 +128,28 @@ class _Child:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", code], stdin=theirs.fileno(), stdout=subprocess.DEVNULL
+                [sys.executable, "-P", "-c", code],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                env=os.environ | python_path(),
+                process_group=0,  # Ctrl-C is for the parent, which ends its children
             )
         self._connection = Connection(ours.detach())
-        self._is_ready = False
+        self._is_ready, self._has_answered = False, True
 
     def load(self, request: Request) -> Iterator[Loaded]:
         """Raises EOFError or OSError when the child crashes, and what the task raised."""
+        if not self._has_answered:  # the last request failed here: the rest of it would come now
+            self.restart()
         self._await_start()
+        self._has_answered = False
         self._connection.send(request)
-        while (answer := self._connection.recv()) is not None:
-            if isinstance(answer, Exception):
-                raise answer
+        while not isinstance(answer := self._connection.recv(), Exception | None):
             outcomes, pixels = answer
             yield batches.from_stream(outcomes), pixels
+        self._has_answered = True
+        if answer is not None:
+            raise answer
 
     def _await_start(self) -> None:
         if self._is_ready:
@@ -174,7 +182,6 @@ class _Child:
 
 def serve() -> None:
     """Run by a child: its standard input is the connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends the child
     connection: Any = Connection(os.dup(0))
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         plan, spec = connection.recv()

@@ -1,5 +1,6 @@
 """Scores batches and writes each output part as soon as it is complete, beside the next one."""
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -48,6 +49,16 @@ class Report:
             self.counts[name] = self.counts.get(name, 0) + count
 
 
+@contextlib.contextmanager
+def _cancelled_on_error(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """Only what runs already is waited for when the body fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
 class Scorer:
     """A model on a device."""
 
@@ -68,7 +79,7 @@ class Scorer:
         scores: list[NDArray[np.float32]] = []
         writing: deque[tuple[int, Future[dict[str, int]]]] = deque()
         reported = time.monotonic()
-        with ThreadPoolExecutor(1) as writer:
+        with ThreadPoolExecutor(1) as writer, _cancelled_on_error(writer):
             for batch in batches:
                 outcomes.append(batch.outcomes)
                 scores.append(self._scores(batch.pixels))

@@ -7,6 +7,7 @@ OUT/_state/          plan, run record, lock
 """
 
 import csv
+import dataclasses
 import io
 import shlex
 from dataclasses import dataclass
@@ -118,13 +119,14 @@ def _score(
     """Score the output parts of the split that are not written yet."""
     ranges = pending_ranges(manifest.rows(config.split), _PART_ROWS, finished_parts(out))
     if not len(ranges):
+        run.record()
         return
-    run.record()
     plan = write_plan(storage.join(out, _PLAN), _reader(config, manifest))
     uris = {"--out": out, "model directory": bundle.uri, "dataset": manifest.uri}
     write = partial(_write_part, out, bundle, manifest.uri)
     start_ray = partial(run.start_ray, uris)
     scoring = inference.Scoring(plan, ranges, bundle, write, config, start_ray)
+    run.record()
     with Progress("evaluate", scoring.rows, "covers") as progress:
         for report in scoring:
             run.check_lock()
@@ -176,6 +178,8 @@ def _measure(out: str, config: EvaluateConfig, bundle: Bundle, manifest: Manifes
     # Spread over the split: catalogs are often sorted by genre.
     plan = read_plan(storage.join(out, _PLAN))
     assert plan is not None  # written before the first part
+    # As the dataset may have moved since then.
+    plan = dataclasses.replace(plan, source=_reader(config, manifest).source())
     shown = np.unique(np.linspace(0, plan.rows - 1, _SHEET_COVERS, dtype=np.int64)).tolist()
     sheet = plots.contact_sheet(
         inference.decoded(plan, shown, bundle.preprocessing),

@@ -109,7 +109,6 @@ def score(config: ScoreConfig, *, verbose: bool = False) -> Labelled:
             storage.join(out, _PLAN), reader, reuse=output_dir.has_run_record(out)
         ).with_settings(config)
         check_proxies(plan.web_schemes)
-        run.record(_identity(bundle, plan.identity))
         ledger = _score(out, config, bundle, plan, run)
         accounted = ledger["scored"] + ledger["rejected"] + ledger["duplicates"]
         if accounted != plan.rows:
@@ -168,7 +167,7 @@ def _score(
     out: str, config: ScoreConfig, bundle: Bundle, plan: Plan, run: StageRun[Any]
 ) -> dict[str, Any]:
     """Score the output parts that are not committed yet. Returns the ledger of all."""
-    ledger_file = storage.join(out, _LEDGER)
+    ledger_file, identity = storage.join(out, _LEDGER), _identity(bundle, plan.identity)
     parts = -(-plan.rows // config.part_rows)
     done = finished_parts(out)
     ranges = pending_ranges(plan.rows, config.part_rows, done)
@@ -182,13 +181,16 @@ def _score(
         write = partial(write_part, out, bundle)
         start_ray = partial(run.start_ray, uris)
         scoring = inference.Scoring(plan, ranges, bundle, write, config, start_ray)
+        run.record(identity)
         with Progress("score", scoring.rows, "covers") as progress:
             for report in scoring:
                 run.check_lock()
                 progress.advance(report.rows)
                 total.update(report.counts)
         speed = {"covers_per_second": round(progress.rate, 1), "workers": scoring.workers}
-    elif storage.exists(ledger_file):
+    else:
+        run.record(identity)
+    if not len(ranges) and storage.exists(ledger_file):
         known = storage.read_json(ledger_file)
         speed = {name: known.get(name) for name in speed}
     reasons = {name.partition(":")[2]: n for name, n in total.items() if ":" in name}

@@ -60,7 +60,11 @@ class Run:
         self._log = out.with_name(f"{out.name}.log")
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | {"RAY_ADDRESS": ""}
+                command,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"RAY_ADDRESS": ""},
+                start_new_session=True,
             )
         self._family: dict[int, psutil.Process] = {}
 
@@ -164,7 +168,8 @@ def kill_driver(run: Run) -> None:
 
 
 def interrupt_driver(run: Run) -> None:
-    run.process.send_signal(signal.SIGINT)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
     assert run.process.wait(TIMEOUT_SECONDS) in (130, 0), run.output()
     assert "Traceback" not in run.output(), run.output()
 

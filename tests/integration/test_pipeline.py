@@ -413,6 +413,7 @@ def test_score_accounts_for_every_row_and_matches_scores_computed_without_ray(
     assert "already labeled" in score(config).summary()
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_too_many_rejected_rows_fail_until_the_limit_is_raised(
     synthetic_catalog: Path, trained_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,6 +450,7 @@ def test_too_many_rejected_rows_fail_until_the_limit_is_raised(
     assert not (out / "_SUCCESS").exists()
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_rejecting_every_row_is_an_error_unless_allowed(
     trained_model: Path, tmp_path: Path
 ) -> None:
@@ -466,6 +468,7 @@ def test_rejecting_every_row_is_an_error_unless_allowed(
     assert done.ledger["reasons"] == {"not_an_image": 1}
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_scoring_a_dataset_scores_all_its_splits(
     dataset: Path, trained_model: Path, tmp_path: Path
 ) -> None:
@@ -484,6 +487,7 @@ def test_scoring_a_dataset_scores_all_its_splits(
     assert [r["row"] for r in labels] == list(range(len(rows)))
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_covers_stored_in_parquet_are_scored(
     synthetic_catalog: Path, trained_model: Path, tmp_path: Path
 ) -> None:

@@ -79,16 +79,19 @@ for arguments in json.loads(sys.argv[1]):
 def test_stages_run_without_home_and_network_and_import_nothing_from_the_current_directory(
     proxy: tuple[str, list[str]], short: Path, tmp_path: Path
 ) -> None:
-    """The four stages, one after the other on one Ray, beside a catalog with hostile files."""
+    """prepare and train on Ray, then evaluate and score without, beside a catalog with hostile
+    files."""
     catalog = write_sample(tmp_path / "catalog", 150, seed=0)
     write_hiding_modules(catalog.parent, tmp_path / "markers")
     (catalog.parent / "covergenre.py").write_text("raise SystemExit('the wrong covergenre')\n")
     script = tmp_path / "bin" / "covergenre"
     script.parent.mkdir()
     script.write_text(COMMANDS)
-    stages = [
+    on_ray = [
         f"prepare {catalog.name} --out ../dataset --min-share 0 --shard-rows 50",
         "train ../dataset --out ../model --model tiny --epochs 1 --workers 1",
+    ]
+    without_ray = [
         "evaluate ../model ../dataset --out ../metrics",
         f"score ../model {catalog.name} --out ../labels",
     ]
@@ -104,19 +107,20 @@ def test_stages_run_without_home_and_network_and_import_nothing_from_the_current
     }
     for name in ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "XDG_CONFIG_HOME"):
         environment.pop(name, None)  # a Ray of this process may have set them
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps([stage.split() for stage in stages])],
-        cwd=catalog.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    for stages in (on_ray, without_ray):
+        done = subprocess.run(
+            [sys.executable, str(script), json.dumps([stage.split() for stage in stages])],
+            cwd=catalog.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Matplotlib" not in done.stderr and "Traceback" not in done.stderr
     assert "150 rows = 150 scored + 0 rejected" in done.stdout
     assert not list((tmp_path / "markers").iterdir())
     assert not requests
     assert not list(short.iterdir()), "the temporary directory is removed at exit"
-    assert "Matplotlib" not in done.stderr and "Traceback" not in done.stderr
 
 
 def test_python_m_covergenre_imports_nothing_from_the_current_directory(

@@ -20,7 +20,7 @@ from covergenre.models.model_card import _plain
 from covergenre.stages.prepare import prepare
 from covergenre.stages.score import score
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = pytest.mark.usefixtures("local_ray", "without_ray")
 
 
 def catalog(folder: Path, rows: list[dict[str, Any]]) -> Path:
