@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 
 
+@pytest.mark.commands
 def test_notebook_runs_to_its_end(tmp_path: Path) -> None:
     copy = tmp_path / NOTEBOOK.name
     copy.write_bytes(NOTEBOOK.read_bytes())

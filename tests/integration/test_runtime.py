@@ -76,6 +76,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.commands
 def test_stages_run_without_home_and_network_and_import_nothing_from_the_current_directory(
     proxy: tuple[str, list[str]], short: Path, tmp_path: Path
 ) -> None:
