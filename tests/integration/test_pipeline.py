@@ -1,11 +1,13 @@
 """The four stages on a local Ray: catalog -> dataset -> model -> metrics and labels."""
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from covergenre.config import EvaluateConfig, PrepareConfig, ScoreConfig
 from covergenre.data.dataset import read_manifest, read_table, write_manifest
 from covergenre.data.image_decoding import decode, sha256
 from covergenre.errors import (
+    CatalogError,
     ConfigError,
     DatasetError,
     ModelError,
@@ -47,6 +50,16 @@ from covergenre.stages.train import Trained, train
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 Rows = list[dict[str, Any]]
+
+
+@contextlib.contextmanager
+def refused(error: type[UserError], code: str, fact: str) -> Iterator[None]:
+    """The body raises an error of this type and code, in one line that states the fact."""
+    with pytest.raises(error) as caught:
+        yield
+    line = str(caught.value)
+    assert (caught.value.code, caught.value.exit_code) == (code, 2), line
+    assert "\n" not in line and fact in line
 
 
 # --- prepare -------------------------------------------------------------------------------
@@ -97,7 +110,7 @@ def test_prepare_again_changes_nothing_and_other_settings_are_refused(
     )
     assert "already prepared" in prepare(config).summary()
     assert (dataset / "_manifest.json").read_bytes() == before
-    with pytest.raises(StorageError, match="other settings"):
+    with refused(StorageError, "other_run", str(dataset)):
         prepare(config.model_copy(update={"top_genres": 3}))
 
 
@@ -223,7 +236,7 @@ def test_training_again_is_done_and_other_settings_are_refused(
 ) -> None:
     again = train(train_config(dataset, trained_model, workers=2))
     assert "already trained" in again.summary()
-    with pytest.raises(StorageError, match="other settings"):
+    with refused(StorageError, "other_run", str(trained_model)):
         train(train_config(dataset, trained_model, batch_size=8))
 
 
@@ -300,19 +313,17 @@ def damaged(root: Path, copy: Path, name: str) -> str:
 def test_damaged_file_is_one_line(dataset: Path, trained_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     model = damaged(trained_model, tmp_path / "model", "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors: ") as error:
+    with refused(ModelError, "changed", "model.safetensors"):
         evaluate(EvaluateConfig(model=model, dataset=str(dataset), out=str(out)))
-    one_line(error)
-    with pytest.raises(UserError, match=r"model\.safetensors: "):
+    with refused(ModelError, "changed", "model.safetensors"):
         score(ScoreConfig(model=model, catalog=str(dataset), out=str(out)))
     assert not out.exists()
-    # Found by a task on the cluster, and said as if it had been found here.
+    # Found by a task on the cluster, and reported as if it had been found here.
     broken = damaged(dataset, tmp_path / "dataset", "train/part-00001.parquet")
-    with pytest.raises(UserError, match=r"part-00001\.parquet: cannot read as Parquet") as error:
+    with refused(StorageError, "", "part-00001.parquet"):
         evaluate(
             EvaluateConfig(model=str(trained_model), dataset=broken, out=str(out), split="train")
         )
-    one_line(error)
 
 
 # --- score ---------------------------------------------------------------------------------
@@ -457,8 +468,9 @@ def test_rejecting_every_row_is_an_error_unless_allowed(
     catalog = tmp_path / "catalog.csv"
     catalog.write_text("album_id,cover\na,gone.jpg\nb,gone.jpg\na,gone.jpg\n")
     config = ScoreConfig(model=str(trained_model), catalog=str(catalog), out=str(tmp_path / "out"))
-    with pytest.raises(RejectedError, match=r"2 of 2 rows were rejected \(100.0%\), all of them"):
+    with pytest.raises(RejectedError) as caught:
         score(config)
+    assert "2 of 2" in str(caught.value)
     done = score(config.model_copy(update={"max_rejected": 1.0}))
     assert done.ledger["scored"] == 0 and (tmp_path / "out" / "_SUCCESS").exists()
     assert "warning: nothing was labeled" in done.summary()
@@ -575,47 +587,35 @@ def test_all_stages_on_s3(
 # --- a user's mistakes ---------------------------------------------------------------------
 
 
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    assert error.value.exit_code == 2
-    return text
-
-
 def test_user_error_is_one_line(
     synthetic_catalog: Path, dataset: Path, trained_model: Path, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "out")
+    catalog, model = str(synthetic_catalog), str(trained_model)
     busy = tmp_path / "busy"
     busy.mkdir()
     (busy / "thesis.txt").touch()
-    with pytest.raises(StorageError, match=r"thesis\.txt") as error:
-        prepare(PrepareConfig(catalog=str(synthetic_catalog), out=str(busy)))
-    one_line(error)
-    with pytest.raises(StorageError, match=r"thesis\.txt"):
+    with refused(StorageError, "not_empty", "thesis.txt"):
+        prepare(PrepareConfig(catalog=catalog, out=str(busy)))
+    with refused(StorageError, "not_empty", "thesis.txt"):
         train(train_config(dataset, busy))
-    with pytest.raises(StorageError, match="no such file"):
+    with refused(StorageError, "not_found", "none.csv"):
         prepare(PrepareConfig(catalog=str(tmp_path / "none.csv"), out=out))
-    with pytest.raises(UserError, match="--genres-column"):
-        prepare(PrepareConfig(catalog=str(synthetic_catalog), out=out, genres_column="genre"))
-    with pytest.raises(ConfigError, match="min-share"):
-        prepare(PrepareConfig(catalog=str(synthetic_catalog), out=out, min_share=1.0))
-    with pytest.raises(DatasetError, match="not a dataset"):
+    with refused(CatalogError, "no_column", "--genres-column"):
+        prepare(PrepareConfig(catalog=catalog, out=out, genres_column="genre"))
+    with refused(ConfigError, "min_share_too_high", "--min-share"):
+        prepare(PrepareConfig(catalog=catalog, out=out, min_share=1.0))
+    with refused(DatasetError, "no_manifest", str(synthetic_catalog.parent)):
         train(train_config(synthetic_catalog.parent, tmp_path / "m"))
-    with pytest.raises(ModelError, match=r"bundle\.json"):
-        score(ScoreConfig(model=str(dataset), catalog=str(synthetic_catalog), out=out))
-    with pytest.raises(ConfigError, match="workers 50"):
-        score(
-            ScoreConfig(
-                model=str(trained_model), catalog=str(synthetic_catalog), out=out, workers=50
-            )
-        )
+    with refused(ModelError, "not_a_model", str(dataset)):
+        score(ScoreConfig(model=str(dataset), catalog=catalog, out=out))
+    with refused(ConfigError, "too_many_workers", "--workers 50"):
+        score(ScoreConfig(model=model, catalog=catalog, out=out, workers=50))
     assert not (tmp_path / "out" / "labels").exists()
     shutil.rmtree(out)
     # Four would leave their readers no CPU to decode on.
-    with pytest.raises(ConfigError, match="--workers 4: needs 5 CPUs") as caught:
+    with refused(ConfigError, "too_many_workers", "--workers 4"):
         train(train_config(dataset, tmp_path / "m", workers=4))
-    assert caught.value.code == "too_many_workers"
 
 
 def test_batch_smaller_than_the_number_of_workers_is_refused(
@@ -623,9 +623,8 @@ def test_batch_smaller_than_the_number_of_workers_is_refused(
 ) -> None:
     two = Workers(count=2, use_gpu=True, cpus=0.5, per_node=2)  # one for each GPU
     monkeypatch.setattr("covergenre.stages.train.training_workers", lambda config: two)
-    with pytest.raises(ConfigError, match=r"--batch-size 1: .*\(2\); ") as caught:
+    with refused(ConfigError, "batch_size", "--batch-size 1"):
         train(train_config(dataset, tmp_path / "m", batch_size=1))
-    assert caught.value.code == "batch_size"
 
 
 def test_empty_dev_split_is_an_error(dataset: Path, tmp_path: Path) -> None:
@@ -633,6 +632,5 @@ def test_empty_dev_split_is_an_error(dataset: Path, tmp_path: Path) -> None:
     without_dev = manifest.shards | {"dev": ()}
     copy = dataclasses.replace(manifest, uri=str(tmp_path / "no_dev"), shards=without_dev)
     write_manifest(copy, {})
-    with pytest.raises(DatasetError) as caught:
+    with refused(DatasetError, "empty_split", "dev"):
         train(train_config(tmp_path / "no_dev", tmp_path / "m"))
-    assert caught.value.code == "empty_split"
