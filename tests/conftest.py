@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from flaky_proxy import FlakyProxy
-from local_training import training_in_this_process
+from local_training import scoring_without_ray, training_in_this_process
 from training_runs import scaled_dev_logits, train_config
 
 from covergenre.demo.sample import write_sample, write_untrained_model
@@ -172,9 +172,10 @@ def untrained_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_ray() -> Iterator[None]:
     """`score` and `evaluate` do without Ray, though this process has one: they are faster."""
-    monkeypatch.setattr("covergenre.inference.here.is_small_job", lambda *_: True)
+    with scoring_without_ray():
+        yield
 
 
 @pytest.fixture

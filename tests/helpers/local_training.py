@@ -1,4 +1,4 @@
-"""The real training loop in this process, without Ray Train and Ray Data: faster by their start."""
+"""Training and scoring in this process: all is real, but Ray is not started for it."""
 
 import contextlib
 from collections.abc import Generator, Iterator, Sequence
@@ -44,4 +44,12 @@ def training_in_this_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("covergenre.training.supervisor._run_group", run_group)
         monkeypatch.setattr("covergenre.training.worker.BatchStream", LocalStream)
+        yield
+
+
+@contextlib.contextmanager
+def scoring_without_ray() -> Iterator[None]:
+    """Meanwhile `score` and `evaluate` do without Ray, also if this process has one."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("covergenre.inference.here.is_small_job", lambda *_: True)
         yield

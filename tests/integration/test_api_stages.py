@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from local_training import scoring_without_ray
 
 import covergenre as cg
 from covergenre.errors import StorageError
@@ -18,7 +19,8 @@ def scored(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> cg.ScoringRun:
     out = tmp_path_factory.mktemp("scored") / "labels"
-    return cg.score(Path(untrained_model), synthetic_catalog, out=out, device="cpu")
+    with scoring_without_ray():
+        return cg.score(Path(untrained_model), synthetic_catalog, out=out, device="cpu")
 
 
 def test_predict_gives_the_scores_of_score(

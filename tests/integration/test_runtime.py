@@ -320,6 +320,7 @@ ray.shutdown()
 )
 
 
+@pytest.mark.commands
 @pytest.mark.parametrize("code", [_EMBEDS, _HOSTS_OWN], ids=["embeds", "own_ray"])
 def test_starting_ray_as_a_library_changes_nothing_else_in_the_process(
     code: str, short: Path
