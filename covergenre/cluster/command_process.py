@@ -25,6 +25,8 @@ def install() -> None:
     """Use the policy of commands, in a process that runs nothing else."""
     ray_runtime.process_policy = _CommandProcess()
     _handle_sigterm()
+    # It warns if it cannot write its cache to the home directory.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 class _CommandProcess(ray_runtime.ProcessPolicy):
@@ -44,9 +46,6 @@ class _CommandProcess(ray_runtime.ProcessPolicy):
             _handle_sigterm()  # Ray's own handler writes a stack trace of its C++ part
             # Ctrl-C is ignored during exit. Registered after Ray's exit handler, so called first.
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
-        if not verbose:
-            # It warns if it cannot write its cache to the home directory.
-            logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def _handle_sigterm() -> None:
