@@ -135,7 +135,8 @@ def _list_of_results(
         ("model/loss.png", "the loss by epoch"),
         ("dataset/_report/label_distribution.png", "share of albums per genre"),
     )
+    width = max(len(name) for name, _ in (*results, *plots)) + 2
     lines: list[str] = []
     for title, entries in (("Results:", results), ("Plots:", plots)):
-        lines += ["", title, *(f"  {name:32}{about}" for name, about in entries)]
+        lines += ["", title, *(f"  {name:{width}}{about}" for name, about in entries)]
     return "\n".join(lines)

@@ -557,7 +557,7 @@ def _legend(axes: Axes, x: float, y: float, threshold: float) -> None:
     for offset, color, text in (
         (0.0, GREEN, "true genre"),
         (1.45, RED, "not a true genre"),
-        (2.5, GREY, f"faint: score below {threshold:.2f}"),
+        (3.0, GREY, f"faint: score below {threshold:.2f}"),
     ):
         axes.add_patch(Rectangle((x + offset, y - 0.06), 0.12, 0.12, color=color, lw=0))
         axes.text(x + offset + 0.18, y, text, va="center", fontsize=8.5)
