@@ -246,7 +246,7 @@ def _one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def unwrap_ray_errors() -> Iterator[None]:
-    """Raise a CovergenreError that Ray has wrapped in an error of its own without the wrapper."""
+    """Where Ray wraps a CovergenreError in another error, raise the CovergenreError itself."""
     from ray.exceptions import RayError
 
     try:

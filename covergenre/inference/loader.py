@@ -94,7 +94,7 @@ class Loader:
                 yield self._batch(at, min(at + self._batch_size, stop))
 
     def _batch(self, start: int, stop: int) -> Loaded:
-        """A batch in a task of its own, or row by row if that crashes, too."""
+        """A batch, loaded in a separate task, or row by row if that task also crashes."""
         try:
             (loaded,) = self._tasks.start(start, stop, self._batch_size)
         except WorkerCrashedError:

@@ -1,4 +1,4 @@
-"""Scores batches and writes each output part as soon as it is complete, beside the next one."""
+"""Scores batches. A thread writes each complete output part while the next one is scored."""
 
 import contextlib
 import time

@@ -190,9 +190,9 @@ def _score(
         speed = {"covers_per_second": round(progress.rate, 1), "workers": scoring.workers}
     else:
         run.record(identity)
-    if not len(ranges) and storage.exists(ledger_file):
-        known = storage.read_json(ledger_file)
-        speed = {name: known.get(name) for name in speed}
+        if storage.exists(ledger_file):
+            known = storage.read_json(ledger_file)
+            speed = {name: known.get(name) for name in speed}
     reasons = {name.partition(":")[2]: n for name, n in total.items() if ":" in name}
     ledger = {
         "rows": plan.rows,

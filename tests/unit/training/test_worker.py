@@ -207,7 +207,7 @@ def test_diverged_run_raises_the_same_error_on_every_rank(
 def test_dev_metrics_of_two_workers_are_those_of_the_saved_batch_norm_statistics(
     manifest: Manifest, two_ranks: TrainTwoRanks, tmp_path: Path
 ) -> None:
-    """Each worker has running statistics of its own rows: all must use those of one worker."""
+    """Running statistics differ between workers: evaluation and checkpoint use those of rank 0."""
     from covergenre.models import networks
     from covergenre.models.predictor import Predictor
     from covergenre.training.dev_evaluation import evaluate_dev
