@@ -6,12 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import local_training
 import pytest
 from flaky_proxy import FAULTS, FlakyProxy
-from local_training import training_in_this_process
 
 from covergenre.cli import main
 from covergenre.io import storage
+
+# One process, which embeds one Ray for `prepare`; the losses of workers are tested elsewhere.
+COMMANDS = """
+import json, sys
+from local_training import training_in_this_process
+from covergenre.cli import main
+with training_in_this_process():
+    for arguments in json.loads(sys.argv[1]):
+        main(arguments)
+"""
 
 
 def job(place: str, catalog: str) -> list[list[str]]:
@@ -58,16 +68,17 @@ def test_all_stages_through_a_flaky_store_give_the_same_results(
     for cover in (synthetic_catalog.parent / "covers").iterdir():
         storage.put_file(f"{s3}/job/catalog/covers/{cover.name}", cover)
     with FlakyProxy(os.environ["AWS_ENDPOINT_URL"], stall_seconds=1) as proxy:
-        environment = os.environ | {"AWS_ENDPOINT_URL": proxy.url, "RAY_ADDRESS": ""}
-        # In one process, which embeds one Ray.
-        verbs = "import sys, json; from covergenre.cli import main\n"
-        verbs += "for arguments in json.loads(sys.argv[1]): main(arguments)"
-        command = [sys.executable, "-c", verbs, json.dumps(job(place, catalog))]
+        environment = os.environ | {
+            "AWS_ENDPOINT_URL": proxy.url,
+            "RAY_ADDRESS": "",
+            "PYTHONPATH": str(Path(local_training.__file__).parent),
+        }
+        command = [sys.executable, "-c", COMMANDS, json.dumps(job(place, catalog))]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
         print(dict(sorted(proxy.counts.items())))
         assert all(proxy.faults()[fault] for fault in set(FAULTS)), proxy.counts
-    with training_in_this_process():
+    with local_training.training_in_this_process():
         for arguments in job(calm, catalog):
             main(arguments)
     ledger = storage.read_json(f"{place}/labels/_ledger.json")
