@@ -58,7 +58,7 @@ class WritingActor:
                 outcomes = outcomes.set_column(outcomes.column_names.index(name), name, column)
             scores = np.random.default_rng(part).random((rows.num_rows, genres), np.float32)
             report = Report(rows.num_rows)
-            report.add(part, write(part, outcomes, scores))
+            report.parts.append((part, write(part, outcomes, scores)))
             yield report
 
 
@@ -76,7 +76,7 @@ class SleepingActor:
         for part, start, stop in ranges.tolist():
             time.sleep((stop - start) / _COVERS_PER_SECOND)
             report = Report(stop - start)
-            report.add(part, {"scored": stop - start})
+            report.parts.append((part, {"scored": stop - start}))
             yield report
 
 

@@ -412,8 +412,10 @@ class ScoreConfig(CatalogSettings, InferenceSettings):
     out: PathOrUri = Field(
         description="output directory of the labels: new, or that of the run to resume"
     )
-    part_rows: Positive = Field(
-        1024, description="rows per output part, the unit in which labels are written"
+    part_rows: Positive | None = Field(
+        None,
+        description="rows per output part, the unit in which labels are written  [default: 64 to"
+        " 1,024, by the number of rows]",
     )
     carry: Names = Field(
         (), description="columns of the catalog to copy to the labels, comma-separated"

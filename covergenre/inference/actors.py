@@ -132,7 +132,7 @@ def score_parts(
                 actors[actors.index(actor)] = new_actor(actor.failed_starts)
                 continue
             if report is not None:
-                for part in report.parts:
+                for part, _ in report.parts:
                     del actor.ranges[part]
                 for message in report.messages:
                     logger.warning(message)

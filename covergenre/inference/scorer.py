@@ -28,25 +28,17 @@ class Report:
     """What was done since the last report: counts only, no rows."""
 
     rows: int = 0
-    parts: list[int] = field(default_factory=list)
-    """Output parts that were written."""
-    counts: dict[str, int] = field(default_factory=dict)
-    """Sums of what `write` returned for these."""
+    parts: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+    """Output parts that were written, and what `write` returned for each."""
     messages: list[str] = field(default_factory=list)
     """Lines for the user."""
 
     def take(self) -> "Report":
         """A copy; this one begins anew."""
-        taken = Report(self.rows, self.parts, self.counts, self.messages[:])
-        self.rows, self.parts, self.counts = 0, [], {}
+        taken = Report(self.rows, self.parts, self.messages[:])
+        self.rows, self.parts = 0, []
         self.messages.clear()  # others hold a reference to this list
         return taken
-
-    def add(self, part: int, counts: dict[str, int]) -> None:
-        """A part was written."""
-        self.parts.append(part)
-        for name, count in counts.items():
-            self.counts[name] = self.counts.get(name, 0) + count
 
 
 @contextlib.contextmanager
@@ -90,12 +82,12 @@ class Scorer:
                     outcomes, scores = [], []
                 while writing and (len(writing) > _WRITES_AHEAD or writing[0][1].done()):
                     part, counts = writing.popleft()
-                    report.add(part, counts.result())
+                    report.parts.append((part, counts.result()))
                 if time.monotonic() - reported > _REPORT_SECONDS:
                     yield report.take()
                     reported = time.monotonic()
             for part, counts in writing:
-                report.add(part, counts.result())
+                report.parts.append((part, counts.result()))
         yield report.take()
 
     def _scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

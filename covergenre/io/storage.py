@@ -274,14 +274,17 @@ def list_files(uri: PathOrUri) -> list[str]:
     return sorted(prefix + info.path for info in found if _is_complete_file(info))
 
 
-def list_sizes(uri: PathOrUri) -> dict[str, int]:
+def list_sizes(uri: PathOrUri, *, recursive: bool = True) -> dict[str, int]:
     """Path below the directory `uri` -> bytes, of every file; empty if there is no such directory.
 
-    Neither this nor `list_files` lists what a killed `put` left behind.
+    recursive: also those in subdirectories. Neither this nor `list_files` lists what a killed `put`
+    left behind.
     """
     system, path = filesystem(uri)
     with translate_errors(uri, "list"):
-        found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        found = system.get_file_info(
+            fs.FileSelector(path, recursive=recursive, allow_not_found=True)
+        )
     return {
         info.path[len(path) + 1 :]: int(info.size)
         for info in sorted(found, key=lambda info: str(info.path))

@@ -28,7 +28,12 @@ from covergenre.data.plan import ROWS, read_plan, write_plan
 from covergenre.errors import DatasetError, LedgerError
 from covergenre.formatting import decimal, plural
 from covergenre.inference import outcomes
-from covergenre.inference.parts import finished_parts, part_name, pending_ranges
+from covergenre.inference.parts import (
+    default_part_rows,
+    finished_parts,
+    part_name,
+    pending_ranges,
+)
 from covergenre.io import storage
 from covergenre.metrics import (
     chance_warning,
@@ -45,7 +50,6 @@ _PLAN = "_state/plan"
 _METRICS = "_metrics.json"
 _PLOTS = tuple(f"_report/{name}.png" for name in ("genres", "curves", "covers"))
 _SHEET_COVERS = 24
-_PART_ROWS = 1024
 
 FloatArray = NDArray[np.float32]
 
@@ -117,7 +121,8 @@ def _score(
     out: str, config: EvaluateConfig, bundle: Bundle, manifest: Manifest, run: StageRun[Any]
 ) -> None:
     """Score the output parts of the split that are not written yet."""
-    ranges = pending_ranges(manifest.rows(config.split), _PART_ROWS, finished_parts(out))
+    rows = manifest.rows(config.split)
+    ranges = pending_ranges(rows, default_part_rows(rows), finished_parts(out).parts)
     if not len(ranges):
         run.record()
         return
@@ -158,7 +163,7 @@ def _write_part(
 def _predictions(out: str, genres: Genres) -> tuple[pa.Table, FloatArray]:
     """What all parts have, in order of row: (columns row and true_genres, scores [rows, genres])"""
     tables, scores = [], []
-    for part in finished_parts(out).tolist():
+    for part in finished_parts(out).parts.tolist():
         uri = storage.join(out, f"{part_name(part)}.parquet")
         table = dataset.read_table(uri, ["row", "true_genres", "scores"])
         values = table["scores"].combine_chunks().items.to_numpy()

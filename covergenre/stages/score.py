@@ -3,13 +3,14 @@
 The plan numbers all rows of the catalog. An output part is a fixed number of consecutive rows. Its
 rejected and duplicate rows are written first and its labels last, each in one atomic put under a
 fixed name: OUT/part-<number>.parquet commits the part. A resumed run lists those names and scores
-the other parts; the ledger is a sum over their footers.
+the other parts; the ledger is a sum over the counts in their footers, which _state/counts has in
+fewer objects.
 
     OUT/part-*.parquet           schema.labels; the only .parquet files
     OUT/_rejected/part-*.jsonl   schema.REJECTED, of parts that have rejected rows
     OUT/_ledger.json
     OUT/_SUCCESS                 written last
-    OUT/_state/                  plan, duplicates, run record, lock
+    OUT/_state/                  plan, duplicates, counts of the parts, run record, lock
 
 All other names begin with an underscore and have other extensions, so that readers of the directory
 (DuckDB, polars, pandas, Spark, pyarrow, Delta) read only the labels.
@@ -37,7 +38,13 @@ from covergenre.data.plan import ROWS, Plan, RowReader, identity_of, open_plan, 
 from covergenre.data.rejected import write_duplicates, write_rejected
 from covergenre.errors import LedgerError, RejectedError
 from covergenre.inference import outcomes
-from covergenre.inference.parts import finished_parts, part_name, pending_ranges
+from covergenre.inference.journal import BYTES, Journal
+from covergenre.inference.parts import (
+    default_part_rows,
+    finished_parts,
+    part_name,
+    pending_ranges,
+)
 from covergenre.io import parquet, storage
 from covergenre.models.bundle import Bundle, check_weights, read_bundle
 from covergenre.progress import Progress
@@ -48,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 _PLAN = "_state/plan"
 _DUPLICATES = "_state/duplicates"
+_COUNTS = "_state/counts"
 _REJECTED = "_rejected"
 _LEDGER = "_ledger.json"
 _SUCCESS = "_SUCCESS"
@@ -168,14 +176,16 @@ def _score(
 ) -> dict[str, Any]:
     """Score the output parts that are not committed yet. Returns the ledger of all."""
     ledger_file, identity = storage.join(out, _LEDGER), _identity(bundle, plan.identity)
-    parts = -(-plan.rows // config.part_rows)
+    part_rows = config.part_rows or default_part_rows(plan.rows)
+    parts = -(-plan.rows // part_rows)
     done = finished_parts(out)
-    ranges = pending_ranges(plan.rows, config.part_rows, done)
+    ranges = pending_ranges(plan.rows, part_rows, done.parts)
+    journal = Journal(storage.join(out, _COUNTS))
     total: Counter[str] = Counter()
     speed: dict[str, float | None] = {"covers_per_second": None, "workers": None}
     if len(done):
         logger.info(f"score: {len(done):,} of {parts:,} output parts already exist")
-        count_rows(out, done, total)
+        count_rows(out, journal.sum(done, total), total)
     if len(ranges):
         uris = {"--out": out, "model directory": bundle.uri, "the cover": plan.local_cover}
         write = partial(write_part, out, bundle)
@@ -186,7 +196,10 @@ def _score(
             for report in scoring:
                 run.check_lock()
                 progress.advance(report.rows)
-                total.update(report.counts)
+                for _, counts in report.parts:
+                    total.update(counts)
+                journal.add(report.parts)
+        journal.flush()
         speed = {"covers_per_second": round(progress.rate, 1), "workers": scoring.workers}
     else:
         run.record(identity)
@@ -252,4 +265,4 @@ def write_part(
     }
     data = dataset.to_parquet(labels, {_COUNTS_KEY.decode(): json.dumps(counts)})
     storage.put(storage.join(out, f"{name}.parquet"), data)
-    return counts
+    return counts | {BYTES: data.size}

@@ -25,7 +25,9 @@ from covergenre.config import ScoreConfig
 from covergenre.demo.sample import write_untrained_model
 from covergenre.errors import ConfigError, RejectedError
 from covergenre.inference.batches import load
+from covergenre.inference.parts import default_part_rows
 from covergenre.inference.scorer import Report
+from covergenre.stages import score as score_stage
 from covergenre.stages.score import Labelled, _check_rejected, score
 
 ROWS = 20
@@ -41,7 +43,7 @@ class RandomScoring(inference.Scoring):
             shape = len(pixels), len(bundle.genres)
             scores = np.random.default_rng(start).random(shape, np.float32)
             report = Report(rows=outcomes.num_rows)
-            report.add(part, write(part, outcomes, scores))
+            report.parts.append((part, write(part, outcomes, scores)))
             yield report
 
 
@@ -131,6 +133,47 @@ def test_resumed_run_rewrites_no_part(untrained_model: str, catalog: Path, tmp_p
     assert {file.name: file.read_bytes() for file in out.glob("part-*")} == before
     assert (out / "part-00000000.parquet").stat().st_ino == inodes["part-00000000.parquet"]
     assert [row["row"] for row in read_rejected(out)] == [2, 9]
+
+
+def test_resumed_run_counts_with_few_objects(
+    untrained_model: str, catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    ledger = run(untrained_model, catalog, out).ledger
+    read: list[int] = []
+    count_rows = score_stage.count_rows
+
+    def counted(out: str, parts: Any, total: Any) -> None:
+        read.extend(parts.tolist())
+        count_rows(out, parts, total)
+
+    monkeypatch.setattr(score_stage, "count_rows", counted)
+    counts = ("rows", "scored", "rejected", "duplicates", "reasons")
+
+    def resumed() -> dict[str, Any]:
+        (out / "_SUCCESS").unlink()
+        return {name: run(untrained_model, catalog, out).ledger[name] for name in counts}
+
+    expected = {name: ledger[name] for name in counts}
+    assert resumed() == expected and read == []
+    (journal,) = (out / "_state/counts").iterdir()
+    lines = journal.read_text().splitlines()
+    # A part that was written later, and one with other bytes than were noted.
+    entry = json.loads(lines[1])
+    lines[1] = json.dumps(entry | {"bytes": 1, "counts": {"scored": 999}})
+    journal.write_text("\n".join(lines[:2]))
+    others = {json.loads(line)["part"] for line in lines[1:]}
+    assert resumed() == expected and set(read) == others
+    journal.unlink()
+    read.clear()
+    assert resumed() == expected and read == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(1, 64), (20_000, 64), (100_000, 384), (300_000, 1024), (10**8, 1024)]
+)
+def test_small_catalogs_have_small_parts(rows: int, expected: int) -> None:
+    assert default_part_rows(rows) == expected
 
 
 def test_ids_of_a_csv_are_text(untrained_model: str, catalog: Path, tmp_path: Path) -> None:
