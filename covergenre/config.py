@@ -50,7 +50,7 @@ PathOrUri = Annotated[
 # another machine.
 _EXECUTION_SETTINGS = {
     *("workers", "cpus_per_worker", "device", "download_concurrency", "shared_filesystem"),
-    *("checkpoint_every", "resume", "max_rejected", "contact"),
+    *("checkpoint_every", "resume", "max_rejected", "contact", "cache_features"),
 }
 # Not part of the fingerprint: the run record has hashes of the contents of these paths.
 PATH_SETTINGS = {"out", "covers", "genre_map", "weights"}
@@ -303,6 +303,17 @@ class TrainConfig(StageConfig):
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="arithmetic precision of training and of later inference"
+    )
+    cache_features: bool = Field(
+        False,
+        description="compute the output of the frozen first layers once and keep it in"
+        " OUT.training/features; needs --augment none",
+    )
+    microbatch: Positive | None = Field(
+        None,
+        description="maximum number of albums per forward pass of a worker; larger batches are"
+        " computed in parts whose gradients are accumulated, which needs less memory"
+        "  [default: the whole batch]",
     )
     workers: str | None = Field(
         None,

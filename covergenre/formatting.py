@@ -18,6 +18,13 @@ def decimal(value: float | None, digits: int) -> str:
     return "n/a" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
+def file_size(size: float) -> str:
+    """`5.0 KiB`, `1.5 MiB`, `22.7 GiB`."""
+    units = [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")]
+    unit, name = next((unit for unit in units if size >= unit[0]), units[-1])
+    return f"{size / unit:,.1f} {name}"
+
+
 def with_article(noun: str) -> str:
     """`a train run`, `an evaluate run`: chosen by the first letter."""
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"

@@ -124,7 +124,7 @@ def _list_of_results(
             f"dataset: {plural(albums, 'album')}, {plural(genres, 'genre')}, no artist in two"
             " splits",
         ),
-        ("model", f"model: the best of {plural(trained.epochs, 'epoch')} of `tiny`"),
+        ("model", f"model: the best of {plural(len(trained.history), 'epoch')} of `tiny`"),
         ("metrics", f"metrics: macro ROC AUC {auc:.3f} over {over}, on the test split"),
         ("labels", f"labels: {plural(labeled.ledger['scored'], 'new album')} labeled"),
     )

@@ -2,6 +2,7 @@
 
     OUT.training/_state/        the run record and the lock
     OUT.training/checkpoints/   see training/checkpoints.py
+    OUT.training/features/      see training/features.py
     OUT.training/ray/           Ray Train's files
 
 The stage checks settings and inputs, loads the pretrained weights and writes the model directory;
@@ -11,17 +12,18 @@ training/supervisor.py runs the workers. OUT.training is deleted once the model 
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from covergenre.cluster.workers import Workers
 from covergenre.config import TrainConfig
 from covergenre.data.dataset import Manifest, read_manifest
 from covergenre.data.image_decoding import Preprocessing
 from covergenre.errors import ConfigError, StorageError, TrainingDivergedError
-from covergenre.formatting import plural
+from covergenre.formatting import file_size, plural
 from covergenre.io import storage
 from covergenre.metrics import chance_warning, dev_metrics
 from covergenre.models.bundle import (
@@ -40,10 +42,15 @@ from covergenre.training.monitor import format_dev_metrics
 from covergenre.training.sampler import Steps
 from covergenre.training.supervisor import (
     CHECKPOINTS,
+    FEATURES,
     TrainingResult,
     run_training,
     training_workers,
 )
+
+if TYPE_CHECKING:
+    from covergenre.models.networks import CoverModel
+    from covergenre.training.features import Features
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +63,8 @@ class Trained:
     weights_id: str
     best: dict[str, Any]
     """The record of the best epoch."""
-    epochs: int
+    history: list[dict[str, Any]]
+    """The records of all epochs."""
     note: str = ""
 
     def summary(self) -> str:
@@ -64,9 +72,10 @@ class Trained:
         best = self.best
         lines = [
             f"model {self.uri} ({self.weights_id}){self.note}",
-            f"  best of {plural(self.epochs, 'epoch')}, by micro PR AUC over all genres on dev:"
-            f" epoch {best['epoch']}, {format_dev_metrics(best)}",
+            f"  best of {plural(len(self.history), 'epoch')}, by micro PR AUC over all genres on"
+            f" dev: epoch {best['epoch']}, {format_dev_metrics(best)}",
         ]
+        lines.append(f"  {_data_wait(self.history)}")
         if warning := chance_warning(dev_metrics(best), "dev"):
             lines.append(f"  {warning}")
         files = [storage.join(self.uri, name) for name in ("loss.png", "README.md")]
@@ -81,6 +90,8 @@ class _Backbone:
     """By name; None: random."""
     origin: str
     """Where they come from, for messages."""
+    features: "Features | None" = None
+    """What --cache-features keeps for each album; None without it."""
 
     @property
     def digest(self) -> str:
@@ -119,6 +130,8 @@ def train(config: TrainConfig, *, verbose: bool = False) -> Trained:
             workers = _choose_workers(config)
             run.record()
             logger.info(_headline(config, manifest, workers, backbone.origin))
+            if backbone.features is not None:
+                _check_space(backbone.features, manifest, storage.join(state, FEATURES))
             try:
                 trained = _train(config, manifest, workers, backbone, out, origin)
             except TrainingDivergedError:
@@ -191,7 +204,13 @@ def _train(
             },
         ),
     )
-    return Trained(bundle.uri, bundle.weights_id, best, len(history))
+    return Trained(bundle.uri, bundle.weights_id, best, history)
+
+
+def _data_wait(history: list[dict[str, Any]]) -> str:
+    seconds = sum(record["seconds"] for record in history)
+    waited = sum(record["data_wait_share"] * record["seconds"] for record in history)
+    return f"the workers waited for covers during {waited / seconds:.1%} of the training steps"
 
 
 def _step_records(
@@ -219,8 +238,9 @@ def _already_trained(out: str, run: dict[str, Any]) -> Trained:
             code="other_run",
         )
     best = storage.read_json(storage.join(out, "metrics.json"))
-    epochs = len(storage.read_bytes(storage.join(out, "history.jsonl")).splitlines())
-    return Trained(out, bundle.weights_id, best, epochs, ": already trained by this command")
+    lines = storage.read_bytes(storage.join(out, "history.jsonl")).splitlines()
+    history = [json.loads(line) for line in lines]
+    return Trained(out, bundle.weights_id, best, history, ": already trained by this command")
 
 
 def _check_output(out: str, state: str, *, resume: bool) -> None:
@@ -267,8 +287,9 @@ def _load_backbone(config: TrainConfig, num_genres: int) -> _Backbone:
     assert config.weights is not None and config.freeze is not None  # resolved
     model = build_model(config.model, num_genres, seed=config.seed)
     freeze(model, config.freeze)
+    features = _cached_features(config, model) if config.cache_features else None
     if config.weights == "none":
-        return _Backbone(None, "random")
+        return _Backbone(None, "random", features)
     loaded = load_backbone_weights(
         model, config.weights, allow_partial=config.allow_partial_weights
     )
@@ -277,7 +298,50 @@ def _load_backbone(config: TrainConfig, num_genres: int) -> _Backbone:
             f"weights: {loaded.origin} lacks {plural(len(loaded.missing), 'tensor')} of the"
             f" backbone, which keep random values: {', '.join(loaded.missing)}"
         )
-    return _Backbone(model.backbone.state_dict(), loaded.origin)
+    return _Backbone(model.backbone.state_dict(), loaded.origin, features)
+
+
+def _cached_features(config: TrainConfig, model: "CoverModel") -> "Features":
+    """What --cache-features keeps. Raises ConfigError if that would change in training."""
+    from covergenre.models.frozen_prefix import count_frozen, feature_shape
+    from covergenre.training.features import Features
+
+    if config.augment != "none":
+        raise ConfigError(
+            f"--cache-features: --augment {config.augment} changes the images in every epoch, so"
+            " nothing can be cached; add --augment none",
+            code="cache_features",
+        )
+    if not (count := count_frozen(model)):
+        raise ConfigError(
+            f"--cache-features: --freeze {config.freeze} trains the first layers of {config.model},"
+            " so nothing can be cached; use --freeze all, or freeze the first convolutions",
+            code="cache_features",
+        )
+    return Features(*feature_shape(model, count, Preprocessing().side, config.precision))
+
+
+def _check_space(features: "Features", manifest: Manifest, folder: str) -> None:
+    """Log the size of the cache. Raises ConfigError if a local disk has too little space for it."""
+    albums = manifest.rows("train") + manifest.rows("dev")
+    total = albums * features.record_bytes
+    logger.info(
+        f"--cache-features: {file_size(features.record_bytes)} per album, {file_size(total)} for"
+        f" {plural(albums, 'album')} of train and dev, in {folder} until training is complete"
+    )
+    needed = total - sum(storage.list_sizes(folder).values())
+    if storage.scheme(folder) == "" and needed > (free := _free_bytes(folder)):
+        raise ConfigError(
+            f"--cache-features: needs {file_size(needed)} in {folder}, where only"
+            f" {file_size(free)} are free; use another --out, or freeze all layers (--freeze all),"
+            " which needs less",
+            code="cache_features",
+        )
+
+
+def _free_bytes(folder: str) -> int:
+    existing = next(path for path in Path(folder).parents if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _headline(config: TrainConfig, manifest: Manifest, workers: Workers, origin: str) -> str:

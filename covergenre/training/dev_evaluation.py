@@ -1,5 +1,6 @@
 """Evaluation of the dev split after an epoch, by all ranks together."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,7 @@ from torch.nn import functional
 
 from covergenre.data.dataset import Manifest
 from covergenre.metrics import multilabel_metrics
-from covergenre.models.predictor import Predictor, to_unit
-from covergenre.training.loader import BatchStream
+from covergenre.training.loader import Batch, BatchStream
 from covergenre.training.ranks import Ranks
 
 DEV_METRICS = (
@@ -20,13 +20,17 @@ DEV_METRICS = (
 
 
 def evaluate_dev(
-    stream: BatchStream, predictor: Predictor, manifest: Manifest, ranks: Ranks
+    stream: BatchStream,
+    logits_of: Callable[[Batch], torch.Tensor],
+    manifest: Manifest,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """dev_loss and DEV_METRICS of the whole dev split, each album once; the same on every rank.
 
-    Only dev_loss if the loss is not finite.
+    logits_of: a batch -> logits in float32, [batch, genres]. Only dev_loss if the loss is not
+    finite.
     """
-    parts = ranks.gather(_evaluate_share(stream, predictor, len(manifest.genres), ranks.device))
+    parts = ranks.gather(_evaluate_share(stream, logits_of, len(manifest.genres)))
     rows, scores, targets, losses = (np.concatenate(column) for column in zip(*parts, strict=True))
     if len(rows) != manifest.rows("dev") or len(np.unique(rows)) != len(rows):
         raise AssertionError(f"dev split: {len(rows)} rows evaluated, not each album once")
@@ -38,13 +42,13 @@ def evaluate_dev(
 
 
 def _evaluate_share(
-    stream: BatchStream, predictor: Predictor, num_genres: int, device: str
+    stream: BatchStream, logits_of: Callable[[Batch], torch.Tensor], num_genres: int
 ) -> tuple[Any, ...]:
     """(rows, scores, targets, losses) of this rank's albums, which may be none."""
     rows, losses = [np.empty(0, np.int64)], [np.empty(0)]
     scores, targets = ([np.empty((0, num_genres), np.float32)] for _ in range(2))
     for batch in stream.dev():
-        logits = predictor.logits_of(to_unit(batch.pixels, device))
+        logits = logits_of(batch)
         # From logits, because the scores of a diverged model round to 0 and 1.
         by_pair = functional.binary_cross_entropy_with_logits(
             logits.cpu().double(),

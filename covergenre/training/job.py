@@ -15,7 +15,7 @@ class Job:
     """A training run. Pickled for each worker; the weights are passed by reference."""
 
     config: TrainConfig
-    """Resolved: only max_steps, workers and checkpoint_every may be None."""
+    """Resolved: only max_steps, microbatch, workers and checkpoint_every may be None."""
     manifest: Manifest
     preprocessing: Preprocessing
     baseline_loss: float
@@ -26,11 +26,13 @@ class Job:
     None: random weights."""
     checkpoints: str
     """Folder of the checkpoints."""
+    features: str
+    """Folder of the cached features."""
     monitor: Any
     """Handle of a monitor.Monitor actor."""
     microbatch: int | None = None
-    """The maximum number of rows in a forward pass, for a step that does not fit in GPU memory,
-    with accumulated gradients. None: the worker's whole share of a step."""
+    """The maximum number of rows in a forward pass, with accumulated gradients: --microbatch, or
+    fewer if a step did not fit in GPU memory. None: the worker's whole share of a step."""
 
     @property
     def steps(self) -> Steps:

@@ -4,7 +4,7 @@ Each worker runs one ordered pipeline for its rows of all epochs: few tasks read
 rank owns, many tasks decode them, and the batches arrive step by step, with their row numbers.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
@@ -39,8 +39,8 @@ class Batch:
     """Row number of each in the catalog."""
     offsets: NDArray[np.int64]
     """Position of each in its training step."""
-    pixels: NDArray[np.uint8]
-    """[batch, side, side, 3]"""
+    inputs: NDArray[np.uint8]
+    """Pixels, [batch, side, side, 3]; or cached features, [batch, bytes]: see features.py."""
     targets: NDArray[np.float32]
     """Multi-hot, [batch, genres]"""
 
@@ -48,7 +48,7 @@ class Batch:
         return len(self.rows)
 
     def __getitem__(self, part: slice) -> "Batch":
-        return Batch(self.rows[part], self.offsets[part], self.pixels[part], self.targets[part])
+        return Batch(self.rows[part], self.offsets[part], self.inputs[part], self.targets[part])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,27 @@ class TrainingData:
             self.train_rows, seed=self.seed, epoch=epoch, shards_per_window=self.shards_per_window
         )
 
+    def samples(self, window: sampler.Window, epoch: int) -> sampler.Samples:
+        """This rank's samples of a window."""
+        return sampler.samples(
+            window,
+            seed=self.seed,
+            epoch=epoch,
+            batch_size=self.batch_size,
+            rank=self.rank,
+            world=self.world,
+        )
+
+    def dev_parts(self) -> list[sampler.Part]:
+        """This rank's rows of the dev split, by shard."""
+        start, stop = self.dev_range()
+        firsts = np.cumsum([0, *self.dev_rows]).tolist()
+        parts = [
+            sampler.Part(shard, max(start - first, 0), min(stop - first, rows))
+            for shard, (first, rows) in enumerate(zip(firsts, self.dev_rows, strict=False))
+        ]
+        return [part for part in parts if part.start < part.stop]
+
     def dev_range(self) -> tuple[int, int]:
         """(start, stop) of this rank's rows of the dev split; together the ranks have every row."""
         total = sum(self.dev_rows)
@@ -90,38 +111,17 @@ _SHARES = pa.schema(
         pa.field("images", pa.large_list(pa.large_binary())),
     ]
 )
-_DEV = -1  # window and step of rows of the dev split
+DEV = -1
+"""Stands for the window and the step of rows of the dev split."""
 
 
 class BatchStream:
     """Batches of a rank: the steps of an epoch, its part of the dev split, the next epoch, ..."""
 
-    def __init__(
-        self, data: TrainingData, epochs: Sequence[tuple[int, int]], *, first_step: int = 0
-    ) -> None:
-        """epochs: (epoch, number of steps), in order; the first starts at step `first_step`."""
-        import ray.data
-        from ray.data import TaskPoolStrategy
-
-        items = items_of_epochs(data, epochs, first_step)
-        self._data = data
-        with data_context(ordered=True):
-            windows = ray.data.from_items(items, override_num_blocks=len(items))
-        decoded = windows.map_batches(
-            partial(read_items, data=data),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=_CONCURRENT_READS),
-            num_cpus=_CPUS_PER_READ,
-        ).map_batches(
-            partial(_decode, spec=data.preprocessing),
-            batch_size=None,
-            batch_format="pyarrow",
-        )
-        blocks: Iterable[Any] = decoded.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=4
-        )
-        self._shares = (share for block in blocks for share in block.to_batches(max_chunksize=1))
+    def __init__(self, data: TrainingData, batches: Iterator[tuple[int, Batch]]) -> None:
+        """batches: (step or DEV, this rank's rows of it in one window), of pixel_batches or
+        FeatureCache.batches."""
+        self._data, self._batches = data, batches
 
     def step(self, epoch: int, step: int) -> Batch:
         """This rank's share of the next step, `step` of `epoch`; it may be empty."""
@@ -133,30 +133,75 @@ class BatchStream:
         """This rank's part of the dev split, in order."""
         start, stop = self._data.dev_range()
         while start < stop:
-            batch = self._next(_DEV)
+            batch = self._next(DEV)
             start += len(batch)
             yield batch
 
     def _next(self, step: int) -> Batch:
-        share = next(self._shares)
-        if share["step"][0].as_py() != step:
-            raise AssertionError(f"expected step {step}, got step {share['step'][0]}")
-        side = self._data.preprocessing.side
-        pixels = np.frombuffer(share["pixels"][0].as_buffer(), np.uint8)
-        targets = np.frombuffer(share["targets"][0].as_buffer(), np.float32)
-        return Batch(
-            share["rows"].flatten().to_numpy(),
-            share["offsets"].flatten().to_numpy(),
-            pixels.reshape(-1, side, side, 3),
-            targets.reshape(-1, len(self._data.genres)),
-        )
+        found, batch = next(self._batches)
+        if found != step:
+            raise AssertionError(f"expected step {step}, got step {found}")
+        return batch
+
+
+def pixel_batches(
+    data: TrainingData, epochs: Sequence[tuple[int, int]], first_step: int = 0
+) -> Iterator[tuple[int, Batch]]:
+    """(step or DEV, the rank's rows of it in one window) of these epochs, in order.
+
+    epochs: (epoch, number of steps), in order; the first starts at step `first_step`.
+    """
+    items = items_of_epochs(data, epochs, first_step)
+    for share in decoded_shares(items, partial(read_items, data=data), data.preprocessing):
+        yield share["step"][0].as_py(), to_batch(share, data)
+
+
+def decoded_shares(
+    items: list[dict[str, Any]],
+    read: Callable[[pa.Table], Iterator[pa.Table]],
+    spec: Preprocessing,
+) -> Iterator[pa.RecordBatch]:
+    """Read and decode items in Ray Data tasks; yields shares one by one, in order.
+
+    read: a table of items -> tables of _SHARES.
+    """
+    import ray.data
+    from ray.data import TaskPoolStrategy
+
+    with data_context(ordered=True):
+        inputs = ray.data.from_items(items, override_num_blocks=len(items))
+    decoded = inputs.map_batches(
+        read,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=TaskPoolStrategy(size=_CONCURRENT_READS),
+        num_cpus=_CPUS_PER_READ,
+    ).map_batches(partial(decode_shares, spec=spec), batch_size=None, batch_format="pyarrow")
+    blocks: Iterable[Any] = decoded.iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=4
+    )
+    for block in blocks:
+        yield from block.to_batches(max_chunksize=1)
+
+
+def to_batch(share: pa.RecordBatch, data: TrainingData) -> Batch:
+    """One decoded share as a batch."""
+    side = data.preprocessing.side
+    pixels = np.frombuffer(share["pixels"][0].as_buffer(), np.uint8)
+    targets = np.frombuffer(share["targets"][0].as_buffer(), np.float32)
+    return Batch(
+        share["rows"].flatten().to_numpy(),
+        share["offsets"].flatten().to_numpy(),
+        pixels.reshape(-1, side, side, 3),
+        targets.reshape(-1, len(data.genres)),
+    )
 
 
 def _concatenated(batches: Sequence[Batch]) -> Batch:
     return Batch(
         np.concatenate([b.rows for b in batches]),
         np.concatenate([b.offsets for b in batches]),
-        np.concatenate([b.pixels for b in batches]),
+        np.concatenate([b.inputs for b in batches]),
         np.concatenate([b.targets for b in batches]),
     )
 
@@ -179,14 +224,14 @@ def items_of_epochs(
     return [
         {"epoch": epoch, "first": first, "steps": steps, "window": window}
         for (epoch, steps), first in zip(epochs, chain([first_step], repeat(0)), strict=False)
-        for window in [*_windows_of_steps(data, epoch, range(first, steps)), _DEV]
+        for window in [*_windows_of_steps(data, epoch, range(first, steps)), DEV]
     ]
 
 
 def read_items(items: pa.Table, data: TrainingData) -> Iterator[pa.Table]:
     """(epoch, first, steps, window) -> the rank's encoded rows of the window, step by step."""
     for item in items.to_pylist():
-        if item["window"] == _DEV:
+        if item["window"] == DEV:
             yield from _read_dev(data)
         else:
             window = data.windows(item["epoch"])[item["window"]]
@@ -196,14 +241,7 @@ def read_items(items: pa.Table, data: TrainingData) -> Iterator[pa.Table]:
 def _read_window(
     window: sampler.Window, epoch: int, first: int, steps: int, data: TrainingData
 ) -> Iterator[pa.Table]:
-    samples = sampler.samples(
-        window,
-        seed=data.seed,
-        epoch=epoch,
-        batch_size=data.batch_size,
-        rank=data.rank,
-        world=data.world,
-    )
+    samples = data.samples(window, epoch)
     parts = sampler.owned(window, data.train_rows, data.rank, data.world)
     tables = [_read_shard(data.train[part.shard], part.start, part.stop) for part in parts]
     table = pa.concat_tables(tables) if tables else _SHARD_COLUMNS.empty_table()
@@ -215,14 +253,9 @@ def _read_window(
 
 
 def _read_dev(data: TrainingData) -> Iterator[pa.Table]:
-    start, stop = data.dev_range()
-    first = 0
     pending: list[pa.Table] = []
-    for uri, rows in zip(data.dev, data.dev_rows, strict=True):
-        low, high = max(start - first, 0), min(stop - first, rows)
-        first += rows
-        if low < high:
-            pending.append(_read_shard(uri, low, high))
+    for part in data.dev_parts():
+        pending.append(_read_shard(data.dev[part.shard], part.start, part.stop))
         # Batches span shards, so that their rows do not depend on the size of shards.
         while sum(t.num_rows for t in pending) >= EVAL_BATCH:
             table = pa.concat_tables(pending)
@@ -233,6 +266,14 @@ def _read_dev(data: TrainingData) -> Iterator[pa.Table]:
         yield _encoded_dev(rest, data.genres)
 
 
+def read_ranges(items: pa.Table, genres: Genres) -> Iterator[pa.Table]:
+    """(uri, start, stop) of rows of a shard -> its encoded rows, EVAL_BATCH at a time."""
+    for item in items.to_pylist():
+        table = _read_shard(item["uri"], item["start"], item["stop"])
+        for first in range(0, table.num_rows, EVAL_BATCH):
+            yield _encoded_dev(table.slice(first, EVAL_BATCH), genres)
+
+
 _SHARD_COLUMNS = pa.schema([schema.DATASET.field(name) for name in ("row", "image", "genres")])
 
 
@@ -241,7 +282,7 @@ def _read_shard(uri: str, start: int, stop: int) -> pa.Table:
 
 
 def _encoded_dev(table: pa.Table, genres: Genres) -> pa.Table:
-    return _encoded(table, _DEV, np.arange(table.num_rows), genres)
+    return _encoded(table, DEV, np.arange(table.num_rows), genres)
 
 
 def _encoded(table: pa.Table, step: int, offsets: NDArray[np.int64], genres: Genres) -> pa.Table:
@@ -258,7 +299,8 @@ def _encoded(table: pa.Table, step: int, offsets: NDArray[np.int64], genres: Gen
     )
 
 
-def _decode(shares: pa.Table, spec: Preprocessing) -> Iterator[pa.Table]:
+def decode_shares(shares: pa.Table, spec: Preprocessing) -> Iterator[pa.Table]:
+    """Shares with `images` -> shares with `pixels`, one by one."""
     for i in range(shares.num_rows):
         pixels = b"".join(decode(image, spec).tobytes() for image in shares["images"][i].as_py())
         yield (

@@ -38,6 +38,7 @@ from covergenre.training.monitor import Monitor, progress_reported
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+FEATURES = "features"
 _RAY = "ray"
 _RETRY_SECONDS = 15.0
 _MAX_FAILURES = 3
@@ -119,7 +120,9 @@ def _make_job(
         workers=workers,
         backbone=[ray.put(backbone)] if backbone is not None else None,
         checkpoints=storage.join(state_folder, CHECKPOINTS),
+        features=storage.join(state_folder, FEATURES),
         monitor=ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=this_node).remote(),
+        microbatch=config.microbatch,
     )
 
 
@@ -253,7 +256,8 @@ def _wait_for_workers(config: TrainConfig) -> Workers:
 
 def _with_smaller_microbatch(job: Job, error: DeviceMemoryError) -> Job:
     """The job with half the microbatch. Raises DeviceMemoryError if it is one cover already."""
-    current = job.microbatch or -(-job.config.batch_size // job.workers.count)
+    share = -(-job.config.batch_size // job.workers.count)
+    current = min(job.microbatch or share, share)
     if current == 1:
         raise DeviceMemoryError(f"{error}, even with one cover at a time; choose a smaller --model")
     microbatch = -(-current // 2)

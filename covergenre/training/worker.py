@@ -15,13 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from covergenre.cluster.ray_runtime import silence_ray_loggers
 from covergenre.cluster.workers import use_cores
 from covergenre.errors import DeviceMemoryError
-from covergenre.models import networks
+from covergenre.models import frozen_prefix, networks
 from covergenre.models.predictor import Predictor, autocast, normalise, to_device, to_unit
 from covergenre.training import state as training_state
 from covergenre.training.augment import augment
 from covergenre.training.dev_evaluation import evaluate_dev
+from covergenre.training.features import FeatureCache, Features
 from covergenre.training.job import Job
-from covergenre.training.loader import Batch, BatchStream, TrainingData
+from covergenre.training.loader import Batch, BatchStream, TrainingData, pixel_batches
 from covergenre.training.losses import LossHistory
 from covergenre.training.ranks import Ranks
 
@@ -60,9 +61,20 @@ class Worker:
         self._job, self._config, self._ranks, self._steps = job, config, ranks, job.steps
         self._model = _build_model(job, ranks.device, backbone)
         self._freeze_batch_norm = backbone is not None and config.batch_norm == "auto"
+        self._data = _training_data(job, ranks)
+        self._net: nn.Module = self._model  # computes the inputs of a batch
+        self._cache: FeatureCache | None = None
+        if config.cache_features:
+            frozen = frozen_prefix.count_frozen(self._model)
+            self._frozen_layers = frozen_prefix.prefix(self._model, frozen)
+            self._net = frozen_prefix.Tail(self._model, frozen)
+            form = frozen_prefix.feature_shape(
+                self._model, frozen, job.preprocessing.side, config.precision
+            )
+            self._cache = FeatureCache(job.features, Features(*form), self._data)
         self._ddp: DistributedDataParallel | None = None
         if ranks.world > 1:
-            self._ddp = DistributedDataParallel(self._model, gradient_as_bucket_view=True)
+            self._ddp = DistributedDataParallel(self._net, gradient_as_bucket_view=True)
         self._decayed = [
             module.weight
             for module in self._model.modules()
@@ -86,12 +98,15 @@ class Worker:
             job.checkpoints,
             self._state.step_losses,
         )
-        epochs = list(enumerate(self._steps.epochs))[self._state.epoch :]
-        self._stream = BatchStream(_training_data(job, ranks), epochs, first_step=self._state.step)
+        self._waits: list[float] = []
+        """Seconds that each step of the epoch has waited for its batch."""
+        self._start_wait: float | None = None
+        """The wait for the first batch, while the loading tasks start."""
 
     def run(self) -> None:
         """Train until complete, or until a requested resize of the group."""
         try:
+            self._stream = self._open_stream()
             while self._state.epoch < len(self._steps.epochs):
                 if not self._run_epoch(self._state.epoch):
                     return
@@ -99,16 +114,27 @@ class Worker:
             # The ranks are in different states: the driver restarts them, with smaller batches.
             raise DeviceMemoryError("a training step does not fit in GPU memory") from error
 
+    def _open_stream(self) -> BatchStream:
+        epochs = list(enumerate(self._steps.epochs))[self._state.epoch :]
+        if self._cache is None:
+            batches = pixel_batches(self._data, epochs, self._state.step)
+        else:
+            self._model.eval()
+            self._cache.write(self._frozen_layers, self._ranks, self._config.precision, self._log)
+            batches = self._cache.batches(epochs, self._state.step)
+        return BatchStream(self._data, batches)
+
     def _run_epoch(self, epoch: int) -> bool:
         """Train the rest of an epoch and evaluate the dev split. False: exit for a resize."""
         steps = self._steps.epochs[epoch]
         start, first = time.monotonic(), self._state.step
+        self._waits, self._start_wait = [], None if self._start_wait is None else 0.0
         if not self._train_steps(epoch, steps):
             return False
         seconds = time.monotonic() - start
         self._report_progress(epoch, self._losses.losses[-1])
         self._ranks.share_buffers(self._model)
-        dev = evaluate_dev(self._stream, self._predictor, self._job.manifest, self._ranks)
+        dev = evaluate_dev(self._stream, self._dev_logits, self._job.manifest, self._ranks)
         self._losses.check_dev(dev["dev_loss"], epoch)
         record: dict[str, Any] = {
             "epoch": epoch + 1,
@@ -117,6 +143,7 @@ class Worker:
             **dev,
             "images_per_second": (self._steps.rows_in(steps) - self._steps.rows_in(first))
             / seconds,
+            "data_wait_share": self._data_wait_share(seconds),
             "seconds": time.monotonic() - start,
         }
         record["best"] = self._is_best(record["dev_pr_auc_micro"])
@@ -163,9 +190,25 @@ class Worker:
         self._record(pending, epoch, steps)
         return True
 
+    def _next_batch(self, epoch: int, step: int) -> Batch:
+        began = time.monotonic()
+        batch = self._stream.step(epoch, step)
+        wait = time.monotonic() - began
+        if self._start_wait is None:
+            self._start_wait = wait
+        else:
+            self._waits.append(wait)
+        return batch
+
+    def _data_wait_share(self, seconds: float) -> float:
+        """The share of the `seconds` of an epoch's steps that the rank which waited longest has
+        waited for batches, without the wait for the first batch of the worker group."""
+        share = sum(self._waits) / max(seconds - (self._start_wait or 0.0), 1e-9)
+        return max(self._ranks.gather(share))
+
     def _train_step(self, epoch: int, step: int) -> torch.Tensor:
         """Train one step; returns this rank's part of the step's mean loss, detached."""
-        batch = self._stream.step(epoch, step)
+        batch = self._next_batch(epoch, step)
         networks.training_mode(
             self._model, freeze_batch_norm=self._freeze_batch_norm, rows=len(batch)
         )
@@ -191,18 +234,9 @@ class Worker:
         # The same on every rank, and a function of the step alone: see networks.BatchDropout.
         torch.manual_seed((config.seed * 1_000_003 + self._state.steps_done) % 2**63)
         networks.share_dropout(self._model, part.offsets, size)
-        # A rank without rows computes an ignored row, because the others wait for its gradients.
-        pixels = part.pixels if len(part) else np.zeros((1, *part.pixels.shape[1:]), np.uint8)
-        images = augment(
-            to_unit(pixels, self._ranks.device),
-            part.rows,
-            kind=config.augment or "none",
-            seed=config.seed,
-            epoch=epoch,
-        )
+        inputs = self._input_tensor(part, epoch)
         with autocast(self._ranks.device, config.precision):
-            net = self._ddp or self._model
-            logits = net(normalise(images, self._job.preprocessing)).float()
+            logits = (self._ddp or self._net)(inputs).float()
         if len(part):
             targets = torch.from_numpy(part.targets.copy()).to(self._ranks.device)
             by_row = functional.binary_cross_entropy_with_logits(
@@ -216,6 +250,32 @@ class Worker:
             total = total + config.l2 * torch.stack([w.square().sum() for w in self._decayed]).sum()
         total.backward()
         return loss.detach()
+
+    def _input_tensor(self, part: Batch, epoch: int) -> torch.Tensor:
+        """What the network computes: normalized images, or cached features."""
+        # A rank without rows computes an ignored row, because the others wait for its gradients.
+        values = part.inputs if len(part) else np.zeros((1, *part.inputs.shape[1:]), np.uint8)
+        if self._cache is not None:
+            return self._cache.features.to_tensor(values, self._ranks.device)
+        images = augment(
+            to_unit(values, self._ranks.device),
+            part.rows,
+            kind=self._config.augment or "none",
+            seed=self._config.seed,
+            epoch=epoch,
+        )
+        return normalise(images, self._job.preprocessing)
+
+    def _dev_logits(self, batch: Batch) -> torch.Tensor:
+        """Logits in float32 of a batch of the dev split."""
+        device = self._ranks.device
+        if self._cache is None:
+            return self._predictor.logits_of(to_unit(batch.inputs, device))
+        self._model.eval()
+        with torch.inference_mode(), autocast(device, self._config.precision):
+            features = self._cache.features.to_tensor(batch.inputs, device)
+            logits_BG: torch.Tensor = self._net(features)
+            return logits_BG.float()
 
     def _learning_rate(self) -> float:
         base = self._config.learning_rate or 0.0

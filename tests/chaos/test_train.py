@@ -46,7 +46,7 @@ def reference(dataset: Path) -> Path:
 
 def history(model: Path) -> list[dict[str, float]]:
     lines = read_jsonl(model / "history.jsonl")
-    timed = ("seconds", "images_per_second")
+    timed = ("seconds", "images_per_second", "data_wait_share")
     return [{name: v for name, v in line.items() if name not in timed} for line in lines]
 
 

@@ -1,31 +1,28 @@
 """Training and scoring in this process: all is real, but Ray is not started for it."""
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from covergenre.config import TrainConfig
+from covergenre.data.image_decoding import Preprocessing
 from covergenre.training import loader
 from covergenre.training.job import Job
 
 
-class LocalStream(loader.BatchStream):
-    """A BatchStream that reads and decodes in this process."""
-
-    def __init__(
-        self, data: loader.TrainingData, epochs: Sequence[tuple[int, int]], *, first_step: int = 0
-    ) -> None:
-        self._data = data
-        self._shares = self._read(loader.items_of_epochs(data, epochs, first_step))
-
-    def _read(self, items: list[dict[str, int]]) -> Generator[Any, None, None]:
-        for item in items:
-            for shares in loader.read_items(pa.Table.from_pylist([item]), self._data):
-                for decoded in loader._decode(shares, self._data.preprocessing):
-                    yield from decoded.to_batches()
+def local_shares(
+    items: list[dict[str, Any]],
+    read: Callable[[pa.Table], Iterator[pa.Table]],
+    spec: Preprocessing,
+) -> Iterator[pa.RecordBatch]:
+    """loader.decoded_shares, but read and decoded in this process."""
+    for item in items:
+        for shares in read(pa.Table.from_pylist([item])):
+            for decoded in loader.decode_shares(shares, spec):
+                yield from decoded.to_batches()
 
 
 @contextlib.contextmanager
@@ -43,7 +40,7 @@ def training_in_this_process() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("covergenre.training.supervisor._run_group", run_group)
-        monkeypatch.setattr("covergenre.training.worker.BatchStream", LocalStream)
+        monkeypatch.setattr(loader, "decoded_shares", local_shares)
         yield
 
 

@@ -655,7 +655,7 @@ def test_stage_functions_pass_settings_on_and_return_results(
     metrics = multilabel_metrics(np.eye(3), np.eye(3), GENRES)
     results = {
         prepare_stage: Prepared(manifest),
-        train_stage: Trained(str(tmp_path / "m"), "id", {"epoch": 1}, 1),
+        train_stage: Trained(str(tmp_path / "m"), "id", {"epoch": 1}, []),
         evaluate_stage: Evaluated("e", "dev", metrics),
         score_stage: Labelled("l", {"rows": 3, "scored": 2}),
     }

@@ -326,7 +326,7 @@ def test_defaults_of_a_model(model: str, expected: tuple[object, ...]) -> None:
 def test_resolved_settings_are_complete(model: str) -> None:
     settings = parse(TrainConfig, {**TRAIN, "model": model}).resolved()
     unset = {name for name, value in settings if value is None}
-    assert unset == {"checkpoint_every", "max_steps", "workers"}
+    assert unset == {"checkpoint_every", "max_steps", "microbatch", "workers"}
     assert settings.resolved() == settings
 
 

@@ -160,7 +160,7 @@ def test_ranks_together_read_the_dev_split_once(
 ) -> None:
     rows: list[int] = []
     for rank in range(3):
-        for share in read(training_data(shards, rank, 3), [loader._DEV]):
+        for share in read(training_data(shards, rank, 3), [loader.DEV]):
             rows += share["rows"]
     assert rows == list(range(3 * ROWS_PER_SHARD))
     assert sum(bytes_read) < 1.1 * 3 * ROWS_PER_SHARD * COVER_BYTES

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from local_training import LocalStream
+from local_training import local_shares
 from PIL import Image
 
 from covergenre import schema
@@ -92,6 +92,7 @@ def local_job(
         workers=None,  # type: ignore[arg-type]
         backbone=None,
         checkpoints=folder,
+        features=f"{folder}.features",
         monitor=Ignored(),
         microbatch=microbatch,
     )
@@ -101,10 +102,10 @@ def run(
     manifest: Manifest, folder: str, rank: int = 0, world: int = 1, stop: int = 0, **settings: Any
 ) -> list[float]:
     """Train, on `rank` of `world`; the losses of all steps. stop: step before which to fail."""
-    from covergenre.training import worker
+    from covergenre.training import loader, worker
     from covergenre.training.ranks import Ranks
 
-    worker.BatchStream = LocalStream  # type: ignore[attr-defined]
+    loader.decoded_shares = local_shares
     worker.Worker._is_resize_requested = lambda self: False  # type: ignore[method-assign]
     job = local_job(manifest, folder, **settings)
     subject = worker.Worker(job, Ranks(rank, world, "cpu"), None)
@@ -143,7 +144,7 @@ def final_state(folder: str, into: Path) -> tuple[dict[str, Any], dict[str, Any]
     assert found is not None
     state = found.state()
     for record in state["history"]:
-        del record["seconds"], record["images_per_second"]
+        del record["seconds"], record["images_per_second"], record["data_wait_share"]
     return state, found.tensors()
 
 
@@ -197,6 +198,62 @@ def test_smaller_microbatch_computes_the_same_losses(
     np.testing.assert_allclose(first, alone, atol=1e-4)
 
 
+@pytest.mark.parametrize("freeze", ["2", "all"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cached_features_give_the_same_losses(
+    manifest: Manifest, freeze: str, precision: str, tmp_path: Path
+) -> None:
+    """Not always the same bits: some layers round differently in batches of another size."""
+    settings = {"freeze": freeze, "precision": precision, "augment": "none", "epochs": 3}
+    found = []
+    for name, cache in (("without", False), ("with", True)):
+        run(manifest, str(tmp_path / name), cache_features=cache, **settings)
+        state, _ = final_state(str(tmp_path / name), tmp_path)
+        found.append([*state["step_losses"], *(record["dev_loss"] for record in state["history"])])
+    np.testing.assert_allclose(*found, rtol=1e-5 if precision == "fp32" else 1e-2)
+
+
+def test_cached_features_are_read_row_by_row_if_large(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from covergenre.training import features
+
+    settings: dict[str, Any] = {"freeze": "2", "augment": "none", "cache_features": True}
+    whole = run(manifest, str(tmp_path / "whole"), **settings)
+    monkeypatch.setattr(features, "_IN_MEMORY_BYTES", 0)
+    assert run(manifest, str(tmp_path / "rows"), **settings) == whole
+
+
+def test_two_workers_share_a_cache_of_features(
+    manifest: Manifest, two_ranks: TrainTwoRanks, tmp_path: Path
+) -> None:
+    """Rows change ranks between epochs."""
+    settings: dict[str, Any] = {"freeze": "2", "augment": "none"}
+    alone = run(manifest, str(tmp_path / "one"), **settings)
+    first, second = two_ranks(manifest, tmp_path / "two", cache_features=True, **settings)
+    assert first == second
+    np.testing.assert_allclose(first, alone, atol=1e-4)
+
+
+def test_resumed_run_keeps_cached_features_and_completes_them(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"freeze": "all", "augment": "none", "cache_features": True}
+    settings["checkpoint_every"] = 2
+    whole = run(manifest, str(tmp_path / "whole"), **settings)
+    with pytest.raises(InterruptedError):
+        run(manifest, str(tmp_path / "resumed"), stop=5, **settings)
+    folder = tmp_path / "resumed.features"
+    kept, lost, truncated = sorted((folder / "train").iterdir())[:3]
+    size = truncated.stat().st_size
+    written = kept.stat().st_mtime_ns
+    lost.unlink()
+    truncated.write_bytes(b"")
+    assert run(manifest, str(tmp_path / "resumed"), **settings) == whole
+    assert kept.stat().st_mtime_ns == written
+    assert lost.exists() and truncated.stat().st_size == size
+
+
 def test_diverged_run_raises_the_same_error_on_every_rank(
     manifest: Manifest, two_ranks: TrainTwoRanks, tmp_path: Path
 ) -> None:
@@ -205,11 +262,15 @@ def test_diverged_run_raises_the_same_error_on_every_rank(
 
 
 def test_dev_metrics_of_two_workers_are_those_of_the_saved_batch_norm_statistics(
-    manifest: Manifest, two_ranks: TrainTwoRanks, tmp_path: Path
+    manifest: Manifest,
+    two_ranks: TrainTwoRanks,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Running statistics differ between workers: evaluation and checkpoint use those of rank 0."""
     from covergenre.models import networks
-    from covergenre.models.predictor import Predictor
+    from covergenre.models.predictor import Predictor, to_unit
+    from covergenre.training import loader
     from covergenre.training.dev_evaluation import evaluate_dev
     from covergenre.training.ranks import Ranks
     from covergenre.training.worker import _training_data
@@ -224,9 +285,13 @@ def test_dev_metrics_of_two_workers_are_those_of_the_saved_batch_norm_statistics
     model.load_state_dict(weights)
     assert int(weights["backbone.0.num_batches_tracked"]) > 0
     one = Ranks(0, 1, "cpu")
-    stream = LocalStream(_training_data(job, one), [(0, 0)])
+    monkeypatch.setattr(loader, "decoded_shares", local_shares)
+    data = _training_data(job, one)
+    stream = loader.BatchStream(data, loader.pixel_batches(data, [(0, 0)]))
     predictor = Predictor(model, job.preprocessing, "cpu", "fp32")
-    found = evaluate_dev(stream, predictor, manifest, one)
+    found = evaluate_dev(
+        stream, lambda batch: predictor.logits_of(to_unit(batch.inputs, "cpu")), manifest, one
+    )
     (record,) = state["history"]
     for name in ("dev_loss", "dev_roc_auc_micro", "dev_pr_auc_macro", "dev_recall"):
         assert found[name] == pytest.approx(record[name], abs=1e-6)
