@@ -98,6 +98,8 @@ class Worker:
             job.checkpoints,
             self._state.step_losses,
         )
+        self._cache_seconds = 0.0
+        """Spent on computing features, which counts for the epoch that follows."""
         self._waits: list[float] = []
         """Seconds that each step of the epoch has waited for its batch."""
         self._start_wait: float | None = None
@@ -119,8 +121,10 @@ class Worker:
         if self._cache is None:
             batches = pixel_batches(self._data, epochs, self._state.step)
         else:
+            began = time.monotonic()
             self._model.eval()
             self._cache.write(self._frozen_layers, self._ranks, self._config.precision, self._log)
+            self._cache_seconds = time.monotonic() - began
             batches = self._cache.batches(epochs, self._state.step)
         return BatchStream(self._data, batches)
 
@@ -144,8 +148,9 @@ class Worker:
             "images_per_second": (self._steps.rows_in(steps) - self._steps.rows_in(first))
             / seconds,
             "data_wait_share": self._data_wait_share(seconds),
-            "seconds": time.monotonic() - start,
+            "seconds": time.monotonic() - start + self._cache_seconds,
         }
+        self._cache_seconds = 0.0
         record["best"] = self._is_best(record["dev_pr_auc_micro"])
         self._state.history.append(record)
         self._state.epoch, self._state.step = epoch + 1, 0
