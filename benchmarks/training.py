@@ -5,8 +5,8 @@
     uv run python -m benchmarks.training --precision bf16
 
 The loop is that of a worker of `train`, with its loading tasks on Ray, in this process; the bare
-step has the same model, loss, optimizer and batch size. They alternate, --rounds times. The first step
-of the loop, which waits for the loading tasks to start, does not count, nor do evaluation and
+step has the same model, loss, optimizer and batch size. They alternate, --rounds times. The first
+step of the loop, which waits for the loading tasks to start, does not count, nor do evaluation and
 checkpoints at the end of an epoch. Both are measured in wall time and in CPU time of all processes:
 on a machine where all cores are busy the two ratios agree, and on a shared machine the ratio of CPU
 time is the more reliable one.
