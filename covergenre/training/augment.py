@@ -34,10 +34,12 @@ def augment(
         images_BCHW = _mirror_and_crop(images_BCHW, *u[2:])
     brightness = (2 * u[0] - 1) * _BRIGHTNESS
     saturation = _SATURATION[0] + (_SATURATION[1] - _SATURATION[0]) * u[1]
-    weights = torch.tensor((0.299, 0.587, 0.114), device=images_BCHW.device).view(1, 3, 1, 1)
-    gray = (images_BCHW * weights).sum(1, keepdim=True)
-    mixed = torch.lerp(gray, images_BCHW, saturation.view(-1, 1, 1, 1))
-    return (mixed + brightness.view(-1, 1, 1, 1)).clamp_(0, 1)
+    # saturation * image + (1 - saturation) * gray + brightness, with few passes over memory
+    saturation, brightness = (values.view(-1, 1, 1, 1) for values in (saturation, brightness))
+    red, green, blue = images_BCHW.split(1, dim=1)
+    shift = (red * 0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+    shift.mul_(1 - saturation).add_(brightness)
+    return torch.addcmul(shift, images_BCHW, saturation).clamp_(0, 1)
 
 
 def _mirror_and_crop(
@@ -47,18 +49,27 @@ def _mirror_and_crop(
     across: "torch.Tensor",
     down: "torch.Tensor",
 ) -> "torch.Tensor":
+    import torch
     from torch.nn import functional
 
     side = _CROP_SIDE[0] + (_CROP_SIDE[1] - _CROP_SIDE[0]) * side
-    theta = images_BCHW.new_zeros(len(images_BCHW), 2, 3)
-    theta[:, 0, 0] = side * (1 - 2 * (mirror < 0.5).float())
-    theta[:, 1, 1] = side
-    theta[:, 0, 2] = (1 - side) * (2 * across - 1)
-    theta[:, 1, 2] = (1 - side) * (2 * down - 1)
-    grid = functional.affine_grid(theta, list(images_BCHW.shape), align_corners=False)
+    batch, _, height, width = images_BCHW.shape
+    # As affine_grid computes for a scaling and a shift, in a third of the time.
+    grid = images_BCHW.new_empty(batch, height, width, 2)
+    direction = side * torch.where(mirror < 0.5, -1.0, 1.0)
+    x = direction[:, None] * _centers(width, grid) + ((1 - side) * (2 * across - 1))[:, None]
+    y = side[:, None] * _centers(height, grid) + ((1 - side) * (2 * down - 1))[:, None]
+    grid[..., 0], grid[..., 1] = x[:, None, :], y[:, :, None]
     return functional.grid_sample(
         images_BCHW, grid, mode="bilinear", padding_mode="border", align_corners=False
     )
+
+
+def _centers(count: int, like: "torch.Tensor") -> "torch.Tensor":
+    """The centers of `count` pixels, where -1 and 1 are the outer edges of the image."""
+    import torch
+
+    return (2 * torch.arange(count, device=like.device, dtype=like.dtype) + 1) / count - 1
 
 
 def _uniform(rows: NDArray[np.int64], *, seed: int, epoch: int, count: int) -> NDArray[np.float32]:

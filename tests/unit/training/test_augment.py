@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from covergenre.training.augment import _uniform, augment
+from covergenre.training.augment import _mirror_and_crop, _uniform, augment
 
 KINDS = ["color", "light"]
 
@@ -180,3 +180,17 @@ def test_golden_draws() -> None:
         [3102819, 2714312, 4366366],
         [11608391, 9010395, 8479120],
     ]
+
+
+def test_crop_is_that_of_torchs_affine_grid() -> None:
+    from torch.nn import functional
+
+    batch, u = images(5, side=14), torch.rand(4, 5, generator=torch.Generator().manual_seed(1))
+    side = 0.8 + 0.2 * u[1]
+    theta = torch.zeros(5, 2, 3)
+    theta[:, 0, 0] = side * torch.where(u[0] < 0.5, -1.0, 1.0)
+    theta[:, 1, 1] = side
+    theta[:, 0, 2], theta[:, 1, 2] = (1 - side) * (2 * u[2] - 1), (1 - side) * (2 * u[3] - 1)
+    grid = functional.affine_grid(theta, list(batch.shape), align_corners=False)
+    expected = functional.grid_sample(batch, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(_mirror_and_crop(batch, *u), expected, atol=1e-5, rtol=0)

@@ -1,0 +1,114 @@
+"""Epochs of `train --cache-features`, relative to the first one and to epochs without the cache.
+
+    uv run python -m benchmarks.feature_cache --model vgg16 --freeze paper --albums 256
+    uv run python -m benchmarks.feature_cache --model mobilenet_v2 --freeze all --albums 1024
+
+Random weights and synthetic covers, in this process, with the loading tasks on Ray. An epoch is all
+of it: training steps, evaluation of the dev split (4 % of the albums) and checkpoint; with the
+cache, the first one also computes the features. The first epoch of each run also waits for the
+loading tasks to start. Runs with and without the cache alternate, --rounds times.
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks import run_benchmark
+from benchmarks.training import (
+    Times,
+    add_arguments,
+    make_job,
+    middle,
+    ray_monitor,
+    synthetic_dataset,
+    times,
+)
+from covergenre.cluster.ray_runtime import start_ray
+from covergenre.config import TrainConfig
+from covergenre.data.dataset import Manifest
+from covergenre.training.ranks import Ranks
+from covergenre.training.worker import Worker
+
+EPOCHS = 3
+
+
+class EpochWorker(Worker):
+    """Notes the time after each epoch."""
+
+    marks: list[Times]
+
+    def _run_epoch(self, epoch: int) -> bool:
+        finished = super()._run_epoch(epoch)
+        self.marks.append(times())
+        return finished
+
+
+def train(manifest: Manifest, folder: Path, settings: dict[str, object]) -> EpochWorker:
+    """A whole run in this process."""
+    config = TrainConfig(dataset=manifest.uri, out=str(folder), **settings)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    worker = EpochWorker(
+        make_job(manifest, folder, config, ray_monitor()), Ranks(0, 1, device), None
+    )
+    worker.marks = [times()]
+    worker.run()
+    return worker
+
+
+def main() -> None:
+    """Measure, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--freeze", default="paper")
+    parser.add_argument("--albums", type=int, default=256)
+    args = parser.parse_args()
+    start_ray()
+    found: dict[str, list[Times]] = {}
+    difference = 0.0
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        manifest = synthetic_dataset(root, args.albums)
+        settings = {
+            "model": args.model,
+            "weights": "none",
+            "freeze": args.freeze,
+            "augment": "none",
+            "precision": args.precision,
+            "batch_size": args.batch_size,
+            "epochs": EPOCHS,
+        }
+        for round_ in range(args.rounds):
+            losses = []
+            for cache in (False, True):
+                folder = root / f"{round_}-{cache}"
+                worker = train(manifest, folder, settings | {"cache_features": cache})
+                losses.append(worker._losses.losses)
+                for epoch in range(EPOCHS):
+                    name = f"{'with' if cache else 'without'} the cache, epoch {epoch + 1}"
+                    start, stop = worker.marks[epoch : epoch + 2]
+                    used = (stop[0] - start[0], stop[1] - start[1])
+                    found.setdefault(name, []).append(used)
+            pairs = zip(*losses, strict=True)
+            difference = max(difference, *(abs(a - b) / abs(a) for a, b in pairs))
+    columns = zip(*found["with the cache, epoch 1"], strict=True)
+    first = [statistics.median(values) for values in columns]
+    print(f"{args.model}, freeze {args.freeze}, {args.precision}, {args.albums} albums\n")
+    print("| | wall time, s | of the first with the cache | CPU time, s | of the first |")
+    print("|---|---|---|---|---|")
+    for name, measured in found.items():
+        columns = [[values[index] for values in measured] for index in (0, 1)]
+        shares = [
+            f"{statistics.median(column) / whole:.3f}"
+            for column, whole in zip(columns, first, strict=True)
+        ]
+        print(
+            f"| {name} | {middle(columns[0])} | {shares[0]} | {middle(columns[1])} | {shares[1]} |"
+        )
+    print(f"\nLargest relative difference of a step's loss: {difference:.1e}")
+
+
+if __name__ == "__main__":
+    run_benchmark(main)
