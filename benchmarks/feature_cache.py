@@ -93,20 +93,19 @@ def main() -> None:
                     found.setdefault(name, []).append(used)
             pairs = zip(*losses, strict=True)
             difference = max(difference, *(abs(a - b) / abs(a) for a, b in pairs))
-    columns = zip(*found["with the cache, epoch 1"], strict=True)
-    first = [statistics.median(values) for values in columns]
+    whole = [
+        statistics.median(used[index] for used in found["with the cache, epoch 1"])
+        for index in (0, 1)
+    ]
     print(f"{args.model}, freeze {args.freeze}, {args.precision}, {args.albums} albums\n")
     print("| | wall time, s | of the first with the cache | CPU time, s | of the first |")
     print("|---|---|---|---|---|")
     for name, measured in found.items():
-        columns = [[values[index] for values in measured] for index in (0, 1)]
-        shares = [
-            f"{statistics.median(column) / whole:.3f}"
-            for column, whole in zip(columns, first, strict=True)
-        ]
-        print(
-            f"| {name} | {middle(columns[0])} | {shares[0]} | {middle(columns[1])} | {shares[1]} |"
-        )
+        cells = [name]
+        for index in (0, 1):
+            column = [used[index] for used in measured]
+            cells += [middle(column), f"{statistics.median(column) / whole[index]:.3f}"]
+        print(f"| {' | '.join(cells)} |")
     print(f"\nLargest relative difference of a step's loss: {difference:.1e}")
 
 
