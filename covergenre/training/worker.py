@@ -209,7 +209,7 @@ class Worker:
         """The share of the `seconds` of an epoch's steps that the rank which waited longest has
         waited for batches, without the wait for the first batch of the worker group."""
         share = sum(self._waits) / max(seconds - (self._start_wait or 0.0), 1e-9)
-        return max(self._ranks.gather(share))
+        return float(max(self._ranks.gather(share)))
 
     def _train_step(self, epoch: int, step: int) -> torch.Tensor:
         """Train one step; returns this rank's part of the step's mean loss, detached."""

@@ -17,7 +17,9 @@ from covergenre.stages.train import _data_wait, train
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     """A dataset of 30 albums, of which only the manifest exists."""
-    shards = {split: (Shard(f"{split}/part", 10, 1, ""),) for split in ("train", "dev", "test")}
+    shards: dict[str, tuple[Shard, ...]] = {
+        split: (Shard(f"{split}/part", 10, 1, ""),) for split in ("train", "dev", "test")
+    }
     root = tmp_path / "dataset"
     write_manifest(Manifest(str(root), Genres(("Jazz", "Rock")), shards, "id", {}), {})
     return root

@@ -204,13 +204,18 @@ def test_cached_features_give_the_same_losses(
     manifest: Manifest, freeze: str, precision: str, tmp_path: Path
 ) -> None:
     """Not always the same bits: some layers round differently in batches of another size."""
-    settings = {"freeze": freeze, "precision": precision, "augment": "none", "epochs": 3}
-    found = []
+    settings: dict[str, Any] = {
+        "freeze": freeze,
+        "precision": precision,
+        "augment": "none",
+        "epochs": 3,
+    }
+    found: list[list[float]] = []
     for name, cache in (("without", False), ("with", True)):
         run(manifest, str(tmp_path / name), cache_features=cache, **settings)
         state, _ = final_state(str(tmp_path / name), tmp_path)
         found.append([*state["step_losses"], *(record["dev_loss"] for record in state["history"])])
-    np.testing.assert_allclose(*found, rtol=1e-5 if precision == "fp32" else 1e-2)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5 if precision == "fp32" else 1e-2)
 
 
 def test_cached_features_are_read_row_by_row_if_large(
