@@ -366,6 +366,7 @@ NOT_IN_FINGERPRINT = {
     "cpus_per_worker",
     "device",
     "checkpoint_every",
+    "cache_features",
     "resume",
 }
 OTHER_VALUES = {
@@ -378,6 +379,7 @@ OTHER_VALUES = {
     "epochs": 3,
     "max_steps": 3,
     "checkpoint_every": 3,
+    "microbatch": 4,
     "workers": 3,
     "l2": 0.125,
     "learning_rate": 0.125,

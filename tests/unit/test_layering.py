@@ -30,10 +30,12 @@ TORCH = {"torch", "torchvision"}
 # Modules that may import torch or Ray at the top; others must import these inside functions.
 AT_TOP = {
     "covergenre.api.torch_dataset": TORCH,
+    "covergenre.models.frozen_prefix": TORCH,
     "covergenre.models.networks": TORCH,
     "covergenre.models.pretrained": TORCH,
     "covergenre.models.summary": TORCH,
     "covergenre.training.dev_evaluation": TORCH,
+    "covergenre.training.features": TORCH,
     "covergenre.training.ranks": TORCH,
     "covergenre.training.state": TORCH,
     "covergenre.training.worker": TORCH,
