@@ -1,7 +1,9 @@
 """Rows of a plan in batches: loaded and decoded, ready for the model."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +17,19 @@ from covergenre.inference.outcomes import decode_rows
 Ranges = NDArray[np.int64]
 """[n, 3]: (output part, first row, row after the last one), in order of row."""
 
-Loaded = tuple[pa.Table, NDArray[np.uint8]]
-"""(outcomes of some rows, see outcomes.py; uint8 [rows that decode, side, side, 3])"""
+Seconds = dict[str, float]
+"""What took how long, for example {"fetch": 0.2, "decode": 1.1}."""
+
+
+class Loaded(NamedTuple):
+    """Some rows, loaded."""
+
+    outcomes: pa.Table
+    """A row for each; see outcomes.py."""
+    pixels: NDArray[np.uint8]
+    """uint8 [rows that decode, side, side, 3]"""
+    seconds: Seconds
+    """fetch and decode: in the task that loaded them. transfer: from there to the model."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,7 @@ class Batch:
     """A row for each; see outcomes.py."""
     pixels: NDArray[np.uint8]
     """uint8 [rows that decode, side, side, 3]"""
+    seconds: Seconds
 
 
 def split_ranges(ranges: Ranges, rows: int) -> Ranges:
@@ -46,23 +60,28 @@ def load(
     plan: Plan, start: int, stop: int, spec: Preprocessing, batch_size: int
 ) -> Iterator[Loaded]:
     """Rows `start` to `stop` in batches."""
+    began = time.perf_counter()
     rows = plan.read(start, stop)
     at = 0
     for _, found in covers.load(rows.select(covers.LOADED_COLUMNS), plan.source, batch_size):
-        yield decode_rows(rows.slice(at, len(found)), found, spec)
+        fetched = time.perf_counter()
+        outcomes, pixels = decode_rows(rows.slice(at, len(found)), found, spec)
+        decoded = time.perf_counter()
+        yield Loaded(outcomes, pixels, {"fetch": fetched - began, "decode": decoded - fetched})
         at += len(found)
+        began = time.perf_counter()
 
 
 def poison_row(plan: Plan, row: int, spec: Preprocessing) -> Loaded:
     """The outcome of a row whose workers crash, also where they have no other row."""
     error = CoverError("worker_died", "each worker that was given this row alone crashed")
-    return decode_rows(plan.read(row, row + 1), [error], spec)
+    return Loaded(*decode_rows(plan.read(row, row + 1), [error], spec), {})
 
 
 def decoded(plan: Plan, rows: list[int], spec: Preprocessing) -> list[NDArray[np.uint8]]:
     """Pixels of a few rows, uint8 [side, side, 3] each; every row must have a good cover."""
     return [
-        image for row in rows for _, pixels in load(plan, row, row + 1, spec, 1) for image in pixels
+        image for row in rows for part in load(plan, row, row + 1, spec, 1) for image in part.pixels
     ]
 
 

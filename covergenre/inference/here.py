@@ -51,6 +51,11 @@ def score_parts_here(
         tasks.close()
 
 
+def uses_gpu(device: str) -> bool:
+    """Whether `score_parts_here` uses a GPU. device: "auto", "cpu" or "gpu"."""
+    return _torch_device(device) == "cuda"
+
+
 def _torch_device(device: str) -> str:
     import torch
 

@@ -74,17 +74,17 @@ class Loader:
                 task = self._tasks.start(start, stop, self._batch_size)
                 running.append((part, start, stop, task))
             part, start, stop, task = running.popleft()
-            for outcomes, pixels in self._results(task, start, stop):
+            for outcomes, pixels, seconds in self._results(task, start, stop):
                 start += outcomes.num_rows
-                yield Batch(part, start, outcomes, pixels)
+                yield Batch(part, start, outcomes, pixels, seconds)
 
     def _results(self, task: Iterator[Loaded], start: int, stop: int) -> Iterator[Loaded]:
         """The batches of a task. Where its worker crashes, the rest is loaded batch by batch."""
         try:
-            for outcomes, pixels in task:
+            for loaded in task:
                 self._poison_rows = 0
-                yield outcomes, pixels
-                start += outcomes.num_rows
+                yield loaded
+                start += loaded.outcomes.num_rows
             if start < stop:  # it ended early
                 raise WorkerCrashedError
         except WorkerCrashedError:
@@ -98,8 +98,8 @@ class Loader:
         try:
             (loaded,) = self._tasks.start(start, stop, self._batch_size)
         except WorkerCrashedError:
-            tables, images = zip(*map(self._row, range(start, stop)), strict=True)
-            return pa.concat_tables(tables), np.concatenate(images)
+            tables, images, _ = zip(*map(self._row, range(start, stop)), strict=True)
+            return Loaded(pa.concat_tables(tables), np.concatenate(images), {})
         return loaded
 
     def _row(self, row: int) -> Loaded:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -145,8 +146,10 @@ class _Child:
         self._has_answered = False
         self._connection.send(request)
         while not isinstance(answer := self._connection.recv(), Exception | None):
-            outcomes, pixels = answer
-            yield batches.from_stream(outcomes), pixels
+            stream, pixels, seconds, sent = answer
+            outcomes = batches.from_stream(stream)
+            # All processes of a machine have the same monotonic clock.
+            yield Loaded(outcomes, pixels, seconds | {"transfer": time.monotonic() - sent})
         self._has_answered = True
         if answer is not None:
             raise answer
@@ -193,8 +196,9 @@ def serve() -> None:
 def _answer(connection: Any, plan: Plan, spec: Preprocessing, request: Request) -> None:
     start, stop, batch_size = request
     try:
-        for outcomes, pixels in batches.load(plan, start, stop, spec, batch_size):
-            connection.send((batches.to_stream(outcomes), pixels))
+        for outcomes, pixels, seconds in batches.load(plan, start, stop, spec, batch_size):
+            stream = batches.to_stream(outcomes)
+            connection.send((stream, pixels, seconds, time.monotonic()))
         connection.send(None)
     except MemoryError:  # as a crash: perhaps of these rows only
         os._exit(1)

@@ -1,5 +1,6 @@
 """Loads and decodes rows in Ray tasks."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from covergenre.data.image_decoding import Preprocessing
 from covergenre.data.plan import Plan
 from covergenre.inference import batches
-from covergenre.inference.batches import Loaded
+from covergenre.inference.batches import Loaded, Seconds
 from covergenre.inference.loader import WorkerCrashedError
 
 _MAX_RETRIES = 2
@@ -41,8 +42,10 @@ def _received(task: Any) -> Iterator[Loaded]:
 
     try:
         for reference in task:
-            outcomes, pixels = ray.get(reference)
-            yield batches.from_stream(outcomes), pixels
+            began = time.perf_counter()
+            stream, pixels, seconds = ray.get(reference)
+            outcomes = batches.from_stream(stream)
+            yield Loaded(outcomes, pixels, seconds | {"transfer": time.perf_counter() - began})
     except RayTaskError as error:
         # As a crash: perhaps of these rows only, and the others can be scored.
         if isinstance(error.cause, MemoryError):
@@ -54,7 +57,7 @@ def _received(task: Any) -> Iterator[Loaded]:
 
 def _load(
     plan: Plan, start: int, stop: int, spec: Preprocessing, batch_size: int
-) -> Iterator[tuple[bytes, NDArray[np.uint8]]]:
+) -> Iterator[tuple[bytes, NDArray[np.uint8], Seconds]]:
     """The task."""
-    for outcomes, pixels in batches.load(plan, start, stop, spec, batch_size):
-        yield batches.to_stream(outcomes), pixels
+    for outcomes, pixels, seconds in batches.load(plan, start, stop, spec, batch_size):
+        yield batches.to_stream(outcomes), pixels, seconds

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from covergenre.errors import DeviceMemoryError
-from covergenre.inference.batches import Batch
+from covergenre.inference.batches import Batch, Seconds
 from covergenre.models.bundle import Bundle, load_model
 from covergenre.models.predictor import Predictor, to_device
 
@@ -30,15 +30,22 @@ class Report:
     rows: int = 0
     parts: list[tuple[int, dict[str, int]]] = field(default_factory=list)
     """Output parts that were written, and what `write` returned for each."""
+    seconds: Seconds = field(default_factory=dict)
+    """What took how long; see bottleneck.py."""
     messages: list[str] = field(default_factory=list)
     """Lines for the user."""
 
     def take(self) -> "Report":
         """A copy; this one begins anew."""
-        taken = Report(self.rows, self.parts, self.messages[:])
-        self.rows, self.parts = 0, []
+        taken = Report(self.rows, self.parts, self.seconds, self.messages[:])
+        self.rows, self.parts, self.seconds = 0, [], {}
         self.messages.clear()  # others hold a reference to this list
         return taken
+
+    def add_seconds(self, seconds: Seconds) -> None:
+        """Add to the sums."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
 
 
 @contextlib.contextmanager
@@ -51,6 +58,22 @@ def _cancelled_on_error(pool: ThreadPoolExecutor) -> Iterator[None]:
         raise
 
 
+_Written = tuple[dict[str, int], float]
+"""(counts of an output part, seconds)"""
+
+
+def _timed(write: Write, part: int, outcomes: pa.Table, scores: NDArray[np.float32]) -> _Written:
+    began = time.perf_counter()
+    counts = write(part, outcomes, scores)
+    return counts, time.perf_counter() - began
+
+
+def _add_written(report: Report, part: int, written: Future[_Written]) -> None:
+    counts, seconds = written.result()
+    report.parts.append((part, counts))
+    report.add_seconds({"write": seconds})
+
+
 class Scorer:
     """A model on a device."""
 
@@ -58,6 +81,7 @@ class Scorer:
         model = to_device(load_model(bundle), device)
         self._predictor = Predictor(model, bundle.preprocessing, device, bundle.precision)
         self._genres = len(bundle.genres)
+        self._has_started = False
 
     def score(
         self, batches: Iterable[Batch], stops: dict[int, int], write: Write, report: Report
@@ -69,26 +93,41 @@ class Scorer:
         """
         outcomes: list[pa.Table] = []
         scores: list[NDArray[np.float32]] = []
-        writing: deque[tuple[int, Future[dict[str, int]]]] = deque()
+        writing: deque[tuple[int, Future[_Written]]] = deque()
         reported = time.monotonic()
         with ThreadPoolExecutor(1) as writer, _cancelled_on_error(writer):
-            for batch in batches:
+            for batch in self._waited_for(batches, report):
                 outcomes.append(batch.outcomes)
+                began = time.perf_counter()
                 scores.append(self._scores(batch.pixels))
+                report.add_seconds(batch.seconds | {"model": time.perf_counter() - began})
                 report.rows += batch.outcomes.num_rows
                 if batch.stop == stops[batch.part]:
                     table, values = pa.concat_tables(outcomes), np.concatenate(scores)
-                    writing.append((batch.part, writer.submit(write, batch.part, table, values)))
+                    writes = writer.submit(_timed, write, batch.part, table, values)
+                    writing.append((batch.part, writes))
                     outcomes, scores = [], []
+                began = time.perf_counter()
                 while writing and (len(writing) > _WRITES_AHEAD or writing[0][1].done()):
-                    part, counts = writing.popleft()
-                    report.parts.append((part, counts.result()))
+                    _add_written(report, *writing.popleft())
+                report.add_seconds({"write_wait": time.perf_counter() - began})
                 if time.monotonic() - reported > _REPORT_SECONDS:
                     yield report.take()
                     reported = time.monotonic()
-            for part, counts in writing:
-                report.parts.append((part, counts.result()))
+            for part, written in writing:
+                _add_written(report, part, written)
         yield report.take()
+
+    def _waited_for(self, batches: Iterable[Batch], report: Report) -> Iterator[Batch]:
+        """The batches; how long each was waited for is added to the report, but not the start of
+        the processes that load them."""
+        began = time.perf_counter()
+        for batch in batches:
+            if self._has_started:
+                report.add_seconds({"wait": time.perf_counter() - began})
+            self._has_started = True
+            yield batch
+            began = time.perf_counter()
 
     def _scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         import torch

@@ -6,7 +6,8 @@ from covergenre.cluster.workers import choose_workers, log_pending_resources
 from covergenre.config import InferenceSettings
 from covergenre.data.plan import Plan
 from covergenre.inference import actors, here
-from covergenre.inference.batches import Ranges
+from covergenre.inference.batches import Ranges, Seconds
+from covergenre.inference.bottleneck import bottleneck
 from covergenre.inference.scorer import Report, Write
 from covergenre.models.bundle import Bundle
 
@@ -30,6 +31,8 @@ class Scoring:
         """write: called where a part was scored. start_ray: called before Ray is used."""
         self._job = plan, ranges, bundle, write
         self._settings = settings
+        self.seconds: Seconds = {}
+        """What took how long so far, in all processes."""
         self.rows = int((ranges[:, 2] - ranges[:, 1]).sum())
         self._workers = None
         if not here.is_small_job(self.rows, settings.workers):
@@ -43,7 +46,19 @@ class Scoring:
         """Number of processes that have the model."""
         return self._workers.count if self._workers else 1
 
+    @property
+    def bottleneck(self) -> str:
+        """What limited the rate, in one line; see bottleneck.py."""
+        use_gpu = self._workers.use_gpu if self._workers else here.uses_gpu(self._settings.device)
+        return bottleneck(self.seconds, workers=self.workers, use_gpu=use_gpu)
+
     def __iter__(self) -> Iterator[Report]:
+        for report in self._reports():
+            for name, value in report.seconds.items():
+                self.seconds[name] = self.seconds.get(name, 0.0) + value
+            yield report
+
+    def _reports(self) -> Iterator[Report]:
         settings = self._settings
         if self._workers is None:
             yield from here.score_parts_here(

@@ -9,6 +9,7 @@ OUT/_state/          plan, run record, lock
 import csv
 import dataclasses
 import io
+import logging
 import shlex
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +46,8 @@ from covergenre.models.bundle import Bundle, check_weights, read_bundle
 from covergenre.progress import Progress
 from covergenre.report import plots
 from covergenre.runs.stage_run import StageRun, stage_run
+
+logger = logging.getLogger(__name__)
 
 _PLAN = "_state/plan"
 _METRICS = "_metrics.json"
@@ -136,6 +139,8 @@ def _score(
         for report in scoring:
             run.check_lock()
             progress.advance(report.rows)
+    if scoring.bottleneck:
+        logger.info(f"{progress.rate:,.1f} covers/s; {scoring.bottleneck}")
 
 
 def _reader(config: EvaluateConfig, manifest: Manifest) -> DatasetReader:

@@ -63,6 +63,8 @@ _COLUMNS = (*ROWS.names, "title", "artist", schema.ID)
 _COUNTS_KEY = b"covergenre"
 """Key in a part's Parquet footer: its counts, as JSON."""
 _FOOTER_THREADS = 32
+_SPEED = ("covers_per_second", "workers", "seconds", "bottleneck")
+"""Of the ledger: about the last run that scored rows."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class Labelled:
             )
         if led["rejected"] and not led["scored"]:
             lines.append("  warning: nothing was labeled: every row was rejected")
+        if led.get("bottleneck") and not self.remark:
+            rate = led["covers_per_second"]  # 0: too few covers for a rate
+            lines.append(f"  {f'{rate:,.1f} covers/s; ' if rate else ''}{led['bottleneck']}")
         return "\n".join([*lines, *schema.reason_warnings(led["reasons"])])
 
 
@@ -182,7 +187,7 @@ def _score(
     ranges = pending_ranges(plan.rows, part_rows, done.parts)
     journal = Journal(storage.join(out, _COUNTS))
     total: Counter[str] = Counter()
-    speed: dict[str, float | None] = {"covers_per_second": None, "workers": None}
+    speed: dict[str, Any] = dict.fromkeys(_SPEED)
     if len(done):
         logger.info(f"score: {len(done):,} of {parts:,} output parts already exist")
         count_rows(out, journal.sum(done, total), total)
@@ -200,12 +205,17 @@ def _score(
                     total.update(counts)
                 journal.add(report.parts)
         journal.flush()
-        speed = {"covers_per_second": round(progress.rate, 1), "workers": scoring.workers}
+        speed = {
+            "covers_per_second": round(progress.rate, 1),
+            "workers": scoring.workers,
+            "seconds": {name: round(value, 2) for name, value in scoring.seconds.items()},
+            "bottleneck": scoring.bottleneck,
+        }
     else:
         run.record(identity)
         if storage.exists(ledger_file):
             known = storage.read_json(ledger_file)
-            speed = {name: known.get(name) for name in speed}
+            speed = {name: known.get(name) for name in _SPEED}
     reasons = {name.partition(":")[2]: n for name, n in total.items() if ":" in name}
     ledger = {
         "rows": plan.rows,

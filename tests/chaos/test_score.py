@@ -110,13 +110,15 @@ class Run:
 
 
 def contents(out: Path) -> dict[str, str]:
-    """Every file of the result by its hash; the ledger without its rate."""
+    """Every file of the result by its hash; the ledger without its rate and times."""
     found = {}
     for file in sorted(file for file in out.rglob("part-*") if "plan" not in file.parts):
         name = str(file.relative_to(out))
         found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     ledger = json.loads((out / "_ledger.json").read_text())
-    found["ledger"] = json.dumps({**ledger, "covers_per_second": None})
+    found["ledger"] = json.dumps(
+        ledger | dict.fromkeys(("covers_per_second", "seconds", "bottleneck"))
+    )
     return found
 
 

@@ -48,10 +48,10 @@ class CrashingTasks:
         self._plan, self._poison = plan, poison
 
     def start(self, start: int, stop: int, batch_size: int) -> Iterator[Loaded]:
-        for outcomes, pixels in batches.load(self._plan, start, stop, SPEC, batch_size):
-            if self._poison & set(outcomes["row"].to_pylist()):
+        for loaded in batches.load(self._plan, start, stop, SPEC, batch_size):
+            if self._poison & set(loaded.outcomes["row"].to_pylist()):
                 raise WorkerCrashedError
-            yield outcomes, pixels
+            yield loaded
 
 
 def loaded(loader: Loader) -> tuple[pa.Table, list[int]]:

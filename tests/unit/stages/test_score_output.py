@@ -39,7 +39,7 @@ class RandomScoring(inference.Scoring):
     def __iter__(self) -> Iterator[Report]:
         plan, ranges, bundle, write = self._job
         for part, start, stop in ranges[::-1].tolist():
-            ((outcomes, pixels),) = load(plan, start, stop, bundle.preprocessing, stop - start)
+            ((outcomes, pixels, _),) = load(plan, start, stop, bundle.preprocessing, stop - start)
             shape = len(pixels), len(bundle.genres)
             scores = np.random.default_rng(start).random(shape, np.float32)
             report = Report(rows=outcomes.num_rows)
