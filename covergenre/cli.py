@@ -23,7 +23,10 @@ _STAGES = {
     "train": ("TrainConfig", "Fine-tune a model on a dataset."),
     "evaluate": ("EvaluateConfig", "Compute a model's metrics over a split of a dataset."),
     "score": ("ScoreConfig", "Label a catalog or a dataset with a model."),
+    "quote": ("QuoteConfig", "Estimate the time and cost of scoring a catalog."),
 }
+_SUBMITTED = ("prepare", "train", "evaluate", "score")
+"""Stages that run on the cluster of RAY_ADDRESS; quote measures the machine where it is run."""
 _COMMANDS = ("demo", "sample", *_STAGES, "summary", "submit", "doctor")
 _PROGRAM = "covergenre"
 _ARGUMENTS = "covergenre.arguments"
@@ -158,7 +161,7 @@ def _run_stage(name: str, given: dict[str, Any], verbose: bool) -> None:
     from covergenre.cluster import command_process
     from covergenre.cluster.ray_runtime import dashboard
 
-    if address := dashboard():
+    if name in _SUBMITTED and (address := dashboard()):
         from covergenre.cluster.jobs import submit as submit_job
 
         arguments = click.get_current_context().meta[_ARGUMENTS]
@@ -276,8 +279,8 @@ def submit(
     """
     from covergenre.cluster.jobs import submit as submit_job
 
-    if stage not in _STAGES:
-        raise ConfigError(f"no stage {stage!r}{did_you_mean(stage, _STAGES)}")
+    if stage not in _SUBMITTED:
+        raise ConfigError(f"no stage {stage!r}{did_you_mean(stage, _SUBMITTED)}")
     try:
         file = _check_arguments(stage, arguments)["config"]
     except click.NoSuchOption as error:

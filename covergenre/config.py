@@ -53,7 +53,7 @@ _EXECUTION_SETTINGS = {
     *("checkpoint_every", "resume", "max_rejected", "contact", "cache_features"),
 }
 # Not part of the fingerprint: the run record has hashes of the contents of these paths.
-PATH_SETTINGS = {"out", "covers", "genre_map", "weights"}
+PATH_SETTINGS = {"out", "covers", "genre_map", "weights", "cluster", "prices"}
 # Catalog settings that score accepts but does not use; its help does not show them.
 PREPARE_ONLY = {"genres_column", "genres_separator", "split_column", "group_column"}
 
@@ -454,6 +454,47 @@ class ScoreConfig(CatalogSettings, InferenceSettings):
                 )
             used[name.casefold()] = name
         return names
+
+
+class QuoteConfig(CatalogSettings):
+    """Settings of quote."""
+
+    model: PathOrUri = argument("model directory written by train")
+    catalog: PathOrUri = argument(
+        "catalog (as for prepare) or dataset directory written by prepare"
+    )
+    cluster: PathOrUri | None = Field(
+        None, description="Ray cluster file: also estimate for its machines"
+    )
+    within: str | None = Field(
+        None, description="a time such as 8h or 90m: also print how many machines it takes"
+    )
+    machine: str | None = Field(
+        None,
+        min_length=1,
+        description="type of this machine in the table of prices, such as g6.2xlarge",
+    )
+    prices: PathOrUri | None = Field(
+        None, description="YAML file with prices  [default: the one that comes with covergenre]"
+    )
+    sample_rows: Positive = Field(1024, description="rows to score, at random from the catalog")
+    batch_size: Positive = Field(64, description="covers per forward pass")
+    device: Device = Field("auto", description=_DEVICE)
+
+    @field_validator("within")
+    @classmethod
+    def _check_within(cls, within: str | None) -> str | None:
+        if within is not None and duration_seconds(within) is None:
+            raise ValueError("expected a time such as 8h, 90m or 1.5d")
+        return within
+
+
+def duration_seconds(text: str) -> float | None:
+    """Seconds of a duration such as 8h, 90m or 1.5d; None if it is not one."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([dhm])", text.strip())
+    if match is None or not float(match[1]):
+        return None
+    return float(match[1]) * {"d": 86400, "h": 3600, "m": 60}[match[2]]
 
 
 Stage = TypeVar("Stage", bound=StageConfig)

@@ -370,6 +370,7 @@ NOT_IN_FINGERPRINT = {
     "resume",
 }
 OTHER_VALUES = {
+    "part_rows": 128,
     "freeze": "3",
     "model": "tiny",
     "split_fractions": (0.5, 0.25, 0.25),
