@@ -26,6 +26,8 @@ from covergenre.io.s3_errors import (
     no_bucket,
     no_response,
 )
+from covergenre.io.s3_listing import Page, page_of
+from covergenre.io.s3_range_get import ObjectRange
 
 _PROBE_AGAIN_SECONDS = 30.0
 """After this time, an unavailable bucket is probed again; until then, requests fail at once."""
@@ -97,30 +99,23 @@ def split_path(path: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _get(path: str, start: int, stop: int, etag: str | None = None) -> tuple[bytes, int, str]:
-    """(content from byte `start` to `stop` or the end, size of the object, its ETag)
+def _get(path: str, start: int, stop: int, etag: str | None = None) -> ObjectRange:
+    """The content from byte `start` to `stop` or the end.
 
     etag: raises OSError if the object has another one, because it has changed since.
     """
     from botocore.exceptions import ClientError
 
     bucket, key = split_path(path)
-    condition = {"IfMatch": etag} if etag else {}
 
-    def send(client: Any) -> tuple[bytes, int, str]:
-        where = f"bytes={start}-{stop - 1}"
+    def send(client: Any) -> ObjectRange:
         try:
-            response = client.get_object(Bucket=bucket, Key=key, Range=where, **condition)
+            found: ObjectRange = client.get_range(bucket, key, start, stop, etag)
         except ClientError as error:
             if error_code(error) == "InvalidRange" and start == 0:
-                return b"", 0, ""  # an empty object has no first byte
+                return ObjectRange(b"", 0, "")  # an empty object has no first byte
             raise
-        with contextlib.closing(response["Body"]) as body:
-            data = body.read()
-        size = int(response.get("ContentRange", "").rpartition("/")[2] or -1)
-        if len(data) != min(stop, size) - start:
-            raise TruncatedResponseError(path)
-        return data, size, response["ETag"]
+        return found
 
     return request(bucket, send)
 
@@ -155,7 +150,7 @@ class ObjectReader:
             return self._first[start:stop]
         chunks = [self._first[start:]]
         for at in range(max(start, len(self._first)), stop, CHUNK_BYTES):
-            chunks.append(_get(self._path, at, min(at + CHUNK_BYTES, stop), self._etag)[0])
+            chunks.append(_get(self._path, at, min(at + CHUNK_BYTES, stop), self._etag).data)
         return b"".join(chunks)
 
     def close(self) -> None:
@@ -327,24 +322,36 @@ def write_if_absent(path: str, data: bytes) -> bool:
 
 def list_pages(
     bucket: str, prefix: str, recursive: bool, *, max_keys: int = 0, probe: bool = False
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Page]:
     """The pages of a listing of keys that begin with `prefix`."""
     parameters: dict[str, Any] = {"Prefix": prefix, "MaxKeys": max_keys or _PAGE_KEYS}
     if not recursive:
         parameters["Delimiter"] = "/"
 
-    def send(client: Any) -> dict[str, Any]:
-        page: dict[str, Any] = client.list_objects_v2(Bucket=bucket, **parameters)
-        if "IsTruncated" not in page:
-            raise TruncatedResponseError(bucket)
-        return page
+    def send(client: Any) -> Page:
+        return page_of(client.list_objects_v2(Bucket=bucket, **parameters))
 
     while True:
         page = request(bucket, send, probe=probe)
         yield page
-        if not page["IsTruncated"]:
+        if page.next_token is None:
             return
-        parameters["ContinuationToken"] = page["NextContinuationToken"]
+        parameters["ContinuationToken"] = page.next_token
+
+
+def list_sizes(directory: str, recursive: bool = True) -> dict[str, int]:
+    """Path below `directory` -> bytes, of every object in it, sorted.
+
+    recursive: also of those in subdirectories.
+    """
+    bucket, _, key = directory.partition("/")
+    prefix = f"{key}/" if key else ""
+    sizes: dict[str, int] = {}
+    for page in list_pages(bucket, prefix, recursive):
+        for name, size in zip(page.keys, page.sizes, strict=True):
+            if not name.endswith("/"):  # an empty object that marks a directory
+                sizes[name[len(prefix) :]] = size
+    return {name: sizes[name] for name in sorted(sizes)}
 
 
 def delete(bucket: str, key: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from covergenre.io import s3_listing
 from covergenre.io.retries import with_retries
 from covergenre.io.s3_errors import (
     CUSTOMER_KEY_FILE,
@@ -19,6 +20,7 @@ from covergenre.io.s3_errors import (
     is_retryable,
     translate,
 )
+from covergenre.io.s3_range_get import RangeGetter
 
 RETRY_TIMEOUT_SECONDS = 90.0
 """No attempt of a request begins later than this after the first."""
@@ -73,8 +75,11 @@ def _new_client(probe: bool) -> Any:
     )
     # boto3 itself reads AWS_DEFAULT_REGION only.
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    made = boto3.session.Session().client("s3", region_name=region, config=config)
+    session = boto3.session.Session()
+    session.events.register("creating-client-class.s3", _add_range_getter)
+    made = session.client("s3", region_name=region, config=config)
     made.meta.events.register("before-parse.s3", _check_length)
+    s3_listing.register(made)
     if (key := _customer_key()) is not None:
         encryption = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": key}
         for operation in (
@@ -82,6 +87,10 @@ def _new_client(probe: bool) -> Any:
         ):
             _add_parameters(made, operation, encryption)
     return made
+
+
+def _add_range_getter(base_classes: list[type], **_: Any) -> None:
+    base_classes.insert(0, RangeGetter)
 
 
 def _checksums(variable: str) -> str:

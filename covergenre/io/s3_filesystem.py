@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -53,17 +54,17 @@ class Handler(fs.FileSystemHandler):  # type: ignore[misc]
         directories: set[str] = set()
         exists = not key
         for page in list_pages(bucket, f"{key}/" if key else "", selector.recursive):
-            for found in page.get("Contents", ()):
-                exists, path = True, f"{bucket}/{found['Key']}"
+            for name, size, modified in zip(page.keys, page.sizes, page.modified, strict=True):
+                exists, path = True, f"{bucket}/{name}"
                 above = path.rpartition("/")[0]
                 while len(above) > len(directory) and above not in directories:
                     directories.add(above)
                     above = above.rpartition("/")[0]
                 if not path.endswith("/"):  # an empty object that marks a directory
-                    files.append(_file_info(path, found["Size"], found["LastModified"]))
-            for found in page.get("CommonPrefixes", ()):
+                    files.append(_file_info(path, size, datetime.fromisoformat(modified)))
+            for prefix in page.prefixes:
                 exists = True
-                directories.add(f"{bucket}/{found['Prefix'].rstrip('/')}")
+                directories.add(f"{bucket}/{prefix.rstrip('/')}")
         if not exists and not selector.allow_not_found:
             raise FileNotFoundError("no such file or directory")
         return files + [fs.FileInfo(path, fs.FileType.Directory) for path in sorted(directories)]
@@ -77,7 +78,7 @@ class Handler(fs.FileSystemHandler):  # type: ignore[misc]
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
         bucket, key = split_path(path.rstrip("/"))  # never a whole bucket
         pages = list_pages(bucket, f"{key}/", recursive=True)
-        keys = [found["Key"] for page in pages for found in page.get("Contents", ())]
+        keys = [key for page in pages for key in page.keys]
         # One request each: older stores refuse the checksum of a request to delete many objects.
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda key: delete(bucket, key), keys))
@@ -124,5 +125,5 @@ def _path_info(path: str) -> fs.FileInfo:
             found = request(bucket, lambda client: head(client, where))
             return _file_info(path, found["ContentLength"], found["LastModified"])
     page = next(list_pages(bucket, f"{key}/" if key else "", recursive=True, max_keys=1))
-    is_directory = page.get("Contents") or not key
+    is_directory = page.keys or not key
     return fs.FileInfo(path, fs.FileType.Directory if is_directory else fs.FileType.NotFound)

@@ -268,10 +268,12 @@ def _read_chunk(uri: PathOrUri, source: pa.NativeFile) -> bytes:
 def list_files(uri: PathOrUri) -> list[str]:
     """Every file below the directory `uri`, sorted. Raises StorageError if there is none."""
     system, path = filesystem(uri)
-    with translate_errors(uri, "list"):
-        found = system.get_file_info(fs.FileSelector(path, recursive=True))
-    prefix = "" if isinstance(system, fs.LocalFileSystem) else "s3://"
-    return sorted(prefix + info.path for info in found if _is_complete_file(info))
+    base = path if isinstance(system, fs.LocalFileSystem) else f"s3://{path}"
+    sizes = list_sizes(uri)
+    if not sizes and not is_directory(uri):
+        with translate_errors(uri, "list"):
+            raise FileNotFoundError(uri)
+    return [f"{base}/{name}" for name in sizes]
 
 
 def list_sizes(uri: PathOrUri, *, recursive: bool = True) -> dict[str, int]:
@@ -282,19 +284,16 @@ def list_sizes(uri: PathOrUri, *, recursive: bool = True) -> dict[str, int]:
     """
     system, path = filesystem(uri)
     with translate_errors(uri, "list"):
+        if not isinstance(system, fs.LocalFileSystem):
+            return s3.list_sizes(path, recursive)
         found = system.get_file_info(
             fs.FileSelector(path, recursive=recursive, allow_not_found=True)
         )
     return {
         info.path[len(path) + 1 :]: int(info.size)
         for info in sorted(found, key=lambda info: str(info.path))
-        if _is_complete_file(info)
+        if info.type == fs.FileType.File and not info.base_name.startswith(_TEMPORARY_PREFIX)
     }
-
-
-def _is_complete_file(info: fs.FileInfo) -> bool:
-    is_file = info.type == fs.FileType.File
-    return bool(is_file and not info.base_name.startswith(_TEMPORARY_PREFIX))
 
 
 # Writing and deleting

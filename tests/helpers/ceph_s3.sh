@@ -40,7 +40,7 @@ rgw_data = $D/rgw
 osd_objectstore = memstore
 memstore_device_bytes = 4294967296
 mon_max_pg_per_osd = 1000
-rgw_frontends = beast endpoint=$ADDRESS:9000
+rgw_frontends = beast endpoint=$ADDRESS:9000 tcp_nodelay=1
 rgw_crypt_require_ssl = false
 CONF
   c="--conf $D/ceph.conf"
