@@ -1,17 +1,20 @@
-"""CPU time of score's driver per row, and how the rate grows with the number of workers.
+"""CPU time of a driver per row, and how the rate of score grows with the number of workers.
 
-    uv run python -m benchmarks.driver                        # 1,000,000 rows
+    uv run python -m benchmarks.driver                        # score, 1,000,000 rows
+    uv run python -m benchmarks.driver --stage prepare        # prepare, 1,000,000 rows
     uv run python -m benchmarks.driver --workers 8 32 128     # rates
 
 Everything is real, on an embedded Ray, except what the workers do with a row. For the CPU time they
-load no cover and write random scores. For the rates they sleep for as long as a GPU would take for
-the covers of an output part, and write nothing; the rate is that of the middle half of the run.
+load no cover, and write random scores, or no shards. For the rates they sleep for as long as a GPU
+would take for the covers of an output part, and write nothing; the rate is that of the middle half
+of the run.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,10 @@ import pyarrow as pa
 from benchmarks import run_benchmark
 from covergenre.cluster.ray_runtime import start_ray
 from covergenre.cluster.workers import Workers
-from covergenre.config import ScoreConfig
+from covergenre.config import PrepareConfig, ScoreConfig
+from covergenre.data import shards
 from covergenre.data.covers import Duplicate
+from covergenre.data.dataset_plan import plan_dataset, read_inputs
 from covergenre.data.plan import Plan
 from covergenre.demo.sample import write_untrained_model
 from covergenre.inference import actors
@@ -31,6 +36,7 @@ from covergenre.inference.batches import Ranges
 from covergenre.inference.outcomes import decode_rows
 from covergenre.inference.scorer import Report, Write
 from covergenre.models.bundle import Bundle, read_bundle
+from covergenre.stages import prepare as prepare_stage
 from covergenre.stages import score as score_stage
 
 _PART_ROWS = 1024
@@ -84,6 +90,7 @@ def main() -> None:
     """Measure, and print one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--stage", choices=("score", "prepare"), default="score")
     parser.add_argument("--workers", type=int, nargs="+", help="instead: rates with these numbers")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each rate")
     args = parser.parse_args()
@@ -92,17 +99,54 @@ def main() -> None:
         model = write_untrained_model(str(folder / "model"))
         if args.workers:
             result = _rates(read_bundle(model), args.workers, args.seconds)
+        elif args.stage == "prepare":
+            result = _prepare_cpu_time(folder, args.rows)
         else:
             result = _cpu_time(folder, model, args.rows)
     print(json.dumps(result))
 
 
-def _cpu_time(folder: Path, model: str, rows: int) -> dict[str, Any]:
+def _write_catalog(folder: Path, rows: int) -> str:
     with (folder / "catalog.csv").open("w") as file:
-        file.write("album_id,cover\n")
+        file.write("album_id,cover,genres\n")
         file.writelines(
-            f"album-{row:09d},https://covers.invalid/{row}.jpg\n" for row in range(rows)
+            f"album-{row:09d},https://covers.invalid/{row}.jpg,{'Rock' if row % 2 else 'Jazz'}\n"
+            for row in range(rows)
         )
+    return str(folder / "catalog.csv")
+
+
+def _record_only(batch: pa.Table, out: str, plan: Plan, max_side: int | None) -> Iterator[pa.Table]:
+    """The task of prepare, which reads its rows, loads no cover and writes no shard."""
+    for line in batch["shard"].to_pylist():
+        shard = shards.ShardRows(**json.loads(line))
+        rows = shards.read_shard(plan, shard)
+        genres = Counter(genre for names in rows["genres"].to_pylist() for genre in names)
+        record = {"rows": shard.rows, "split": shard.split, "part": shard.part, "genres": genres}
+        yield pa.table({"record": [json.dumps(record)]})
+
+
+def _prepare_cpu_time(folder: Path, rows: int) -> dict[str, Any]:
+    config = PrepareConfig(catalog=_write_catalog(folder, rows), out=str(folder / "dataset"))
+    prepare_stage._make_some = _record_only
+    start_ray()
+    began = time.perf_counter()
+    inputs = read_inputs(config)
+    planned = plan_dataset(str(folder / "plan"), config, inputs, reuse=False)
+    planning, cpu = time.perf_counter() - began, time.process_time()
+    records = list(prepare_stage._make_shards(str(folder / "dataset"), config, planned))
+    cpu = time.process_time() - cpu
+    assert sum(record["rows"] for record in records) == rows
+    return {
+        "rows": rows,
+        "driver_cpu_us_per_row": round(cpu / rows * 1e6, 2),
+        "planned_rows_per_second": round(rows / planning),
+        "shards": len(records),
+    }
+
+
+def _cpu_time(folder: Path, model: str, rows: int) -> dict[str, Any]:
+    catalog = _write_catalog(folder, rows)
     measured: dict[str, float] = {}
     score_parts = actors.score_parts
 
@@ -117,7 +161,7 @@ def _cpu_time(folder: Path, model: str, rows: int) -> dict[str, Any]:
     start_ray()
     began = time.perf_counter()
     config = ScoreConfig(
-        model=model, catalog=str(folder / "catalog.csv"), out=str(folder / "labels"), workers=2
+        model=model, catalog=catalog, out=str(folder / "labels"), workers=2, part_rows=_PART_ROWS
     )
     done = score_stage.score(config)
     assert done.ledger["scored"] == rows
