@@ -18,8 +18,8 @@ from benchmarks import run_benchmark
 from covergenre.config import PrepareConfig
 from covergenre.data.image_decoding import decode, validate_and_reencode
 from covergenre.demo.sample import write_sample
-from covergenre.models.bundle import load_model, read_bundle
-from covergenre.models.predictor import Predictor, to_device
+from covergenre.models.bundle import read_bundle
+from covergenre.models.inference import load_for_inference
 
 
 def main() -> None:
@@ -37,8 +37,7 @@ def compare(model_uri: str, covers: Path) -> dict[str, float]:
     """Differences between the scores of original and re-encoded images in `covers`."""
     max_side = int(PrepareConfig.model_fields["max_side"].default)
     bundle = read_bundle(model_uri)
-    model = to_device(load_model(bundle), "cpu")
-    predictor = Predictor(model, bundle.preprocessing, "cpu", bundle.precision)
+    model = load_for_inference(bundle, "cpu")
     original, prepared, changed = [], [], 0
     for path in sorted(path for path in covers.iterdir() if path.is_file()):
         data = path.read_bytes()
@@ -46,8 +45,8 @@ def compare(model_uri: str, covers: Path) -> dict[str, float]:
         changed += reencoded != data
         original.append(decode(data, bundle.preprocessing))
         prepared.append(decode(reencoded, bundle.preprocessing))
-    # Batches of equal size, so that only the pixels differ.
-    difference = np.abs(predictor(np.stack(original)) - predictor(np.stack(prepared)))
+    before, after = (model.scores(np.stack(pixels), 64) for pixels in (original, prepared))
+    difference = np.abs(before - after)
     return {
         "covers": len(original),
         "re_encoded": changed,

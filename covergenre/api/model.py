@@ -16,10 +16,10 @@ from covergenre.errors import ConfigError, DeviceMemoryError, ImageError
 from covergenre.io import storage
 from covergenre.io.urls import redacted
 from covergenre.models import bundle as bundles
-from covergenre.models.predictor import Predictor, to_device
 from covergenre.progress import Callback, Progress, reporting
 
 if TYPE_CHECKING:
+    from covergenre.models.inference import InferenceModel
     from covergenre.models.networks import CoverModel
 
 
@@ -40,8 +40,10 @@ def load_model(uri: str | os.PathLike[str], device: str = "auto") -> "Model":
         ConfigError: there is no such device (code "no_device").
     """
     torch_device = _torch_device(device)
+    from covergenre.models.inference import load_for_inference
+
     bundle = bundles.read_bundle(os.fspath(uri))
-    return Model(bundle, to_device(bundles.load_model(bundle), torch_device), torch_device)
+    return Model(bundle, load_for_inference(bundle, torch_device), torch_device)
 
 
 def _torch_device(name: str) -> str:
@@ -64,21 +66,27 @@ class Model:
     """A trained model on a device. Made by `load_model`.
 
     Attributes:
-        module: the network as a torch.nn.Module in eval mode: normalized images, float32
-            [batch, 3, side, side] as returned by `transform`, to logits [batch, genres].
         transform: converts a PIL image (or any other cover) to a float32 tensor [3, side, side],
             with the preprocessing of training.
         uri: the model directory.
         device: name of the torch device.
     """
 
-    def __init__(self, bundle: bundles.Bundle, module: "CoverModel", device: str) -> None:
-        self.module = module
+    def __init__(self, bundle: bundles.Bundle, model: "InferenceModel", device: str) -> None:
         self.transform = Transform(bundle.preprocessing)
         self.uri = bundle.uri
         self.device = device
         self._bundle = bundle
-        self._predictor = Predictor(module, bundle.preprocessing, device, bundle.precision)
+        self._model = model
+
+    @property
+    def module(self) -> "CoverModel":
+        """The network as a torch.nn.Module in eval mode: normalized images, float32
+        [batch, 3, side, side] as returned by `transform`, to logits [batch, genres].
+
+        It has the trained layers. `predict` and `embed` use a faster form of it, made when the
+        model was loaded; do not change its weights."""
+        return self._model.network
 
     @property
     def name(self) -> str:
@@ -119,6 +127,10 @@ class Model:
     ) -> Scores:
         """Score covers, as the `score` stage does, in this process.
 
+        On a CPU, the scores of a cover have the same bits whatever the other covers and batch_size
+        are, and in `score` too (at an equal number of threads of torch). On a GPU they have them at
+        equal batch_size.
+
         Encoded images are decoded in a child process: a malformed one cannot crash this one.
 
         Args:
@@ -126,7 +138,7 @@ class Model:
                 http(s)://, data:), encoded bytes, PIL images, and pixels as uint8 arrays
                 [height, width], [height, width, 3] (RGB) or [height, width, 4] (RGBA). May be a
                 generator: no more than two batches are in memory.
-            batch_size: covers in a forward pass.
+            batch_size: covers in a batch; on a GPU, also covers in a forward pass.
             errors: "raise" raises ImageError for the first cover that cannot be read or decoded;
                 "nan" sets its scores to NaN, and the reason in `Scores.reasons`.
             allow_private_addresses: also fetch http(s) URLs of private networks and this machine.
@@ -142,7 +154,7 @@ class Model:
         """
         with reporting(progress, callbacks):
             values, names, reasons = self._run(
-                *(self._predictor, len(self.genres), "predict", covers),
+                *(self._model.scores, len(self.genres), "predict", covers),
                 *(batch_size, errors, allow_private_addresses),
             )
         return Scores(values, self.genres, self._bundle.thresholds, names, reasons)
@@ -167,14 +179,14 @@ class Model:
         """
         with reporting(progress, callbacks):
             values, _, _ = self._run(
-                *(self._predictor.features, self.module.num_features, "embed", covers),
+                *(self._model.features, self.module.num_features, "embed", covers),
                 *(batch_size, errors, allow_private_addresses),
             )
         return values
 
     def _run(
         self,
-        compute: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+        compute: Callable[[NDArray[np.uint8], int], NDArray[np.float32]],
         width: int,
         task: str,
         covers: Cover | Iterable[Cover],
@@ -214,7 +226,7 @@ class Model:
                 good = [reason is None for reason in reasons[-len(batch) :]]
                 try:
                     if pixels:
-                        values[good] = compute(np.stack(pixels))
+                        values[good] = compute(np.stack(pixels), batch_size)
                 except torch.OutOfMemoryError as error:
                     raise DeviceMemoryError(
                         f"a batch of {len(pixels)} covers does not fit in the memory of"

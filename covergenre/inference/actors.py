@@ -41,7 +41,8 @@ class ScoringActor:
         """Load the model; apart from __init__, whose errors Ray reports as a crash."""
         silence_ray_loggers()
         use_cores(self._workers)
-        self._scorer = Scorer(self._bundle, "cuda" if self._workers.use_gpu else "cpu")
+        device = "cuda" if self._workers.use_gpu else "cpu"
+        self._scorer = Scorer(self._bundle, device, self._batch_size)
 
     def score(self, ranges: Ranges, write: Write) -> Iterator[Report]:
         """Score and write parts; a report twice a second."""

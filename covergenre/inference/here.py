@@ -43,7 +43,7 @@ def score_parts_here(
     ahead = max(1, min(processes + 1, _BYTES_AHEAD // (task_rows * 3 * spec.side**2)))
     tasks = LocalTasks(plan, spec, processes)  # first: the children start while torch is imported
     try:
-        scorer = Scorer(bundle, _torch_device(device))
+        scorer = Scorer(bundle, _torch_device(device), batch_size)
         loader = Loader(plan, spec, batch_size, tasks, logger.warning)
         stops = dict(ranges[:, [0, 2]].tolist())
         yield from scorer.score(loader.batches(ranges, ahead), stops, write, Report())

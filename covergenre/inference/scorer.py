@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from covergenre.errors import DeviceMemoryError
 from covergenre.inference.batches import Batch, Seconds
-from covergenre.models.bundle import Bundle, load_model
-from covergenre.models.predictor import Predictor, to_device
+from covergenre.models.bundle import Bundle
 
 Write = Callable[[int, pa.Table, NDArray[np.float32]], dict[str, int]]
 """(output part, outcomes, scores of the rows with a cover_sha256) -> counts; writes the part."""
@@ -77,9 +76,11 @@ def _add_written(report: Report, part: int, written: Future[_Written]) -> None:
 class Scorer:
     """A model on a device."""
 
-    def __init__(self, bundle: Bundle, device: str) -> None:
-        model = to_device(load_model(bundle), device)
-        self._predictor = Predictor(model, bundle.preprocessing, device, bundle.precision)
+    def __init__(self, bundle: Bundle, device: str, batch_size: int) -> None:
+        from covergenre.models.inference import load_for_inference
+
+        self._model = load_for_inference(bundle, device)
+        self._batch_size = batch_size
         self._genres = len(bundle.genres)
         self._has_started = False
 
@@ -135,7 +136,7 @@ class Scorer:
         if not len(pixels):
             return np.empty((0, self._genres), np.float32)
         try:
-            return self._predictor(pixels)
+            return self._model.scores(pixels, self._batch_size)
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(
                 "a batch does not fit in GPU memory; use a lower --batch-size",

@@ -1,6 +1,6 @@
-"""Inference: pixels to scores or features, on one device."""
+"""The forward pass of the network under training; pixels to tensors. See also inference.py."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Predictor:
-    """A model on a device; takes uint8 pixels and returns scores or features."""
+    """The network under training on a device: its logits for whole batches of any size."""
 
     def __init__(
         self, model: "CoverModel", preprocessing: Preprocessing, device: str, precision: str
@@ -25,35 +25,38 @@ class Predictor:
         self._device = device
         self._precision = precision
 
-    def __call__(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Scores in 0 to 1, float32 [batch, genres], of uint8 [batch, side, side, 3]."""
-        scores = self.scores_of(to_unit(pixels_BHWC, self._device))
-        return np.asarray(scores.cpu().numpy(), np.float32)
-
-    def scores_of(self, images_BCHW: "torch.Tensor") -> "torch.Tensor":
-        """Scores of images in 0 to 1 on the device; the result is on the device, too."""
-        return self.logits_of(images_BCHW).sigmoid()
-
     def logits_of(self, images_BCHW: "torch.Tensor") -> "torch.Tensor":
-        """Logits in float32; finite even where the score rounds to 0 or 1."""
-        return self._run(self._model, images_BCHW)
-
-    def features(self, pixels_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Penultimate features, float32 [batch, features], of uint8 [batch, side, side, 3]."""
-        features = self._run(self._model.embed, to_unit(pixels_BHWC, self._device))
-        return np.asarray(features.cpu().numpy(), np.float32)
-
-    def _run(
-        self, function: "Callable[[torch.Tensor], torch.Tensor]", images_BCHW: "torch.Tensor"
-    ) -> "torch.Tensor":
+        """Logits in float32 of images in 0 to 1 on the device; finite even where the score rounds
+        to 0 or 1."""
         import torch
 
         training = self._model.training
         self._model.eval()
         with torch.inference_mode(), autocast(self._device, self._precision):
-            output = function(normalise(images_BCHW, self._preprocessing)).float()
+            logits: torch.Tensor = self._model(normalise(images_BCHW, self._preprocessing)).float()
         self._model.train(training)
-        return output
+        return logits
+
+
+def fixed_batches(
+    pixels_BHWC: NDArray[np.uint8], rows: int
+) -> Iterator[tuple[NDArray[np.uint8], int]]:
+    """`pixels_BHWC` in copies of exactly `rows` rows, the last filled up with zeros; with the
+    number of rows that are not filling. No pixels give one batch, of filling only."""
+    for start in range(0, max(1, len(pixels_BHWC)), rows):
+        given = pixels_BHWC[start : start + rows]
+        batch = np.zeros((rows, *given.shape[1:]), np.uint8)
+        batch[: len(given)] = given
+        yield batch, len(given)
+
+
+def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scores of logits, computed in float64.
+
+    Not torch's sigmoid: on CPUs it rounds the last elements of a tensor in another way, so that a
+    score would depend on the position of its row.
+    """
+    return np.exp(-np.logaddexp(0, -logits.astype(np.float64))).astype(np.float32)
 
 
 def autocast(device: str, precision: str) -> "torch.autocast":

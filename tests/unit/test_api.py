@@ -283,6 +283,15 @@ def test_predict_reports_progress_to_callbacks(
     assert captured.out == ""
 
 
+def test_scores_have_the_same_bits_alone_and_in_any_batch(
+    model: cg.Model, covers: list[Path]
+) -> None:
+    scores = model.predict(covers).values
+    assert np.array_equal(model.predict(covers[7]).values, scores[[7]])
+    mix = model.predict([covers[3], b"damaged", covers[1]], batch_size=2, errors="nan").values
+    assert np.array_equal(mix[[0, 2]], scores[[3, 1]])
+
+
 def test_embed_gives_the_input_of_the_last_layer(model: cg.Model, covers: list[Path]) -> None:
     features = model.embed(covers[:3])
     assert features.shape == (3, 64) and features.dtype == np.float32
