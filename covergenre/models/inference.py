@@ -5,7 +5,8 @@ the layers before them, weights are converted to the precision of the model once
 normalized in two passes over memory instead of five.
 
 The scores of a cover do not depend on the other covers of its batch, not even in the last bit:
-every forward pass has the same shape. (Matrix products of other shapes add their terms in another order.)
+every forward pass has the same shape. (Matrix products of other shapes add their terms in another
+order.)
 """
 
 import copy

@@ -31,6 +31,7 @@ TORCH = {"torch", "torchvision"}
 AT_TOP = {
     "covergenre.api.torch_dataset": TORCH,
     "covergenre.models.frozen_prefix": TORCH,
+    "covergenre.models.inference": TORCH,
     "covergenre.models.networks": TORCH,
     "covergenre.models.pretrained": TORCH,
     "covergenre.models.summary": TORCH,
