@@ -31,7 +31,7 @@ from covergenre.data.covers import Duplicate
 from covergenre.data.dataset_plan import plan_dataset, read_inputs
 from covergenre.data.plan import Plan
 from covergenre.demo.sample import write_untrained_model
-from covergenre.inference import actors
+from covergenre.inference import ray_scoring
 from covergenre.inference.batches import Ranges
 from covergenre.inference.outcomes import decode_rows
 from covergenre.inference.scorer import Report, Write
@@ -148,7 +148,7 @@ def _prepare_cpu_time(folder: Path, rows: int) -> dict[str, Any]:
 def _cpu_time(folder: Path, model: str, rows: int) -> dict[str, Any]:
     catalog = _write_catalog(folder, rows)
     measured: dict[str, float] = {}
-    score_parts = actors.score_parts
+    score_parts = ray_scoring.score_parts
 
     def timed(*arguments: Any, **settings: Any) -> Iterator[Report]:
         began, cpu = time.perf_counter(), time.process_time()
@@ -156,8 +156,8 @@ def _cpu_time(folder: Path, model: str, rows: int) -> dict[str, Any]:
         measured["seconds"] = time.perf_counter() - began
         measured["cpu_seconds"] = time.process_time() - cpu
 
-    actors.ScoringActor = WritingActor  # type: ignore[misc,assignment]
-    actors.score_parts = timed
+    ray_scoring.ScoringActor = WritingActor  # type: ignore[misc,assignment]
+    ray_scoring.score_parts = timed
     start_ray()
     began = time.perf_counter()
     config = ScoreConfig(
@@ -175,7 +175,7 @@ def _cpu_time(folder: Path, model: str, rows: int) -> dict[str, Any]:
 
 def _rates(bundle: Bundle, counts: list[int], seconds: float) -> dict[str, Any]:
     start_ray()
-    actors.ScoringActor = SleepingActor  # type: ignore[misc,assignment]
+    ray_scoring.ScoringActor = SleepingActor  # type: ignore[misc,assignment]
     return {str(count): round(_rate(bundle, count, seconds)) for count in counts}
 
 
@@ -185,7 +185,7 @@ def _rate(bundle: Bundle, count: int, seconds: float) -> float:
     number = np.arange(parts)
     ranges = np.stack([number, number * _PART_ROWS, (number + 1) * _PART_ROWS], axis=1)
     workers = Workers(count, use_gpu=False, cpus=0.01, per_node=count)
-    reports = actors.score_parts(
+    reports = ray_scoring.score_parts(
         None,  # type: ignore[arg-type]  # no row is read
         ranges,
         bundle,

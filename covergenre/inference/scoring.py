@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from covergenre.cluster.workers import choose_workers, log_pending_resources
 from covergenre.config import InferenceSettings
 from covergenre.data.plan import Plan
-from covergenre.inference import actors, here
+from covergenre.inference import local_scoring, ray_scoring
 from covergenre.inference.batches import Ranges, Seconds
 from covergenre.inference.bottleneck import bottleneck
 from covergenre.inference.scorer import Report, Write
@@ -35,7 +35,7 @@ class Scoring:
         """What took how long so far, in all processes."""
         self.rows = int((ranges[:, 2] - ranges[:, 1]).sum())
         self._workers = None
-        if not here.is_small_job(self.rows, settings.workers):
+        if not local_scoring.is_small_job(self.rows, settings.workers):
             start_ray()
             self._workers = choose_workers(
                 settings.workers, settings.device, settings.cpus_per_worker
@@ -49,7 +49,11 @@ class Scoring:
     @property
     def bottleneck(self) -> str:
         """What limited the rate, in one line; see bottleneck.py."""
-        use_gpu = self._workers.use_gpu if self._workers else here.uses_gpu(self._settings.device)
+        use_gpu = (
+            self._workers.use_gpu
+            if self._workers
+            else local_scoring.uses_gpu(self._settings.device)
+        )
         return bottleneck(self.seconds, workers=self.workers, use_gpu=use_gpu)
 
     def __iter__(self) -> Iterator[Report]:
@@ -61,11 +65,11 @@ class Scoring:
     def _reports(self) -> Iterator[Report]:
         settings = self._settings
         if self._workers is None:
-            yield from here.score_parts_here(
+            yield from local_scoring.score_parts_locally(
                 *self._job, batch_size=settings.batch_size, device=settings.device
             )
             return
         with log_pending_resources(*self._workers.required_resource):
-            yield from actors.score_parts(
+            yield from ray_scoring.score_parts(
                 *self._job, batch_size=settings.batch_size, workers=self._workers
             )

@@ -35,7 +35,7 @@ from covergenre.data.covers import DatasetReader, Source
 from covergenre.data.http_proxies import check_proxies
 from covergenre.data.plan import ROWS, RowReader, write_plan
 from covergenre.formatting import plural
-from covergenre.inference import here, outcomes
+from covergenre.inference import local_scoring, outcomes
 from covergenre.inference.batches import Seconds
 from covergenre.inference.bottleneck import bottleneck
 from covergenre.inference.parts import default_part_rows, pending_ranges
@@ -225,7 +225,7 @@ def _measure(config: QuoteConfig, bundle: Bundle, sample: SampleReader, folder: 
     times: list[tuple[float, int]] = []
     seconds: Seconds = {}
     size = rows = 0
-    reports = here.score_parts_here(
+    reports = local_scoring.score_parts_locally(
         plan,
         pending_ranges(plan.rows, config.batch_size, np.empty(0, np.int64)),
         bundle,
@@ -243,7 +243,7 @@ def _measure(config: QuoteConfig, bundle: Bundle, sample: SampleReader, folder: 
             for name, value in report.seconds.items():
                 seconds[name] = seconds.get(name, 0.0) + value
             size += sum(counts["bytes"] for _, counts in report.parts)
-    use_gpu = here.uses_gpu(config.device)
+    use_gpu = local_scoring.uses_gpu(config.device)
     return Measured(
         rows,
         _rate(times, began),

@@ -48,5 +48,5 @@ def training_in_this_process() -> Iterator[None]:
 def scoring_without_ray() -> Iterator[None]:
     """Meanwhile `score` and `evaluate` do without Ray, also if this process has one."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("covergenre.inference.here.is_small_job", lambda *_: True)
+        monkeypatch.setattr("covergenre.inference.local_scoring.is_small_job", lambda *_: True)
         yield

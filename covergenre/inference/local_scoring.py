@@ -33,7 +33,7 @@ def is_small_job(rows: int, workers: int | None) -> bool:
     return rows <= MAX_ROWS and workers is None and not has_ray and address in ("", "local")
 
 
-def score_parts_here(
+def score_parts_locally(
     plan: Plan, ranges: Ranges, bundle: Bundle, write: Write, *, batch_size: int, device: str
 ) -> Iterator[Report]:
     """As score_parts, on this process's device. device: "auto", "cpu" or "gpu"."""
@@ -52,7 +52,7 @@ def score_parts_here(
 
 
 def uses_gpu(device: str) -> bool:
-    """Whether `score_parts_here` uses a GPU. device: "auto", "cpu" or "gpu"."""
+    """Whether `score_parts_locally` uses a GPU. device: "auto", "cpu" or "gpu"."""
     return _torch_device(device) == "cuda"
 
 
