@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 _EMBEDDED_OBJECT_STORE_BYTES = 2 * 2**30
 """Of an embedded Ray. It holds encoded covers and a few batches of pixels."""
 PIPELINE_BYTES = 384 * 2**20
-"""Limit of one Ray Data pipeline in the object store; its readers wait when it is reached."""
+"""Limit of one Ray Data pipeline in the object store, 40 batches of 64 covers; its readers wait
+when it is reached."""
 
 _CONNECT_SECONDS = 10
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # RFC 9113, 3.4
@@ -319,13 +320,14 @@ def silence_ray_loggers() -> None:
 
 
 @contextlib.contextmanager
-def data_context(*, ordered: bool = False, skip_failed_blocks: bool = False) -> Iterator[None]:
+def data_context(*, ordered: bool = False, pipelines: int = 1) -> Iterator[None]:
     """Settings for the Ray Data pipelines that are created in the `with` block; the DataContext of
     this process is not changed.
 
-    skip_failed_blocks: blocks whose tasks fail are left out without an error; the caller finds out
-    which rows are missing.
+    pipelines: how many of them run at a time on the cluster; each has its share of half of the
+    object store, at most PIPELINE_BYTES.
     """
+    import ray
     from ray.data import DataContext, ExecutionResources
 
     from covergenre.cluster.ray_internals import PIPELINE_CALLBACKS
@@ -336,9 +338,10 @@ def data_context(*, ordered: bool = False, skip_failed_blocks: bool = False) -> 
     # A row is a whole batch: blocks of this size contain one batch, or few.
     context.target_max_block_size = 2**20
     context.execution_options.preserve_order = ordered
-    context.max_errored_blocks = -1 if skip_failed_blocks else 0
+    context.max_errored_blocks = 0
+    store = ray.cluster_resources().get("object_store_memory", 0) / 2
     context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=PIPELINE_BYTES
+        object_store_memory=min(PIPELINE_BYTES, int(store / pipelines))
     )
     for callback in PIPELINE_CALLBACKS:
         if callback not in context.custom_execution_callback_classes:

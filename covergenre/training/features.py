@@ -131,7 +131,7 @@ class FeatureCache:
             for file in files
         ]
         read = partial(loader.read_ranges, genres=self.data.genres)
-        shares = loader.decoded_shares(items, read, self.data.preprocessing)
+        shares = loader.decoded_shares(items, read, self.data.preprocessing, self.data.world)
         for file in files:
             records: list[bytes] = []
             rows = 0

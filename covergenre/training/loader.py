@@ -152,7 +152,9 @@ def pixel_batches(
     epochs: (epoch, number of steps), in order; the first starts at step `first_step`.
     """
     items = items_of_epochs(data, epochs, first_step)
-    for share in decoded_shares(items, partial(read_items, data=data), data.preprocessing):
+    for share in decoded_shares(
+        items, partial(read_items, data=data), data.preprocessing, data.world
+    ):
         yield share["step"][0].as_py(), to_batch(share, data)
 
 
@@ -160,15 +162,16 @@ def decoded_shares(
     items: list[dict[str, Any]],
     read: Callable[[pa.Table], Iterator[pa.Table]],
     spec: Preprocessing,
+    pipelines: int,
 ) -> Iterator[pa.RecordBatch]:
     """Read and decode items in Ray Data tasks; yields shares one by one, in order.
 
-    read: a table of items -> tables of _SHARES.
+    read: a table of items -> tables of _SHARES. pipelines: how many of these run at a time.
     """
     import ray.data
     from ray.data import TaskPoolStrategy
 
-    with data_context(ordered=True):
+    with data_context(ordered=True, pipelines=pipelines):
         inputs = ray.data.from_items(items, override_num_blocks=len(items))
     decoded = inputs.map_batches(
         read,

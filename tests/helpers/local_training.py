@@ -17,6 +17,7 @@ def local_shares(
     items: list[dict[str, Any]],
     read: Callable[[pa.Table], Iterator[pa.Table]],
     spec: Preprocessing,
+    pipelines: int = 1,
 ) -> Iterator[pa.RecordBatch]:
     """loader.decoded_shares, but read and decoded in this process."""
     for item in items:
