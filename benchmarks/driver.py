@@ -116,19 +116,18 @@ def _write_catalog(folder: Path, rows: int) -> str:
     return str(folder / "catalog.csv")
 
 
-def _record_only(batch: pa.Table, out: str, plan: Plan, max_side: int | None) -> Iterator[pa.Table]:
+def _record_only(
+    shard: shards.ShardRows, out: str, plan: Plan, max_side: int | None
+) -> dict[str, Any]:
     """The task of prepare, which reads its rows, loads no cover and writes no shard."""
-    for line in batch["shard"].to_pylist():
-        shard = shards.ShardRows(**json.loads(line))
-        rows = shards.read_shard(plan, shard)
-        genres = Counter(genre for names in rows["genres"].to_pylist() for genre in names)
-        record = {"rows": shard.rows, "split": shard.split, "part": shard.part, "genres": genres}
-        yield pa.table({"record": [json.dumps(record)]})
+    rows = shards.read_shard(plan, shard)
+    genres = Counter(genre for names in rows["genres"].to_pylist() for genre in names)
+    return {"rows": shard.rows, "split": shard.split, "part": shard.part, "genres": genres}
 
 
 def _prepare_cpu_time(folder: Path, rows: int) -> dict[str, Any]:
     config = PrepareConfig(catalog=_write_catalog(folder, rows), out=str(folder / "dataset"))
-    prepare_stage._make_some = _record_only
+    prepare_stage._make_shard = _record_only
     start_ray()
     began = time.perf_counter()
     inputs = read_inputs(config)

@@ -320,9 +320,9 @@ def silence_ray_loggers() -> None:
 
 
 @contextlib.contextmanager
-def data_context(*, ordered: bool = False, pipelines: int = 1) -> Iterator[None]:
-    """Settings for the Ray Data pipelines that are created in the `with` block; the DataContext of
-    this process is not changed.
+def data_context(*, pipelines: int) -> Iterator[None]:
+    """Settings for the ordered Ray Data pipelines that are created in the `with` block; the
+    DataContext of this process is not changed.
 
     pipelines: how many of them run at a time on the cluster; each has its share of half of the
     object store, at most PIPELINE_BYTES.
@@ -337,7 +337,7 @@ def data_context(*, ordered: bool = False, pipelines: int = 1) -> Iterator[None]
     context.print_on_execution_start = False
     # A row is a whole batch: blocks of this size contain one batch, or few.
     context.target_max_block_size = 2**20
-    context.execution_options.preserve_order = ordered
+    context.execution_options.preserve_order = True
     context.max_errored_blocks = 0
     store = ray.cluster_resources().get("object_store_memory", 0) / 2
     context.execution_options.resource_limits = ExecutionResources.for_limits(

@@ -13,20 +13,19 @@ is written last and commits it. A resumed run makes the shards that have no reco
     OUT/_state/                  plan, shard records, duplicates, run record, lock
 """
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from itertools import islice
 from typing import Any
 
 import PIL
 import pyarrow as pa
 
 from covergenre import __version__, schema
-from covergenre.cluster import ray_runtime
+from covergenre.cluster import autoscaling, ray_runtime
 from covergenre.cluster.workers import check_task_limit, log_pending_resources
 from covergenre.config import PrepareConfig
 from covergenre.data import covers, dataset, decoder_process, shards
@@ -58,6 +57,11 @@ _DUPLICATES = "_state/duplicates"
 _REJECTED = "_rejected"
 _PLOTS = ("_report/label_distribution.png", "_report/genres_by_split.png")
 _RECORD_THREADS = 32
+_TASK_RETRIES = 3
+"""Of a task whose worker or machine was lost."""
+_MAX_TASKS = 10_000
+"""Running and waiting; an autoscaler may have no limit."""
+_POLL_SECONDS = 0.2
 _SLICE_ROWS = 64
 """Rows whose source bytes, at most 25 MB each, are in memory at the same time."""
 
@@ -131,9 +135,6 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
 
 def _make_shards(out: str, config: PrepareConfig, planned: DatasetPlan) -> Iterator[dict[str, Any]]:
     """Make the missing shards on the cluster. Yields the records of all shards, in any order."""
-    import ray.data
-    from ray.data import TaskPoolStrategy
-
     every = planned.assignment.shards
     records = _read_records(out)
     if records:
@@ -143,27 +144,39 @@ def _make_shards(out: str, config: PrepareConfig, planned: DatasetPlan) -> Itera
     if not pending:
         return
     max_side = None if config.keep_original else config.max_side
-    make = partial(_make_some, out=out, plan=planned.plan, max_side=max_side)
-    tasks = [{"shard": json.dumps(asdict(shard))} for shard in pending]
-    with ray_runtime.data_context():
-        task_rows = ray.data.from_items(tasks, override_num_blocks=len(tasks))
-    limit = min(len(tasks), config.workers) if config.workers else None
-    made = task_rows.map_batches(
-        make,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=TaskPoolStrategy(size=limit) if limit else None,
-    )
-    blocks: Iterable[Any] = made.iter_batches(batch_size=None, batch_format="pyarrow")
-    total = sum(shard.rows for shard in pending)
-    progress_bar = Progress("prepare", total, "rows")
+    progress_bar = Progress("prepare", sum(shard.rows for shard in pending), "rows")
     waiting = log_pending_resources("CPU", 1)
     with waiting, ray_runtime.unwrap_ray_errors(), progress_bar as progress:
-        for block in blocks:
-            for line in block["record"].to_pylist():
-                record = json.loads(line)
-                progress.advance(record["rows"])
-                yield record
+        for record in _records(pending, out, planned.plan, max_side, config.workers):
+            progress.advance(record["rows"])
+            yield record
+
+
+def _records(
+    pending: list[ShardRows], out: str, plan: Plan, max_side: int | None, tasks: int | None
+) -> Iterator[dict[str, Any]]:
+    """Make these shards in Ray tasks; yields the record of each, in any order.
+
+    tasks: how many may run at a time; None: as many as the cluster has CPUs, or can have.
+    """
+    import ray
+
+    make: Any = ray.remote(_make_shard).options(num_cpus=1, max_retries=_TASK_RETRIES)
+    # More than run at a time: the next are there at once, and an autoscaler sees that they wait.
+    limit = tasks or int(min(2 * autoscaling.max_resources("CPU"), _MAX_TASKS))
+    shards_left, plan_reference = iter(pending), ray.put(plan)
+    running: list[Any] = []
+    try:
+        while True:
+            for shard in islice(shards_left, limit - len(running)):
+                running.append(make.remote(shard, out, plan_reference, max_side))
+            if not running:
+                return
+            done, running = ray.wait(running, num_returns=len(running), timeout=_POLL_SECONDS)
+            yield from ray.get(done)
+    finally:
+        for task in running:  # of a run that failed or was interrupted
+            ray.cancel(task)
 
 
 def _read_records(out: str) -> dict[str, dict[str, Any]]:
@@ -179,14 +192,8 @@ def _name(shard: ShardRows) -> str:
     return f"part-{shard.split}-{shard.part:05d}"
 
 
-def _make_some(batch: pa.Table, out: str, plan: Plan, max_side: int | None) -> Iterator[pa.Table]:
-    for line in batch["shard"].to_pylist():
-        record = _make_shard(ShardRows(**json.loads(line)), out, plan, max_side)
-        yield pa.table({"record": [json.dumps(record)]})
-
-
 def _make_shard(shard: ShardRows, out: str, plan: Plan, max_side: int | None) -> dict[str, Any]:
-    """Write one shard, its rejected rows and its duplicates. Returns its record."""
+    """The task: write a shard, its rejected rows and its duplicates. Returns its record."""
     albums: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
     duplicates: list[dict[str, Any]] = []

@@ -171,7 +171,7 @@ def decoded_shares(
     import ray.data
     from ray.data import TaskPoolStrategy
 
-    with data_context(ordered=True, pipelines=pipelines):
+    with data_context(pipelines=pipelines):
         inputs = ray.data.from_items(items, override_num_blocks=len(items))
     decoded = inputs.map_batches(
         read,

@@ -37,7 +37,7 @@ from covergenre.errors import (
     StorageError,
     UserError,
 )
-from covergenre.inference import here
+from covergenre.inference import local_scoring
 from covergenre.io import storage
 from covergenre.models.bundle import Bundle, load_model, read_bundle
 from covergenre.models.networks import build_model
@@ -406,7 +406,7 @@ def test_score_accounts_for_every_row_and_matches_scores_computed_without_ray(
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, available_cores() // 2))
     with monkeypatch.context() as patch:
-        patch.setattr(here, "is_small_job", lambda *_: True)
+        patch.setattr(local_scoring, "is_small_job", lambda *_: True)
         alone = score(config.model_copy(update={"out": str(tmp_path / "alone")}))
     torch.set_num_threads(threads)
     assert alone.ledger["rows"] == n
