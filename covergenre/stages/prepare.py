@@ -14,8 +14,9 @@ is written last and commits it. A resumed run makes the shards that have no reco
 """
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -72,6 +73,8 @@ class Prepared:
 
     manifest: Manifest
     remark: str = ""
+    bottleneck: str = ""
+    """What took most of the time of this run, and what would help."""
 
     def summary(self) -> str:
         """The text that the command prints at the end."""
@@ -92,6 +95,8 @@ class Prepared:
         lines += [f"  {line}" for line in split_table(by_split, rows)]
         lines += [f"  warning: {line}" for line in split_warnings(by_split, rows)]
         lines += schema.reason_warnings(counts["reasons"])
+        if self.bottleneck:
+            lines.append(f"  {self.bottleneck}")
         figures = (storage.join(m.uri, name) for name in _PLOTS)
         lines.append(f"  see {' and '.join(figures)}")
         return "\n".join(lines)
@@ -128,9 +133,27 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
         records = list(_make_shards(out, config, planned))
         _write_rejected(out, plan)
         rejected = Counter(planned.assignment.rejected)
+        seconds: Counter[str] = Counter()
         for record in records:
             rejected.update(record["reasons"])
-        return Prepared(_finish(out, config, planned, records, rejected))
+            seconds.update(record.get("seconds", {}))
+        manifest = _finish(out, config, planned, records, rejected)
+        return Prepared(manifest, bottleneck=_bottleneck(seconds))
+
+
+def _bottleneck(seconds: Mapping[str, float]) -> str:
+    """One line: what took most of the tasks' time, and the remedy. Empty for no tasks."""
+    total = sum(seconds.values())
+    if not total:
+        return ""
+    slowest = max(seconds, key=lambda name: seconds[name])
+    shares = ", ".join(f"{name} {value / total:.0%}" for name, value in seconds.items())
+    remedy = {
+        "reading": "use a higher --download-concurrency, or a store that is nearer",
+        "decoding": "more CPU cores would be faster",
+        "writing": "a faster store would help",
+    }
+    return f"bottleneck: {slowest} ({shares}); {remedy[slowest]}"
 
 
 def _make_shards(out: str, config: PrepareConfig, planned: DatasetPlan) -> Iterator[dict[str, Any]]:
@@ -193,12 +216,23 @@ def _name(shard: ShardRows) -> str:
 
 
 def _make_shard(shard: ShardRows, out: str, plan: Plan, max_side: int | None) -> dict[str, Any]:
-    """The task: write a shard, its rejected rows and its duplicates. Returns its record."""
+    """The task: write a shard, its rejected rows and its duplicates. Returns its record, and how
+    many seconds it took."""
+    seconds = dict.fromkeys(("reading", "decoding", "writing"), 0.0)
+    began = time.perf_counter()
+
+    def add_to(name: str) -> None:
+        nonlocal began
+        now = time.perf_counter()
+        seconds[name] += now - began
+        began = now
+
     albums: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
     duplicates: list[dict[str, Any]] = []
     rows = shards.read_shard(plan, shard)
     for part, outcomes in covers.load(rows, plan.source, _SLICE_ROWS):
+        add_to("reading")
         for row, outcome in zip(part.to_pylist(), outcomes, strict=True):
             if isinstance(outcome, Duplicate):
                 duplicates.append(row)
@@ -207,6 +241,7 @@ def _make_shard(shard: ShardRows, out: str, plan: Plan, max_side: int | None) ->
                 albums.append(_album(row, outcome, max_side))
             except CoverError as error:
                 rejected.append(rejected_row(row, error))
+        add_to("decoding")
     stored = None
     if albums:
         table = pa.Table.from_pylist(albums, schema=schema.DATASET)
@@ -228,7 +263,8 @@ def _make_shard(shard: ShardRows, out: str, plan: Plan, max_side: int | None) ->
         "genres": Counter(genre for album in albums for genre in album["genres"]),
     }
     storage.put_json(storage.join(out, _RECORDS, f"{name}.json"), record)
-    return record
+    add_to("writing")
+    return record | {"seconds": seconds}
 
 
 def _album(
