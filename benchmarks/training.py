@@ -13,6 +13,7 @@ time is the more reliable one.
 """
 
 import argparse
+import logging
 import statistics
 import tempfile
 import time
@@ -41,6 +42,8 @@ from covergenre.training.job import Job
 from covergenre.training.monitor import Monitor
 from covergenre.training.ranks import Ranks
 from covergenre.training.worker import BETAS, EPSILON, Worker
+
+logger = logging.getLogger(__name__)
 
 Times = tuple[float, float]
 """(wall time, CPU time of all processes), in seconds."""
@@ -195,6 +198,9 @@ def main() -> None:
             found, wait = loop_step(job, device)
             loop.append(found)
             waits.append(100 * wait)
+            logger.info(
+                f"round {round_ + 1}: (wall, CPU) bare {bare[-1]}, loop {found}, wait {wait}"
+            )
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPUs"
     print(f"{args.model}, {args.precision}, batch size {args.batch_size}, {where}\n")
     print("| | bare step, s | loop, s per step | bare / loop |\n|---|---|---|---|")

@@ -10,6 +10,7 @@ an idle machine, the speedup is about twice the ratio.
 """
 
 import argparse
+import logging
 import multiprocessing
 import os
 import tempfile
@@ -37,16 +38,18 @@ from covergenre.training import loader
 from covergenre.training.loader import BatchStream
 from covergenre.training.ranks import Ranks
 
+logger = logging.getLogger(__name__)
+
 
 class Silent:
     """Takes the reports of a worker, as the monitor's actor does."""
 
     def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=lambda *_: False)
+        return SimpleNamespace(remote=lambda *_: None)
 
 
 class LocalWorker(TimedWorker):
-    """Reads and decodes in this process, and is never resized."""
+    """Reads and decodes in this process."""
 
     def _open_stream(self) -> BatchStream:
         items = loader.items_of_epochs(self._data, [(0, self._steps.epochs[0])], 0)
@@ -60,9 +63,6 @@ class LocalWorker(TimedWorker):
                 for share in decoded.to_batches()
             ),
         )
-
-    def _is_resize_requested(self) -> bool:
-        return False
 
 
 def train_rank(rank: int, world: int, manifest: Manifest, folder: str, settings: Any) -> Times:
@@ -115,6 +115,7 @@ def main() -> None:
                     ranks = pool.starmap(train_rank, jobs, chunksize=1)
                 wall, cpu = (list(values) for values in zip(*ranks, strict=True))
                 measured[world].append((max(wall), sum(cpu)))
+                logger.info(f"{world} worker(s): (wall, CPU) {measured[world][-1]}")
     print(f"{args.model}, {args.precision}, batch size {args.batch_size}\n")
     print("| | one worker, s per step | two workers, s per step | one / two |\n|---|---|---|---|")
     for index, name in enumerate(("wall time", "CPU time, all workers")):

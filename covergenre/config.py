@@ -359,6 +359,12 @@ class TrainConfig(StageConfig):
         low, _, high = self.workers.partition(":")
         return int(low), min(int(high or low), self.batch_size)
 
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change during training."""
+        low, high = self.worker_range() or (1, 1)
+        return low < high
+
     @field_validator("model")
     @classmethod
     def _check_model(cls, model: str) -> str:

@@ -160,7 +160,7 @@ def _run_group(config: TrainConfig, job: Job, state_folder: str) -> None:
     # Ray Train would silently continue an earlier run with this name.
     storage.delete_directory(storage.join(state_folder, _RAY))
     filesystem, path = storage.filesystem(state_folder)
-    elastic = _is_elastic(config)
+    elastic = config.is_elastic
     failures: dict[str, Any] = {
         # A group of fixed size waits for its machines without a time limit.
         "controller_failure_limit": 0 if elastic else -1,
@@ -186,15 +186,10 @@ def _run_group(config: TrainConfig, job: Job, state_folder: str) -> None:
         )
 
 
-def _is_elastic(config: TrainConfig) -> bool:
-    low, high = config.worker_range() or (1, 1)
-    return low < high
-
-
 @contextlib.contextmanager
 def _machines_requested(config: TrainConfig, workers: Workers) -> Iterator[None]:
     """Request machines for the largest group from the autoscaler, which also replaces lost ones."""
-    if not _is_elastic(config):
+    if not config.is_elastic:
         yield
         return
     from ray.autoscaler.sdk import request_resources

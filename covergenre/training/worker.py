@@ -34,6 +34,12 @@ _SYNC_EVERY_STEPS = 16
 """Steps between checks of the losses and of resize requests, which wait for the device."""
 
 
+_SLOW_BF16 = (
+    "--precision bf16: this CPU has no instructions for it (AVX-512), and a training step takes"
+    " several times as long as with --precision fp32"
+)
+
+
 def training_loop(settings: dict[str, Any]) -> None:
     """Run by Ray Train in every worker. settings: {"job": Job}."""
     import ray
@@ -108,6 +114,9 @@ class Worker:
     def run(self) -> None:
         """Train until complete, or until a requested resize of the group."""
         try:
+            is_bf16 = self._config.precision == "bf16" and self._ranks.rank == 0
+            if is_bf16 and _is_bf16_slow(self._ranks.device):
+                self._log(_SLOW_BF16)
             self._stream = self._open_stream()
             while self._state.epoch < len(self._steps.epochs):
                 if not self._run_epoch(self._state.epoch):
@@ -298,6 +307,8 @@ class Worker:
 
     def _is_resize_requested(self) -> bool:
         """Whether the driver has requested a resize of the group; the same on every rank."""
+        if not self._config.is_elastic:
+            return False
         import ray
 
         request = self._job.monitor.is_resize_requested.remote
@@ -322,6 +333,13 @@ class Worker:
             training_state.save(
                 self._job.checkpoints, self._state, self._model, self._optimizer, best=best
             )
+
+
+def _is_bf16_slow(device: str) -> bool:
+    """Whether torch computes bf16 convolutions on this device in its reference implementation."""
+    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _build_model(

@@ -106,7 +106,6 @@ def run(
     from covergenre.training.ranks import Ranks
 
     loader.decoded_shares = local_shares
-    worker.Worker._is_resize_requested = lambda self: False  # type: ignore[method-assign]
     job = local_job(manifest, folder, **settings)
     subject = worker.Worker(job, Ranks(rank, world, "cpu"), None)
     if stop:
