@@ -30,7 +30,8 @@ from covergenre.data.image_decoding import Preprocessing
 from covergenre.demo.sample import GENRES, write_sample
 from covergenre.io import storage
 from covergenre.models import networks
-from covergenre.models.predictor import Predictor, autocast, normalise, to_device, to_unit
+from covergenre.models.inference import InferenceModel
+from covergenre.models.predictor import autocast, normalise, to_device, to_unit
 from covergenre.registry import MODELS
 from covergenre.stages.prepare import prepare
 from covergenre.stages.score import score
@@ -68,9 +69,9 @@ def bare_rates(
         shape = (n, spec.side, spec.side, 3)
         return to_unit(rng.integers(0, 255, shape, np.uint8), device)
 
-    predictor = Predictor(model, spec, device, precision)
-    images = pixels(score_batch)
-    forward = _rate(score_batch, lambda: predictor.scores_of(images), seconds)
+    fast = InferenceModel(model.eval(), spec, device, precision)
+    covers = rng.integers(0, 255, (score_batch, spec.side, spec.side, 3), np.uint8)
+    forward = _rate(score_batch, lambda: fast.scores(covers, score_batch), seconds)
 
     images, targets = pixels(train_batch), torch.rand(train_batch, len(GENRES), device=device)
     optimizer = torch.optim.Adam(

@@ -23,10 +23,12 @@ _STAGES = {
     "train": ("TrainConfig", "Fine-tune a model on a dataset."),
     "evaluate": ("EvaluateConfig", "Compute a model's metrics over a split of a dataset."),
     "score": ("ScoreConfig", "Label a catalog or a dataset with a model."),
+    "quantize": ("QuantizeConfig", "Make an int8 model, which scores faster on CPUs."),
     "quote": ("QuoteConfig", "Estimate the time and cost of scoring a catalog."),
 }
 _SUBMITTED = ("prepare", "train", "evaluate", "score")
-"""Stages that run on the cluster of RAY_ADDRESS; quote measures the machine where it is run."""
+"""Stages that run on the cluster of RAY_ADDRESS; the others use the machine where
+they are run."""
 _COMMANDS = ("demo", "sample", *_STAGES, "summary", "submit", "doctor")
 _PROGRAM = "covergenre"
 _ARGUMENTS = "covergenre.arguments"

@@ -462,6 +462,15 @@ class ScoreConfig(CatalogSettings, InferenceSettings):
         return names
 
 
+class QuantizeConfig(StageConfig):
+    """Settings of quantize."""
+
+    model: PathOrUri = argument("model directory written by train")
+    dataset: PathOrUri = argument("dataset directory written by prepare, with the same genres")
+    out: PathOrUri = Field(description="output directory of the int8 model: new or empty")
+    dev_covers: Positive = Field(300, description="covers of the dev split to calibrate with")
+
+
 class QuoteConfig(CatalogSettings):
     """Settings of quote."""
 

@@ -21,7 +21,7 @@ shows progress only where `progress=True` is given.
 ORDER = (
     *("load_model", "Model", "Scores", "load_dataset", "CoverDataset", "read_labels"),
     *("prepare", "PreparedDataset", "train", "TrainingRun", "evaluate", "Evaluation"),
-    *("score", "ScoringRun", "ProgressEvent", "BatchPredictor"),
+    *("quantize", "QuantizedModel", "score", "ScoringRun", "ProgressEvent", "BatchPredictor"),
 )
 SECTIONS = r"(Args|Attributes|Returns|Raises|Settings, with their defaults|Columns[^\n]*):"
 ITEM = re.compile(r"([a-z_]\w*(?:, \w+)*|\w+Error(?:, \w+Error)*)( \([^)]*\)|)?: (.*)", re.S)

@@ -20,6 +20,7 @@ from covergenre.progress import Callback, Progress, reporting
 
 if TYPE_CHECKING:
     from covergenre.models.inference import InferenceModel
+    from covergenre.models.int8 import Int8Model
     from covergenre.models.networks import CoverModel
 
 
@@ -39,10 +40,10 @@ def load_model(uri: str | os.PathLike[str], device: str = "auto") -> "Model":
         StorageError: it cannot be read.
         ConfigError: there is no such device (code "no_device").
     """
-    torch_device = _torch_device(device)
     from covergenre.models.inference import load_for_inference
 
     bundle = bundles.read_bundle(os.fspath(uri))
+    torch_device = _torch_device(bundles.device_of(bundle, device))
     return Model(bundle, load_for_inference(bundle, torch_device), torch_device)
 
 
@@ -72,7 +73,9 @@ class Model:
         device: name of the torch device.
     """
 
-    def __init__(self, bundle: bundles.Bundle, model: "InferenceModel", device: str) -> None:
+    def __init__(
+        self, bundle: bundles.Bundle, model: "InferenceModel | Int8Model", device: str
+    ) -> None:
         self.transform = Transform(bundle.preprocessing)
         self.uri = bundle.uri
         self.device = device
@@ -85,7 +88,7 @@ class Model:
         [batch, 3, side, side] as returned by `transform`, to logits [batch, genres].
 
         It has the trained layers. `predict` and `embed` use a faster form of it, made when the
-        model was loaded; do not change its weights."""
+        model was loaded; do not change its weights. Int8 models have no network (ModelError)."""
         return self._model.network
 
     @property
@@ -107,6 +110,11 @@ class Model:
     def weights_id(self) -> str:
         """Identity of what determines a score: weights, genres, preprocessing and precision."""
         return self._bundle.weights_id
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic precision: "fp32", "bf16" or "int8"."""
+        return self._bundle.precision
 
     @property
     def config(self) -> dict[str, Any]:
@@ -176,10 +184,13 @@ class Model:
         Returns:
             float32 [covers, features], in the order of `covers`: 4096 features for vgg16, 512 for
             resnet18. NaN for a cover that cannot be used, with `errors="nan"`.
+
+        Raises:
+            ModelError: an int8 model has no features (code "int8").
         """
         with reporting(progress, callbacks):
             values, _, _ = self._run(
-                *(self._model.features, self.module.num_features, "embed", covers),
+                *(self._model.features, self._model.num_features, "embed", covers),
                 *(batch_size, errors, allow_private_addresses),
             )
         return values
@@ -238,6 +249,7 @@ class Model:
 
     def __repr__(self) -> str:
         return (
-            f"Model({self.uri!r}, {self.name}, {len(self.genres)} genres, device={self.device!r},"
+            f"Model({self.uri!r}, {self.name}, {len(self.genres)} genres, {self.precision},"
+            f" device={self.device!r},"
             f" weights_id={self.weights_id!r})"
         )

@@ -9,7 +9,7 @@ from covergenre.inference import local_scoring, ray_scoring
 from covergenre.inference.batches import Ranges, Seconds
 from covergenre.inference.bottleneck import bottleneck
 from covergenre.inference.scorer import Report, Write
-from covergenre.models.bundle import Bundle
+from covergenre.models.bundle import Bundle, device_of
 
 
 class Scoring:
@@ -30,7 +30,8 @@ class Scoring:
     ) -> None:
         """write: called where a part was scored. start_ray: called before Ray is used."""
         self._job = plan, ranges, bundle, write
-        self._settings = settings
+        device = device_of(bundle, settings.device)
+        self._settings = settings = settings.model_copy(update={"device": device})
         self.seconds: Seconds = {}
         """What took how long so far, in all processes."""
         self.rows = int((ranges[:, 2] - ranges[:, 1]).sum())

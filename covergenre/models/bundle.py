@@ -1,7 +1,7 @@
 """The model directory: everything needed to load a model, and what it was trained with.
 
     DIR/bundle.json            format version, ids, every file's sha256; written last
-    DIR/model.safetensors      weights of backbone and head
+    DIR/model.safetensors      weights of backbone and head; int8: model.xml, model.weights
     DIR/genres.json            the vocabulary: column j of the scores is genre j
     DIR/preprocessing.json     how covers become normalized pixels
     DIR/decision.json          the threshold of each genre
@@ -31,9 +31,12 @@ if TYPE_CHECKING:
     from covergenre.models.networks import CoverModel
 
 FORMAT_VERSION = 2
-_LOADED = ("model.safetensors", "genres.json", "preprocessing.json", "decision.json", "config.json")
+_SAFETENSORS = "model.safetensors"
+INT8_FILES = ("model.xml", "model.weights")
+"""A model of OpenVINO, which calls the second file model.bin, like some pickles."""
+_JSON_FILES = ("genres.json", "preprocessing.json", "decision.json", "config.json")
 _BESIDE = ("history.jsonl", "steps.jsonl", "metrics.json", "loss.png", "README.md")
-BUNDLE_FILES = frozenset({"bundle.json", *_LOADED, *_BESIDE})
+BUNDLE_FILES = frozenset({"bundle.json", _SAFETENSORS, *INT8_FILES, *_JSON_FILES, *_BESIDE})
 _PICKLES = (
     *(".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"),
 )
@@ -57,24 +60,28 @@ class Bundle:
     """Identity of what determines a label from a score: the thresholds."""
     files: dict[str, str]
     """sha256 of each file."""
+    source: str = ""
+    """Of an int8 model: the model directory that was quantized."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleContents:
     """What `write_bundle` writes."""
 
-    weights: bytes
-    """Of backbone and head, as safetensors."""
+    weights: bytes | Mapping[str, bytes]
+    """Of backbone and head, as safetensors; int8: the files INT8_FILES by name."""
     model: str
     """Name in the registry."""
     genres: Genres
     preprocessing: Preprocessing
     precision: str
-    """fp32 or bf16."""
+    """fp32, bf16 or int8."""
     thresholds: Mapping[str, float]
     """Of each genre."""
     training: Mapping[str, Any]
     """Settings and inputs of the training run, as JSON values."""
+    quantization: Mapping[str, Any] | None = None
+    """Of an int8 model: `source` (the model directory) and others, as JSON values."""
     other_files: Mapping[str, bytes]
     """Further files (history, metrics, plots, README.md) by name."""
 
@@ -84,8 +91,11 @@ def write_bundle(out: str, contents: BundleContents) -> Bundle:
     incomplete."""
     model, precision = contents.model, contents.precision
     config = {"model": model, "precision": precision, "train": dict(contents.training)}
+    if contents.quantization is not None:
+        config["quantize"] = dict(contents.quantization)
+    weights = contents.weights
     files = {
-        "model.safetensors": contents.weights,
+        **({_SAFETENSORS: weights} if isinstance(weights, bytes) else weights),
         "genres.json": storage.json_bytes(list(contents.genres.names)),
         "preprocessing.json": storage.json_bytes(contents.preprocessing.to_json()),
         "decision.json": storage.json_bytes({"thresholds": dict(contents.thresholds)}),
@@ -108,8 +118,13 @@ def write_bundle(out: str, contents: BundleContents) -> Bundle:
 
 def _weights_id(hashes: Mapping[str, str], model: str, precision: str) -> str:
     parts = [model, precision]
-    parts += [hashes[n] for n in ("model.safetensors", "genres.json", "preprocessing.json")]
+    files = (*_weights_files(precision), "genres.json", "preprocessing.json")
+    parts += [hashes[name] for name in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _weights_files(precision: str) -> tuple[str, ...]:
+    return INT8_FILES if precision == "int8" else (_SAFETENSORS,)
 
 
 def is_bundle(uri: str) -> bool:
@@ -152,19 +167,21 @@ def read_bundle(uri: str | Path) -> Bundle:
     files = value.get("files")
     good = isinstance(files, dict) and all(isinstance(hashed, str) for hashed in files.values())
     _expect(good, path, "files")
-    for name in _LOADED:
+    for name in _JSON_FILES:
         _expect(name in files, path, f"files: {name}")
     read: dict[str, Any] = {}
-    for name in _LOADED:
-        if name.endswith(".json"):
-            where = storage.join(uri, name)
-            read[name] = _parsed(where, _checked(uri, name, files))
-            kind = list if name == "genres.json" else dict
-            _expect(isinstance(read[name], kind), where, f"a JSON {kind.__name__}")
+    for name in _JSON_FILES:
+        where = storage.join(uri, name)
+        read[name] = _parsed(where, _checked(uri, name, files))
+        kind = list if name == "genres.json" else dict
+        _expect(isinstance(read[name], kind), where, f"a JSON {kind.__name__}")
     config, where = read["config.json"], storage.join(uri, "config.json")
     model, precision = config.get("model"), config.get("precision")
     _expect(isinstance(model, str), where, "model")
-    _expect(precision in ("fp32", "bf16"), where, "precision")
+    _expect(precision in ("fp32", "bf16", "int8"), where, "precision")
+    source = config.get("quantize", {}).get("source", "") if precision == "int8" else ""
+    for name in _weights_files(precision):
+        _expect(name in files, path, f"files: {name}")
     genres = _genres(storage.join(uri, "genres.json"), read["genres.json"])
     weights_id = _weights_id(files, model, precision)
     _expect(value.get("weights_id") == weights_id, path, "weights_id")
@@ -183,6 +200,7 @@ def read_bundle(uri: str | Path) -> Bundle:
         weights_id=weights_id,
         decision_id=value["decision_id"],
         files=files,
+        source=str(source),
     )
 
 
@@ -256,12 +274,41 @@ def _checked(uri: str, name: str, files: Mapping[str, str]) -> bytes:
 
 
 def check_weights(bundle: Bundle) -> None:
-    """Raises ModelError if the file of the weights is missing or was changed."""
-    _checked(bundle.uri, "model.safetensors", bundle.files)
+    """Raises ModelError if a file of the weights is missing or was changed."""
+    read_weights(bundle)
+
+
+def read_weights(bundle: Bundle) -> list[bytes]:
+    """The files of the weights. Raises ModelError if one is missing or was changed."""
+    return [_checked(bundle.uri, n, bundle.files) for n in _weights_files(bundle.precision)]
+
+
+def no_network(bundle: Bundle, what: str) -> ModelError:
+    """The error for a use that an int8 model does not have, such as "features"."""
+    return ModelError(
+        f"{bundle.uri}: an int8 model has scores only, no {what}; use the model that was quantized:"
+        f" {bundle.source}",
+        code="int8",
+    )
+
+
+def device_of(bundle: Bundle, device: str) -> str:
+    """The device of the settings for a model: int8 models run on CPUs only. Raises ModelError."""
+    if bundle.precision != "int8":
+        return device
+    if device not in ("auto", "cpu"):
+        raise ModelError(
+            f"{bundle.uri}: int8 models run on CPUs, not on {device}; use the model that was"
+            f" quantized ({bundle.source}), or the device cpu",
+            code="int8",
+        )
+    return "cpu"
 
 
 def load_model(bundle: Bundle) -> "CoverModel":
     """The model with its weights, on the CPU, in eval mode. Raises ModelError."""
+    if bundle.precision == "int8":
+        raise no_network(bundle, "network")
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -270,7 +317,7 @@ def load_model(bundle: Bundle) -> "CoverModel":
 
     with torch.device("meta"):  # no random weights: they would be replaced
         model = build_model(bundle.model, len(bundle.genres))
-    data = _checked(bundle.uri, "model.safetensors", bundle.files)
+    (data,) = read_weights(bundle)
     try:
         tensors = load(data)
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks

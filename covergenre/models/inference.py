@@ -21,13 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from covergenre.data.image_decoding import Preprocessing
-from covergenre.models.bundle import Bundle, load_model
+from covergenre.models.bundle import Bundle, load_model, read_weights
+from covergenre.models.int8 import Int8Model
 from covergenre.models.networks import CoverModel
-from covergenre.models.predictor import fixed_batches, sigmoid, to_device
-
-CPU_ROWS = 8
-"""Rows of a forward pass on CPUs, whatever the batch size. More are slower, as activations do not
-fit the caches; with fewer, VGG16 reads its dense layers too often."""
+from covergenre.models.predictor import CPU_ROWS, fixed_batches, sigmoid, to_device
 
 
 class InferenceModel:
@@ -49,6 +46,11 @@ class InferenceModel:
         line = preprocessing.side
         self._scale = (1 / (255 * std)).float().repeat(line).to(self._device)
         self._shift = (-mean / std).float().repeat(line).to(self._device)
+
+    @property
+    def num_features(self) -> int:
+        """Number of features that `features` returns."""
+        return self.network.num_features
 
     def scores(self, pixels_BHWC: NDArray[np.uint8], batch_size: int) -> NDArray[np.float32]:
         """Scores in 0 to 1, float32 [B, genres], of uint8 [B, side, side, 3].
@@ -80,8 +82,10 @@ class InferenceModel:
         return lines.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
-def load_for_inference(bundle: Bundle, device: str) -> InferenceModel:
+def load_for_inference(bundle: Bundle, device: str) -> InferenceModel | Int8Model:
     """The model of a model directory on a torch device. Raises ModelError."""
+    if bundle.precision == "int8":
+        return Int8Model(*read_weights(bundle), bundle)
     network = to_device(load_model(bundle), device)
     return InferenceModel(network, bundle.preprocessing, device, bundle.precision)
 

@@ -8,6 +8,7 @@ from covergenre.config import TrainConfig
 from covergenre.data.dataset import Manifest
 from covergenre.formatting import decimal, plural
 from covergenre.metrics import chance_warning, dev_metrics, macro_over
+from covergenre.models.bundle import Bundle
 from covergenre.registry import model_spec
 
 _METRICS = (
@@ -69,6 +70,33 @@ Micro counts every album-genre pair as one decision; macro is the plain mean ove
 - It knows the genres and the kind of covers it was trained on, and repeats their biases.
 - The thresholds in decision.json are 0.5 for every genre and were not tuned.
 - Pretrained weights and training covers may have separate licenses.
+"""
+
+
+def quantized_card(bundle: Bundle, metrics: dict[str, Any]) -> str:
+    """Markdown, of an int8 model. bundle: the model that was quantized."""
+    int8, source = (decimal(metrics[f"{of}roc_auc_macro"], 4) for of in ("", "source_"))
+    return f"""# {bundle.model}, int8: an album's genres from its cover
+
+Made by covergenre {__version__} from the model `{bundle.uri}` (weights_id `{bundle.weights_id}`,
+{bundle.precision}), whose README.md says how it was trained.
+
+    covergenre score THIS_FOLDER CATALOG --out LABELS
+
+## What it is
+- Precision: **int8**. Weights and activations are 8-bit integers: faster on CPUs, for scores only.
+- It runs on CPUs and needs covergenre's extra `int8` (OpenVINO) on every machine that runs it.
+
+## How good it is
+On {plural(metrics["covers"], "cover")} of the dev split, with which it was calibrated; for an
+honest figure run `covergenre evaluate` on the test split with both models.
+
+| | int8 | source model |
+|---|---|---|
+| ROC AUC, macro | {int8} | {source} |
+
+Scores differ from those of the source model by {metrics["mean_score_difference"]:.4f} on average,
+and by {metrics["max_score_difference"]:.4f} at most.
 """
 
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
     from covergenre.models.networks import CoverModel
 
+CPU_ROWS = 8
+"""Rows of a forward pass of inference on CPUs, whatever the batch size. More are slower, as
+activations do not fit the caches; with fewer, VGG16 reads its dense layers too often."""
+
 
 class Predictor:
     """The network under training on a device: its logits for whole batches of any size."""

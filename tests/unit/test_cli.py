@@ -104,7 +104,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, bool]]:
         # commands and options
         ("trian", ["'trian'", "'train'"]),
         ("sumary vgg16", ["'sumary'", "'summary'"]),
-        ("qqqqqq", ["'qqqqqq'", "demo, doctor, evaluate, prepare, quote, sample, score,"]),
+        ("qqqqqq", ["'qqqqqq'", "demo, doctor, evaluate, prepare, quantize, quote,"]),
         ("--verson", ["--verson", "'--version'"]),
         ("train d --out o --bath-size 3", ["--bath-size", "'--batch-size'"]),
         ("prepare c --out o --no-keep-orignal", ["'--no-keep-original'"]),

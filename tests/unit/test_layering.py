@@ -25,13 +25,24 @@ PATHS = {module_name(path): path for path in PACKAGE.rglob("*.py")}
 MODULES = sorted(PATHS)
 
 # Imported inside functions only, so that --help and `import covergenre` stay fast.
-SLOW = {"boto3", "matplotlib", "pandas", "ray", "sklearn", "torch", "torchvision"}
+SLOW = {
+    "boto3",
+    "matplotlib",
+    "nncf",
+    "openvino",
+    "pandas",
+    "ray",
+    "sklearn",
+    "torch",
+    "torchvision",
+}
 TORCH = {"torch", "torchvision"}
 # Modules that may import torch or Ray at the top; others must import these inside functions.
 AT_TOP = {
     "covergenre.api.torch_dataset": TORCH,
     "covergenre.models.frozen_prefix": TORCH,
     "covergenre.models.inference": TORCH,
+    "covergenre.models.int8": TORCH,
     "covergenre.models.networks": TORCH,
     "covergenre.models.pretrained": TORCH,
     "covergenre.models.summary": TORCH,

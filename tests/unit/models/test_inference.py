@@ -10,9 +10,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from covergenre.data.image_decoding import Preprocessing
 from covergenre.models import inference
-from covergenre.models.inference import CPU_ROWS, InferenceModel, fold_batch_norm
+from covergenre.models.inference import InferenceModel, fold_batch_norm
 from covergenre.models.networks import CoverModel, build_model
-from covergenre.models.predictor import Predictor, fixed_batches, sigmoid, to_device, to_unit
+from covergenre.models.predictor import (
+    CPU_ROWS,
+    Predictor,
+    fixed_batches,
+    sigmoid,
+    to_device,
+    to_unit,
+)
 
 SPEC = replace(Preprocessing(), side=64)
 WITH_BATCH_NORM = ("baseline", "mobilenet_v2", "resnet18")
