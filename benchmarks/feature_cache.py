@@ -85,6 +85,7 @@ def main() -> None:
             "weights": "none",
             "freeze": args.freeze,
             "augment": "none",
+            "learning_rate": 1e-6,  # random weights would diverge at the default of vgg16
             "precision": args.precision,
             "batch_size": args.batch_size,
             "epochs": args.epochs,

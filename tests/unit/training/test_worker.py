@@ -143,7 +143,8 @@ def final_state(folder: str, into: Path) -> tuple[dict[str, Any], dict[str, Any]
     assert found is not None
     state = found.state()
     for record in state["history"]:
-        del record["seconds"], record["images_per_second"], record["data_wait_share"]
+        del record["seconds"], record["images_per_second"]
+        assert 0 <= record.pop("data_wait_share") <= 1
     return state, found.tensors()
 
 
@@ -256,6 +257,19 @@ def test_resumed_run_keeps_cached_features_and_completes_them(
     assert run(manifest, str(tmp_path / "resumed"), **settings) == whole
     assert kept.stat().st_mtime_ns == written
     assert lost.exists() and truncated.stat().st_size == size
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bf16_on_a_cpu_without_it_is_reported(
+    manifest: Manifest, precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from covergenre.training import worker
+
+    lines: list[str] = []
+    monkeypatch.setattr(worker, "_is_bf16_slow", lambda _: True)
+    monkeypatch.setattr(worker.Worker, "_log", lambda _, line: lines.append(line))
+    run(manifest, str(tmp_path / "run"), precision=precision, max_steps=1)
+    assert lines == ([worker._SLOW_BF16] if precision == "bf16" else [])
 
 
 def test_diverged_run_raises_the_same_error_on_every_rank(
