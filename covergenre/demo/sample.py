@@ -147,8 +147,9 @@ def write_sample(out: Path, albums: int, seed: int = 0, side: int = 240) -> Path
     return catalog
 
 
-def write_untrained_model(out: str, genres: Sequence[str] = GENRES) -> str:
-    """Write a model directory of the smallest network with random weights; return its URI.
+def write_untrained_model(out: str, genres: Sequence[str] = GENRES, model: str = "tiny") -> str:
+    """Write a model directory with random weights, of the smallest network unless `model` is given;
+    return its URI.
 
     For trying `score` where the scores themselves do not matter: nothing has to be trained first.
     """
@@ -160,8 +161,8 @@ def write_untrained_model(out: str, genres: Sequence[str] = GENRES) -> str:
     bundle = write_bundle(
         out,
         BundleContents(
-            weights=save(build_model("tiny", len(genres), seed=0).state_dict()),
-            model="tiny",
+            weights=save(build_model(model, len(genres), seed=0).state_dict()),
+            model=model,
             genres=Genres(tuple(genres)),
             preprocessing=Preprocessing(),
             precision="fp32",
