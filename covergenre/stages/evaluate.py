@@ -139,7 +139,7 @@ def _score(
         for report in scoring:
             run.check_lock()
             progress.advance(report.rows)
-    if scoring.bottleneck:
+    if progress.rate and scoring.bottleneck:
         logger.info(f"{progress.rate:,.1f} covers/s; {scoring.bottleneck}")
 
 

@@ -63,6 +63,8 @@ _TASK_RETRIES = 3
 _MAX_TASKS = 10_000
 """Running and waiting; an autoscaler may have no limit."""
 _POLL_SECONDS = 0.2
+_SHORT_RUN_SECONDS = 30.0
+"""Of all tasks together."""
 _SLICE_ROWS = 64
 """Rows whose source bytes, at most 25 MB each, are in memory at the same time."""
 
@@ -142,9 +144,10 @@ def prepare(config: PrepareConfig, *, verbose: bool = False) -> Prepared:
 
 
 def _bottleneck(seconds: Mapping[str, float]) -> str:
-    """One line: what took most of the tasks' time, and the remedy. Empty for no tasks."""
+    """One line: what took most of the tasks' time, and the remedy. Empty for a short run, whose
+    time is that of starting the tasks."""
     total = sum(seconds.values())
-    if not total:
+    if total < _SHORT_RUN_SECONDS:
         return ""
     slowest = max(seconds, key=lambda name: seconds[name])
     shares = ", ".join(f"{name} {value / total:.0%}" for name, value in seconds.items())

@@ -91,9 +91,9 @@ class Labelled:
             )
         if led["rejected"] and not led["scored"]:
             lines.append("  warning: nothing was labeled: every row was rejected")
-        if led.get("bottleneck") and not self.remark:
-            rate = led["covers_per_second"]  # 0: too few covers for a rate
-            lines.append(f"  {f'{rate:,.1f} covers/s; ' if rate else ''}{led['bottleneck']}")
+        # A rate of 0: too few covers to measure it.
+        if led["covers_per_second"] and led["bottleneck"] and not self.remark:
+            lines.append(f"  {led['covers_per_second']:,.1f} covers/s; {led['bottleneck']}")
         return "\n".join([*lines, *schema.reason_warnings(led["reasons"])])
 
 
