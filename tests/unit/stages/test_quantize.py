@@ -168,3 +168,14 @@ def test_quantizing_prints_nothing_and_loads_no_telemetry(
 
 def storage_files(uri: str) -> dict[str, bytes]:
     return {name: storage.read_bytes(storage.join(uri, name)) for name in storage.list_sizes(uri)}
+
+
+def test_int8_models_can_be_evaluated_and_score(
+    quantized: str, prepared: str, tmp_path: Path, without_ray: None
+) -> None:
+    measured = cg.evaluate(quantized, prepared, out=tmp_path / "metrics", split="dev")
+    scored = cg.score(quantized, prepared, out=tmp_path / "labels")
+    weights_id = cg.load_model(quantized).weights_id
+    assert measured["albums"] == 20 and measured["weights_id"] == weights_id
+    assert scored.ledger["scored"] == 20
+    assert cg.read_labels(tmp_path / "labels")["weights_id"][0].as_py() == weights_id
