@@ -163,7 +163,7 @@ def test_bucket_in_another_region_is_found_by_boto3(server: Server, status: int)
 def test_request_is_signed_with_current_credentials(server: Server) -> None:
     client = s3_client.client()
     client.get_range("bucket", "x", 0, 9)
-    renewed = Credentials("renewed", "secret", "token")  # type: ignore[no-untyped-call]
+    renewed = Credentials("renewed", "secret", "token")
     client._request_signer._credentials = renewed
     client.get_range("bucket", "x", 0, 9)
     headers = server.requests[-1].headers
@@ -184,10 +184,11 @@ def test_error_is_the_one_that_boto3_raises(server: Server, status: int, code: s
     client.get_range("bucket", "x", 0, 9)
     server.answer = lambda _: error(status, code, **{"x-amz-request-id": "id"})
     found = []
-    for get in (
+    gets: list[Callable[[], object]] = [
         lambda: client.get_range("bucket", "x", 0, 9),
         lambda: client.get_object(Bucket="bucket", Key="x"),
-    ):
+    ]
+    for get in gets:
         with pytest.raises(ClientError) as caught:
             get()
         metadata = caught.value.response["ResponseMetadata"]
