@@ -66,10 +66,15 @@ def implementations(name: str, batch: int, pixels: Pixels) -> dict[str, Score | 
         "plain script: eager, NCHW": eager(plain, channels_last=False),
         "channels-last": eager(last, channels_last=True),
         "batch norm folded": eager(folded, channels_last=True),
-        f"covergenre fp32: folded, {CPU_ROWS} rows": lambda p: fp32.scores(p, batch),
-        "covergenre bf16": bf16 and (lambda p: bf16.scores(p, batch)),
-        "covergenre int8": int8 and (lambda p: int8.scores(p, batch)),
+        f"covergenre fp32: folded, {CPU_ROWS} rows": in_batches(fp32, batch),
+        "covergenre bf16": in_batches(bf16, batch) if bf16 is not None else None,
+        "covergenre int8": in_batches(int8, batch) if int8 is not None else None,
     }
+
+
+def in_batches(model: InferenceModel | Int8Model, batch: int) -> Score:
+    """As covergenre does."""
+    return lambda pixels: model.scores(pixels, batch)
 
 
 def int8_model(name: str, network: CoverModel, pixels: Pixels) -> Int8Model | None:
@@ -79,7 +84,7 @@ def int8_model(name: str, network: CoverModel, pixels: Pixels) -> Int8Model | No
     except ModelError:
         return None
     bundle = Bundle("", name, GENRES, SPEC, "int8", {}, weights_id="", decision_id="", files={})
-    return Int8Model(*files.values(), bundle)
+    return Int8Model(bundle, *files.values())
 
 
 def measure(score: Score, pixels: Pixels, seconds: float) -> Rate:

@@ -85,7 +85,7 @@ class InferenceModel:
 def load_for_inference(bundle: Bundle, device: str) -> InferenceModel | Int8Model:
     """The model of a model directory on a torch device. Raises ModelError."""
     if bundle.precision == "int8":
-        return Int8Model(*read_weights(bundle), bundle)
+        return Int8Model(bundle, *read_weights(bundle))
     network = to_device(load_model(bundle), device)
     return InferenceModel(network, bundle.preprocessing, device, bundle.precision)
 

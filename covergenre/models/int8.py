@@ -30,8 +30,8 @@ from covergenre.models.predictor import CPU_ROWS, fixed_batches, normalise, sigm
 class Int8Model:
     """A quantized model on the CPU; the same methods as InferenceModel."""
 
-    def __init__(self, xml: bytes, weights: bytes, bundle: Bundle) -> None:
-        """xml, weights: the files INT8_FILES. bundle: named in errors. Raises ModelError if
+    def __init__(self, bundle: Bundle, xml: bytes, weights: bytes) -> None:
+        """bundle: named in errors. xml, weights: the files INT8_FILES. Raises ModelError if
         OpenVINO is not installed, or cannot load the files."""
         self._bundle = bundle
         openvino = _package("openvino")
@@ -150,7 +150,7 @@ def _no_telemetry() -> Iterator[None]:
     if name in sys.modules:
         yield
         return
-    sys.modules[name] = None  # type: ignore[assignment] - as Python marks what must not be imported
+    sys.modules[name] = None  # type: ignore[assignment]  # imports raise ModuleNotFoundError
     try:
         yield
     finally:

@@ -127,7 +127,7 @@ def _quantize(
         network = load_model(bundle)
         files = quantize_network(network, bundle.preprocessing, pixels)
         progress.advance(1)
-        scores = Int8Model(*files.values(), bundle).scores(pixels, len(pixels))
+        scores = Int8Model(bundle, *files.values()).scores(pixels, len(pixels))
         progress.advance(1)
         fast = InferenceModel(network, bundle.preprocessing, "cpu", bundle.precision)
         source_scores = fast.scores(pixels, len(pixels))
@@ -187,7 +187,7 @@ def _metrics(
         multilabel_metrics(truth, values, bundle.genres.names)["roc_auc_macro"]
         for values in (scores, source_scores)
     ]
-    return nan_to_none(
+    metrics: dict[str, Any] = nan_to_none(
         {
             "covers": len(scores),
             "roc_auc_macro": macro[0],
@@ -196,6 +196,7 @@ def _metrics(
             "max_score_difference": float(difference.max()),
         }
     )
+    return metrics
 
 
 def _already_quantized(out: str, origin: dict[str, Any]) -> Quantized:

@@ -155,7 +155,7 @@ def test_damaged_weights_are_refused(quantized: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="changed since it was written"):
         cg.load_model(tmp_path)
     with pytest.raises(ModelError, match="cannot load the model"):
-        int8.Int8Model(b"<net/>", b"", read_bundle(quantized))
+        int8.Int8Model(read_bundle(quantized), b"<net/>", b"")
 
 
 def test_quantizing_prints_nothing_and_loads_no_telemetry(
