@@ -50,9 +50,7 @@ _ALARM_SECONDS = 5.0
 # could read if it took over the decoder.
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-# Python's isolated mode keeps only the standard library and installed packages on the import path.
-# No directory of the parent's path is added, only these packages, each by its path.
-_IMPORT_AND_SERVE = """
+_IMPORT_AND_CALL = """
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 for name, directory in {packages}.items():
@@ -61,8 +59,8 @@ for name, directory in {packages}.items():
     )
     sys.modules[name] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
-from covergenre.data import decoder_process
-decoder_process.serve({memory})
+from {parent} import {module}
+{module}.serve({arguments})
 """
 _SIZES = struct.Struct("!II")  # sizes of the JSON and of the binary data of a message
 
@@ -159,16 +157,31 @@ def _exit_reason(code: int) -> str:
     return str(signal.strsignal(-code)) if code < 0 else f"exit code {code}"
 
 
-def _package_directories() -> dict[str, str]:
-    """Name -> directory of the packages that the child imports."""
+def child_code(module: str, arguments: str = "", packages: dict[str, str] | None = None) -> str:
+    """Code for `python -c` that calls `module.serve(arguments)`, a module of this package.
+
+    packages: name -> directory of other packages to import from there. Like this package, they are
+    imported by their paths: it may not be installed, and nothing else of the parent's import path
+    is added.
+    """
+    own = Path(__file__).resolve().parents[1]
+    directories = (packages or {}) | {own.name: str(own)}
+    parent, _, name = module.rpartition(".")
+    return _IMPORT_AND_CALL.format(
+        packages=directories, parent=parent, module=name, arguments=arguments
+    )
+
+
+def _decoding_packages() -> dict[str, str]:
+    """Name -> directory of the packages that the child needs. Python's isolated mode keeps only the
+    standard library and installed packages on the import path."""
     import PIL
 
-    own = Path(__file__).resolve().parents[1]
     return {
         module.__name__: os.path.dirname(os.path.abspath(module.__file__))
         for module in (np, PIL)
         if module.__file__
-    } | {own.name: str(own)}
+    }
 
 
 def _start_error(reason: str) -> CovergenreError:
@@ -179,7 +192,7 @@ class _Child:
     """The child process, and the socket that is its standard input."""
 
     def __init__(self, memory: int) -> None:
-        code = _IMPORT_AND_SERVE.format(packages=_package_directories(), memory=memory)
+        code = child_code(__name__, str(memory), _decoding_packages())
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         self._socket, child_socket = socket.socketpair()
         with child_socket:

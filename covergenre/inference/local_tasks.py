@@ -15,10 +15,10 @@ import time
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from covergenre.cluster.embedded import python_path
+from covergenre.data.decoder_process import child_code
 from covergenre.data.image_decoding import Preprocessing
 from covergenre.data.plan import Plan
 from covergenre.errors import CovergenreError
@@ -28,20 +28,6 @@ from covergenre.inference.loader import WorkerCrashedError
 
 _ATTEMPTS = 3
 """Of a task whose children crash before its first batch; as with Ray."""
-
-# -P: nothing is imported from the current directory. This package by its path, as it may not be
-# installed.
-_SERVE = """
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-spec = spec_from_file_location(
-    "covergenre", {directory!r} + "/__init__.py", submodule_search_locations=[{directory!r}]
-)
-sys.modules["covergenre"] = module = module_from_spec(spec)
-spec.loader.exec_module(module)
-from covergenre.inference import local_tasks
-local_tasks.serve()
-"""
 
 Request = tuple[int, int, int]
 """(first row, row after the last one, batch size)"""
@@ -125,11 +111,11 @@ class _Child:
         self._start()
 
     def _start(self) -> None:
-        code = _SERVE.format(directory=str(Path(__file__).resolve().parents[1]))
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", code],
+                # -P: nothing is imported from the current directory.
+                [sys.executable, "-P", "-c", child_code(__name__)],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=os.environ | python_path(),
