@@ -205,11 +205,11 @@ def test_random_scores_are_better_than_chance_in_5_percent_of_cases() -> None:
     rng = np.random.default_rng(0)
     truth, _ = random_case(0)
     passed = 0
-    for _ in range(200):
+    for _ in range(80):
         # One random number per album, so that the scores of all genres are correlated.
         scores = rng.random((40, 1)) + 0.1 * rng.random((40, 3))
         passed += multilabel_metrics(truth, scores, NAMES)["better_than_chance"]
-    assert 2 <= passed <= 20
+    assert 1 <= passed <= 8
 
 
 def test_macro_over_lists_the_genres_left_out() -> None:

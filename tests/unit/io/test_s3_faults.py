@@ -124,18 +124,18 @@ def test_objects_are_written_and_read_completely(flaky_s3: Flaky) -> None:
     bucket, proxy = flaky_s3
     root = f"{bucket}/many"
     chance = random.Random(1)
-    data = [chance.randbytes(chance.choice([0, 1, 1000, 300_000, 2_000_000])) for _ in range(120)]
-    each(120, lambda n: storage.put(f"{root}/{n:03}", data[n]))
-    assert each(120, lambda n: storage.read_bytes(f"{root}/{n:03}")) == data
+    data = [chance.randbytes(chance.choice([0, 1, 1000, 300_000, 1_000_000])) for _ in range(60)]
+    each(60, lambda n: storage.put(f"{root}/{n:03}", data[n]))
+    assert each(60, lambda n: storage.read_bytes(f"{root}/{n:03}")) == data
 
     def read_like_covers(n: int) -> bytes:
         with storage.open_input(f"{root}/{n:03}") as file:
             assert file.size() == len(data[n])
             return bytes(file.read())
 
-    assert each(120, read_like_covers) == data
+    assert each(60, read_like_covers) == data
     assert storage.list_sizes(root) == {f"{n:03}": len(d) for n, d in enumerate(data)}
-    each(120, lambda n: storage.delete_file(f"{root}/{n:03}"))
+    each(60, lambda n: storage.delete_file(f"{root}/{n:03}"))
     assert not storage.exists(root)
     assert all(proxy.faults()[fault] for fault in FORMS), proxy.counts
 
@@ -169,10 +169,10 @@ def test_put_if_absent_succeeds_once_for_each_object(flaky_s3: Flaky) -> None:
 def test_listing_of_many_pages(flaky_s3: Flaky, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket, proxy = flaky_s3
     monkeypatch.setattr(s3_module, "_PAGE_KEYS", 2)
-    names = [f"{n // 10}/{n:02}" for n in range(81)]
+    names = [f"{n // 10}/{n:02}" for n in range(41)]
     each(len(names), lambda n: storage.put(f"{bucket}/pages/{names[n]}", b""))
     assert list(storage.list_sizes(f"{bucket}/pages")) == names
-    assert proxy.counts["LIST", ""] >= 41 and proxy.counts["LIST", "short"]
+    assert proxy.counts["LIST", ""] >= 21 and proxy.counts["LIST", "short"]
     storage.delete_directory(f"{bucket}/pages")
     assert not storage.exists(f"{bucket}/pages")
 
