@@ -231,7 +231,9 @@ def test_one_failure_of_each_kind(
     tmp_path: Path,
 ) -> None:
     rng = random.Random(SEED)
-    failures: list[Failure] = [kill_driver, interrupt_driver, kill_children, kill_worker]
+    failures: list[Failure] = [kill_driver, kill_children, kill_worker]
+    if flags == HERE:  # with Ray, Ctrl-C is tested with train, and in the long form
+        failures.append(interrupt_driver)
     rng.shuffle(failures)
     while failures:  # a job may end before all failures had their time
         run_with_failures(

@@ -529,6 +529,7 @@ def test_covers_stored_in_parquet_are_scored(
     ]
 
 
+@pytest.mark.commands
 @pytest.mark.usefixtures("local_training")
 def test_all_stages_on_s3(s3: str, synthetic_catalog: Path, tmp_path: Path) -> None:
     """Catalog, covers, settings, dataset, model, metrics and labels: nothing is on a local disk."""
