@@ -231,6 +231,7 @@ def _account(folder: Path, endpoint: str, clean: dict[str, str]) -> Account:
     return Account(folder, environment, cloud, group, image)
 
 
+@pytest.mark.commands
 def test_ray_adds_no_command_of_its_own(account: Account) -> None:
     """To what `ray up` sends to the machines, after the provider has completed it too."""
     complete = (
@@ -254,6 +255,7 @@ def test_ray_adds_no_command_of_its_own(account: Account) -> None:
         assert config[f"{name}_commands"] == ours[f"{name}_commands"]
 
 
+@pytest.mark.commands
 def test_ray_up_launches_a_head(account: Account) -> None:
     """As far as ssh: moto gives made-up public addresses, so an `ssh` that fails comes first."""
     with (account.folder / "log").open("w") as log:
