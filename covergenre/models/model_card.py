@@ -52,8 +52,8 @@ Made by covergenre {__version__}. Given a cover, it gives a score from 0 to 1 fo
 - This is epoch {best["epoch"]}, the best by micro PR AUC over all genres on the dev split.
 
 ## How good it is
-On the dev split, which chose the epoch, so a little flattering; for an honest figure run
-`covergenre evaluate` on the test split.
+On the dev split. The epoch was selected on it, so these metrics are slightly too high; run
+`covergenre evaluate` on the test split for unbiased ones.
 
 {warning}| metric | dev |
 |---|---|
@@ -66,7 +66,7 @@ Micro counts every album-genre pair as one decision; macro is the plain mean ove
 {", ".join(map(_plain, manifest.genres.names))}
 
 ## Limits
-- A cover tells only so much about the music: use the scores as a hint, not as a verdict.
+- A cover contains limited information about the music: scores are estimates.
 - It knows the genres and the kind of covers it was trained on, and repeats their biases.
 - The thresholds in decision.json are 0.5 for every genre and were not tuned.
 - Pretrained weights and training covers may have separate licenses.
@@ -88,8 +88,8 @@ Made by covergenre {__version__} from the model `{bundle.uri}` (weights_id `{bun
 - It runs on CPUs and needs covergenre's extra `int8` (OpenVINO) on every machine that runs it.
 
 ## How good it is
-On {plural(metrics["covers"], "cover")} of the dev split, with which it was calibrated; for an
-honest figure run `covergenre evaluate` on the test split with both models.
+On {plural(metrics["covers"], "cover")} of the dev split, with which it was calibrated; run
+`covergenre evaluate` on the test split with both models for unbiased metrics.
 
 | | int8 | source model |
 |---|---|---|
