@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -127,13 +128,13 @@ def _record_only(
 
 def _prepare_cpu_time(folder: Path, rows: int) -> dict[str, Any]:
     config = PrepareConfig(catalog=_write_catalog(folder, rows), out=str(folder / "dataset"))
-    prepare_stage._make_shard = _record_only
     start_ray()
     began = time.perf_counter()
     inputs = read_inputs(config)
     planned = plan_dataset(str(folder / "plan"), config, inputs, reuse=False)
     planning, cpu = time.perf_counter() - began, time.process_time()
-    records = list(prepare_stage._make_shards(str(folder / "dataset"), config, planned))
+    with mock.patch.object(prepare_stage, "_make_shard", _record_only):
+        records = list(prepare_stage._make_shards(str(folder / "dataset"), config, planned))
     cpu = time.process_time() - cpu
     assert sum(record["rows"] for record in records) == rows
     return {
@@ -155,14 +156,16 @@ def _cpu_time(folder: Path, model: str, rows: int) -> dict[str, Any]:
         measured["seconds"] = time.perf_counter() - began
         measured["cpu_seconds"] = time.process_time() - cpu
 
-    ray_scoring.ScoringActor = WritingActor  # type: ignore[misc,assignment]
-    ray_scoring.score_parts = timed
     start_ray()
     began = time.perf_counter()
     config = ScoreConfig(
         model=model, catalog=catalog, out=str(folder / "labels"), workers=2, part_rows=_PART_ROWS
     )
-    done = score_stage.score(config)
+    with (
+        mock.patch.object(ray_scoring, "ScoringActor", WritingActor),
+        mock.patch.object(ray_scoring, "score_parts", timed),
+    ):
+        done = score_stage.score(config)
     assert done.ledger["scored"] == rows
     return {
         "rows": rows,
@@ -174,8 +177,8 @@ def _cpu_time(folder: Path, model: str, rows: int) -> dict[str, Any]:
 
 def _rates(bundle: Bundle, counts: list[int], seconds: float) -> dict[str, Any]:
     start_ray()
-    ray_scoring.ScoringActor = SleepingActor  # type: ignore[misc,assignment]
-    return {str(count): round(_rate(bundle, count, seconds)) for count in counts}
+    with mock.patch.object(ray_scoring, "ScoringActor", SleepingActor):
+        return {str(count): round(_rate(bundle, count, seconds)) for count in counts}
 
 
 def _rate(bundle: Bundle, count: int, seconds: float) -> float:

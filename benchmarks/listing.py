@@ -3,7 +3,7 @@
     uv run python -m benchmarks.listing
 
 A server in another process answers with pages of 1,000 keys, as S3 does. Each listing is measured
-in a process of its own; memory is what the peak of that process grows by.
+in a separate process; memory is by how much its peak grows.
 """
 
 import argparse

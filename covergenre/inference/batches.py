@@ -21,6 +21,12 @@ Seconds = dict[str, float]
 """What took how long, for example {"fetch": 0.2, "decode": 1.1}."""
 
 
+def add_seconds(sums: Seconds, more: Seconds) -> None:
+    """Add `more` to `sums`."""
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
 class Loaded(NamedTuple):
     """Some rows, loaded."""
 

@@ -23,18 +23,18 @@ def bottleneck(seconds: Seconds, *, workers: int, use_gpu: bool) -> str:
     total = model + wait + write_wait
     if not model:
         return ""
-    who, waited = ("GPUs", "GPUs waited") if use_gpu else ("model", "the model waited")
+    waited = "GPUs waited" if use_gpu else "the model waited"
     if write_wait > max(wait, _SMALL_SHARE * total):
         return (
-            f"bottleneck: {waited} {write_wait / total:.0%} of the time for labels to be written;"
-            " use a higher --part-rows, or a faster store"
+            f"bottleneck: {waited} {write_wait / total:.0%} of the time for output parts to be"
+            " written; a faster store would help, or for score a higher --part-rows"
         )
     fetch, decode = seconds.get("fetch", 0.0), seconds.get("decode", 0.0)
     if wait > _SMALL_SHARE * total and fetch > decode:
         return (
             f"bottleneck: {waited} {wait / total:.0%} of the time for covers, which took longer to"
-            " read or download than to decode; use a higher --download-concurrency, or a store"
-            " that is nearer"
+            " read or download than to decode; a nearer store would help, or where each cover is a"
+            " file or URL a higher --download-concurrency of score"
         )
     if use_gpu and wait > _SMALL_SHARE * total:
         busy = (fetch + decode) / (total / workers)
@@ -46,7 +46,7 @@ def bottleneck(seconds: Seconds, *, workers: int, use_gpu: bool) -> str:
         )
     if use_gpu:
         return (
-            f"bottleneck: the model: {who} computed {model / total:.0%} of the time; more than"
+            f"bottleneck: the model: GPUs computed {model / total:.0%} of the time; more than"
             f" {plural(workers, 'GPU')} (--workers) would be faster"
         )
     # The model and the loading tasks share the cores.

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from covergenre.errors import DeviceMemoryError
-from covergenre.inference.batches import Batch, Seconds
+from covergenre.inference.batches import Batch, Seconds, add_seconds
 from covergenre.models.bundle import Bundle
 
 Write = Callable[[int, pa.Table, NDArray[np.float32]], dict[str, int]]
@@ -41,11 +41,6 @@ class Report:
         self.messages.clear()  # others hold a reference to this list
         return taken
 
-    def add_seconds(self, seconds: Seconds) -> None:
-        """Add to the sums."""
-        for name, value in seconds.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + value
-
 
 @contextlib.contextmanager
 def _cancelled_on_error(pool: ThreadPoolExecutor) -> Iterator[None]:
@@ -70,7 +65,7 @@ def _timed(write: Write, part: int, outcomes: pa.Table, scores: NDArray[np.float
 def _add_written(report: Report, part: int, written: Future[_Written]) -> None:
     counts, seconds = written.result()
     report.parts.append((part, counts))
-    report.add_seconds({"write": seconds})
+    add_seconds(report.seconds, {"write": seconds})
 
 
 class Scorer:
@@ -101,7 +96,7 @@ class Scorer:
                 outcomes.append(batch.outcomes)
                 began = time.perf_counter()
                 scores.append(self._scores(batch.pixels))
-                report.add_seconds(batch.seconds | {"model": time.perf_counter() - began})
+                add_seconds(report.seconds, batch.seconds | {"model": time.perf_counter() - began})
                 report.rows += batch.outcomes.num_rows
                 if batch.stop == stops[batch.part]:
                     table, values = pa.concat_tables(outcomes), np.concatenate(scores)
@@ -111,7 +106,7 @@ class Scorer:
                 began = time.perf_counter()
                 while writing and (len(writing) > _WRITES_AHEAD or writing[0][1].done()):
                     _add_written(report, *writing.popleft())
-                report.add_seconds({"write_wait": time.perf_counter() - began})
+                add_seconds(report.seconds, {"write_wait": time.perf_counter() - began})
                 if time.monotonic() - reported > _REPORT_SECONDS:
                     yield report.take()
                     reported = time.monotonic()
@@ -125,7 +120,7 @@ class Scorer:
         began = time.perf_counter()
         for batch in batches:
             if self._has_started:
-                report.add_seconds({"wait": time.perf_counter() - began})
+                add_seconds(report.seconds, {"wait": time.perf_counter() - began})
             self._has_started = True
             yield batch
             began = time.perf_counter()

@@ -6,7 +6,7 @@ from covergenre.cluster.workers import choose_workers, log_pending_resources
 from covergenre.config import InferenceSettings
 from covergenre.data.plan import Plan
 from covergenre.inference import local_scoring, ray_scoring
-from covergenre.inference.batches import Ranges, Seconds
+from covergenre.inference.batches import Ranges, Seconds, add_seconds
 from covergenre.inference.bottleneck import bottleneck
 from covergenre.inference.scorer import Report, Write
 from covergenre.models.bundle import Bundle, device_of
@@ -59,8 +59,7 @@ class Scoring:
 
     def __iter__(self) -> Iterator[Report]:
         for report in self._reports():
-            for name, value in report.seconds.items():
-                self.seconds[name] = self.seconds.get(name, 0.0) + value
+            add_seconds(self.seconds, report.seconds)
             yield report
 
     def _reports(self) -> Iterator[Report]:

@@ -13,15 +13,19 @@
 It is never changed: other thresholds or weights make another model. No name ends in .parquet.
 """
 
+import csv
 import hashlib
+import io
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from covergenre import __version__
+from covergenre.data.dataset import Manifest
 from covergenre.data.genres import Genres
 from covergenre.data.image_decoding import Preprocessing
 from covergenre.errors import DatasetError, ModelError, StorageError
@@ -290,6 +294,20 @@ def no_network(bundle: Bundle, what: str) -> ModelError:
         f" {bundle.source}",
         code="int8",
     )
+
+
+def check_genres(bundle: Bundle, manifest: Manifest) -> None:
+    """Raises DatasetError unless the dataset has the genres of the model."""
+    if bundle.genres != manifest.genres:
+        extra = set(bundle.genres.names) ^ set(manifest.genres.names)
+        names = io.StringIO()
+        csv.writer(names, lineterminator="").writerow(bundle.genres.names)
+        raise DatasetError(
+            f"{manifest.uri}: the dataset has other genres than {bundle.uri} (difference:"
+            f" {', '.join(sorted(extra)[:5])}{', ...' if len(extra) > 5 else ''}); prepare the"
+            f" dataset again with --genres {shlex.quote(names.getvalue())}",
+            code="other_genres",
+        )
 
 
 def device_of(bundle: Bundle, device: str) -> str:

@@ -6,11 +6,8 @@ OUT/_report/         genres.png, curves.png, covers.png
 OUT/_state/          plan, run record, lock
 """
 
-import csv
 import dataclasses
-import io
 import logging
-import shlex
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,7 +39,7 @@ from covergenre.metrics import (
     multilabel_metrics,
     nan_to_none,
 )
-from covergenre.models.bundle import Bundle, check_weights, read_bundle
+from covergenre.models.bundle import Bundle, check_genres, check_weights, read_bundle
 from covergenre.progress import Progress
 from covergenre.report import plots
 from covergenre.runs.stage_run import StageRun, stage_run
@@ -115,7 +112,7 @@ def _read_inputs(config: EvaluateConfig) -> tuple[Bundle, Manifest]:
     bundle = read_bundle(config.model)
     check_weights(bundle)
     manifest = read_manifest(config.dataset)
-    _check_genres(bundle, manifest)
+    check_genres(bundle, manifest)
     manifest.require(config.split)
     return bundle, manifest
 
@@ -202,19 +199,6 @@ def _measure(out: str, config: EvaluateConfig, bundle: Bundle, manifest: Manifes
         storage.put(storage.join(out, name), plot)
     storage.put_json(storage.join(out, _METRICS), nan_to_none(metrics))
     return Evaluated(out, config.split, nan_to_none(metrics))
-
-
-def _check_genres(bundle: Bundle, manifest: Manifest) -> None:
-    if bundle.genres != manifest.genres:
-        extra = set(bundle.genres.names) ^ set(manifest.genres.names)
-        names = io.StringIO()
-        csv.writer(names, lineterminator="").writerow(bundle.genres.names)
-        raise DatasetError(
-            f"{manifest.uri}: the dataset has other genres than {bundle.uri} (difference:"
-            f" {', '.join(sorted(extra)[:5])}{', ...' if len(extra) > 5 else ''}); prepare the"
-            f" dataset again with --genres {shlex.quote(names.getvalue())}",
-            code="other_genres",
-        )
 
 
 def _ids(bundle: Bundle, manifest: Manifest) -> dict[str, Any]:

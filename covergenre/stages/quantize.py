@@ -22,6 +22,7 @@ from covergenre.models.bundle import (
     BUNDLE_FILES,
     Bundle,
     BundleContents,
+    check_genres,
     check_weights,
     is_bundle,
     load_model,
@@ -101,12 +102,7 @@ def _read_inputs(config: QuantizeConfig, out: str) -> tuple[Bundle, Manifest]:
     check_weights(bundle)
     manifest = read_manifest(config.dataset)
     manifest.require("dev")
-    if bundle.genres != manifest.genres:
-        raise DatasetError(
-            f"{manifest.uri}: the dataset has other genres than {bundle.uri}; use the dataset that"
-            " the model was trained on",
-            code="other_genres",
-        )
+    check_genres(bundle, manifest)
     return bundle, manifest
 
 

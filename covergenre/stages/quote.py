@@ -36,11 +36,11 @@ from covergenre.data.http_proxies import check_proxies
 from covergenre.data.plan import ROWS, RowReader, write_plan
 from covergenre.formatting import plural
 from covergenre.inference import local_scoring, outcomes
-from covergenre.inference.batches import Seconds
+from covergenre.inference.batches import Seconds, add_seconds
 from covergenre.inference.bottleneck import bottleneck
 from covergenre.inference.parts import default_part_rows, pending_ranges
 from covergenre.io import storage
-from covergenre.models.bundle import Bundle, check_weights, read_bundle
+from covergenre.models.bundle import Bundle, check_weights, device_of, read_bundle
 from covergenre.progress import Progress
 
 _COLUMNS = (*ROWS.names, "title", "artist", schema.ID)
@@ -57,8 +57,8 @@ class Measured:
     bottleneck: str
     label_bytes: float
     """Per row."""
-    stored: float
-    """Share of the rows whose cover is an object of its own on S3, or is downloaded."""
+    gets_per_row: float
+    """GET requests to S3 for covers. Those in Parquet files need fewer and are not counted."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def quote(config: QuoteConfig, *, verbose: bool = False) -> Quote:
         bundle.model,
         measured,
         _estimates(config, prices, groups, rows, bundle.model, measured),
-        rows * measured.stored / 1000 * prices.storage.get_per_1000
+        rows * measured.gets_per_row / 1000 * prices.storage.get_per_1000
         + 2 * parts / 1000 * prices.storage.put_per_1000,
         rows * measured.label_bytes / 1e9 * prices.storage.gb_month,
         config.within,
@@ -218,6 +218,7 @@ class SampleReader:
 def _measure(config: QuoteConfig, bundle: Bundle, sample: SampleReader, folder: Path) -> Measured:
     plan = write_plan(str(folder / "plan"), sample).with_settings(config)
     check_proxies(plan.web_schemes)
+    device = device_of(bundle, config.device)
     covers = plan.read(0, plan.rows)["cover"].drop_null().to_pylist()
     (folder / "labels").mkdir()
     began = time.monotonic()
@@ -231,7 +232,7 @@ def _measure(config: QuoteConfig, bundle: Bundle, sample: SampleReader, folder: 
         bundle,
         partial(_write, folder / "labels", bundle),
         batch_size=config.batch_size,
-        device=config.device,
+        device=device,
     )
     with Progress("quote", plan.rows, "covers") as progress:
         for report in reports:
@@ -240,17 +241,16 @@ def _measure(config: QuoteConfig, bundle: Bundle, sample: SampleReader, folder: 
             rows += report.rows
             times.append((now, rows))
             progress.advance(report.rows)
-            for name, value in report.seconds.items():
-                seconds[name] = seconds.get(name, 0.0) + value
+            add_seconds(seconds, report.seconds)
             size += sum(counts["bytes"] for _, counts in report.parts)
-    use_gpu = local_scoring.uses_gpu(config.device)
+    use_gpu = local_scoring.uses_gpu(device)
     return Measured(
         rows,
         _rate(times, began),
         (first or began) - began,
         bottleneck(seconds, workers=1, use_gpu=use_gpu),
         size / rows,
-        sum(bool(re.match("(s3|https?)://", cover, re.IGNORECASE)) for cover in covers) / rows,
+        sum(bool(re.match("s3[an]?://", cover, re.IGNORECASE)) for cover in covers) / rows,
     )
 
 
